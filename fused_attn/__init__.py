@@ -2,6 +2,7 @@
 
 from .dispatch import UnsupportedError
 from .functional import attention, attention_varlen, explain, last_backend, merge_attention
+from .sdpa import scaled_dot_product_attention
 
 __all__ = [
     "UnsupportedError",
@@ -10,4 +11,5 @@ __all__ = [
     "explain",
     "last_backend",
     "merge_attention",
+    "scaled_dot_product_attention",
 ]
