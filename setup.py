@@ -1,4 +1,4 @@
-"""Builds fused_attn._C with CMake and ninja; everything else about the package is in pyproject.toml.
+"""Builds fused_attn._C with CMake and ninja; pyproject.toml says everything else.
 
 FUSED_ATTN_NATIVE=auto (default): build it where there is a C++ compiler, else install without it.
 FUSED_ATTN_NATIVE=on: no compiler is an error. FUSED_ATTN_NATIVE=off: install without it.
@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ADVICE = (
-    "To install fused_attn without its compiled CPU kernels (the reference and Triton backends "
-    "still work), set FUSED_ATTN_NATIVE=off."
+    "To install fused_attn without its compiled part (the reference and Triton backends still "
+    "work), set FUSED_ATTN_NATIVE=off."
 )
 
 
@@ -31,19 +31,14 @@ def build_wanted() -> bool:
         raise SystemExit(f"FUSED_ATTN_NATIVE must be auto, on or off, got {choice!r}")
     if choice == "off":
         return False
-    candidates = (
-        [shlex.split(os.environ["CXX"])[0]]
-        if os.environ.get("CXX")
-        else ["c++", "g++", "clang++", "cl"]
-    )
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = named[:1] or ["c++", "g++", "clang++", "cl"]
     if any(shutil.which(candidate) for candidate in candidates):
         return True
     message = f"No C++ compiler found (looked for {', '.join(candidates)})."
     if choice == "on":
         raise SystemExit(f"{message} {ADVICE}")
-    print(
-        f"{message} Installing fused_attn without its compiled CPU kernels, as FUSED_ATTN_NATIVE=off does."
-    )
+    print(f"{message} Installing fused_attn without its compiled part, as FUSED_ATTN_NATIVE=off does.")
     return False
 
 

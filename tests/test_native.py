@@ -26,7 +26,7 @@ DTYPES = [
 
 @pytest.fixture(params=["exchange", "attributes"])
 def view(request):
-    """``describe`` through torch's exchange API and, as with an older torch, attribute by attribute."""
+    """``describe`` through torch's exchange API and attribute by attribute, as with older torch."""
     module = native.module()
     before = module.use_exchange_api(request.param == "exchange")
     yield module.describe
