@@ -38,7 +38,7 @@ def build_wanted() -> bool:
     message = f"No C++ compiler found (looked for {', '.join(candidates)})."
     if choice == "on":
         raise SystemExit(f"{message} {ADVICE}")
-    print(f"{message} Installing fused_attn without its compiled part, as FUSED_ATTN_NATIVE=off does.")
+    print(f"{message} Installing without the compiled part, as FUSED_ATTN_NATIVE=off does.")
     return False
 
 
