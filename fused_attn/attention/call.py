@@ -1,0 +1,183 @@
+"""The path of one attention call: check it, choose its backend, run it.
+
+What must be checked, and who can run it, depends on shapes, dtypes and flags only. Both are worked
+out once per signature and remembered, so that a repeated call costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, higher_order, philox
+from . import BACKENDS, fused, reference
+from .problem import WEIGHTS, AttentionProblem, Operands, Options, describe, make_options
+
+
+class Plan(NamedTuple):
+    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
+
+    options: Options
+    weights: int
+    backend: ModuleType
+
+
+class Scalars(NamedTuple):
+    """The scalars of a call as the user gave them."""
+
+    causal: Any = False
+    window: Any = None
+    softcap: Any = None
+    scale: Any = None
+    dropout_p: Any = 0.0
+    weights: Any = None
+    backend: str | None = None
+    max_seqlen_q: int | None = None  # packed problems only
+    max_seqlen_k: int | None = None
+
+
+_MAX_PLANS = 4096
+_plans: dict[Any, Plan] = {}
+_last_backend: str | None = None
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def last_backend() -> str | None:
+    """Name of the backend that ran the latest eager attention call of this process, or None."""
+    return _last_backend
+
+
+def run(
+    operands: Operands,
+    scalars: Scalars,
+    need_lse: bool,
+    token_major: bool,
+    out: Tensor | None = None,
+) -> Result:
+    """out, lse and weights of a call; the last two None unless they are asked for.
+
+    Args:
+        token_major: lay `out` out as (B, Lq, H, Dv) in memory; its shape stays (B, H, Lq, Dv).
+        out: the tensor to write the output to; a new one if None.
+    """
+    global _last_backend
+    operands = _autocast(operands)
+    if scalars.dropout_p and operands.rng is None:
+        _check_dropout(scalars)
+        operands = operands._replace(rng=philox.draw_rng(operands.q.device))
+    if torch.compiler.is_compiling():
+        return _execute(_make_plan(operands, scalars), operands, need_lse, token_major, out)
+    plan = _cached_plan(operands, scalars)
+    _last_backend = plan.backend.NAME
+    return _execute(plan, operands, need_lse, token_major, out)
+
+
+def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
+    """The checked description of a call.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    q, k = operands.q, operands.k
+    for name, operand in zip(("q", "k", "v"), operands[:3], strict=True):
+        checks.expect_rank(name, operand, 4, "(B, heads, L, head size)")
+    if not (scalars.weights is None or isinstance(scalars.weights, str)) or (
+        scalars.weights not in WEIGHTS
+    ):
+        raise ValueError(
+            "`return_weights` must be None, 'average' or 'per_head', "
+            f"got {checks.type_name(scalars.weights)}"
+        )
+    packed = operands.cu_seqlens_q is not None
+    options = make_options(
+        max_seqlen_q=_max_seqlen("max_seqlen_q", scalars.max_seqlen_q) if packed else q.shape[2],
+        max_seqlen_k=_max_seqlen("max_seqlen_k", scalars.max_seqlen_k) if packed else k.shape[2],
+        head_dim=q.shape[3],
+        causal=scalars.causal,
+        window=scalars.window,
+        scale=scalars.scale,
+        softcap=scalars.softcap,
+        dropout_p=scalars.dropout_p,
+    )
+    return describe(operands, options, WEIGHTS[scalars.weights], _needs_grad(operands))
+
+
+def _max_seqlen(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
+        raise ValueError(f"`{name}` must be an integer >= 0, got {checks.type_name(value)}")
+    return value
+
+
+def _check_dropout(scalars: Scalars) -> None:
+    checks.expect_probability("dropout_p", scalars.dropout_p)
+
+
+def _execute(
+    plan: Plan, operands: Operands, need_lse: bool, token_major: bool, out: Tensor | None
+) -> Result:
+    # torch.func's transforms cannot see into a kernel, but they can into the formula.
+    if plan.backend is reference or higher_order.inside_functorch():
+        result, lse, weights = reference.forward(operands, plan.options, plan.weights)
+        if not need_lse:
+            lse = None
+    else:
+        result, lse, weights = fused.attention(
+            operands, plan.options, plan.weights, need_lse, token_major, plan.backend, out
+        )
+    if out is not None and result is not out:
+        result = out.copy_(result)
+    return result, lse, weights
+
+
+def _cached_plan(operands: Operands, scalars: Scalars) -> Plan:
+    try:
+        key = (_signature(operands), scalars, _needs_grad(operands))
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):  # not tensors, or not hashable: let the checks say so
+        return _make_plan(operands, scalars)
+    if plan is None:
+        plan = _make_plan(operands, scalars)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    return Plan(problem.options, problem.weights, backend)
+
+
+def _signature(operands: Operands) -> tuple[Any, ...]:
+    return tuple(
+        [None if x is None else (x.shape, x.dtype, x.device) for x in operands]
+    )
+
+
+def _needs_grad(operands: Operands) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    q, k, v, bias = operands[:4]
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return bias is not None and bias.requires_grad
+
+
+def _autocast(operands: Operands) -> Operands:
+    """q, k and v in the autocast dtype, as torch does for its own attention."""
+    q = operands.q
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return operands
+    if q.dtype == torch.float64 or not q.is_floating_point():
+        return operands
+    dtype = torch.get_autocast_dtype(q.device.type)
+    q, k, v = (x.to(dtype) for x in operands[:3])
+    bias = operands.bias
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    return operands._replace(q=q, k=k, v=v, bias=bias)

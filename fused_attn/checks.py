@@ -1,0 +1,83 @@
+"""Argument checks that speak: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def type_name(value: object) -> str:
+    """How a wrong value is named in a message: dtype and shape for a tensor, else its type."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def expect_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type_name(value)}")
+
+
+def expect_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
+    expect_tensor(name, tensor)
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"`{name}` must have {rank} dimensions {layout}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def expect_shape(name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
+    expect_tensor(name, tensor)
+    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
+        raise ValueError(
+            f"`{name}` must have shape {layout} = {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def expect_broadcastable(name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
+    expect_tensor(name, tensor)
+    sizes = tensor.shape
+    fits = len(sizes) <= len(shape) and all(
+        size in (1, full)
+        for size, full in zip(sizes, shape[len(shape) - len(sizes) :], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be broadcastable to {layout} = {tuple(shape)}, got {tuple(sizes)}"
+        )
+
+
+def expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"`{name}` must be {expected}, got {tensor.dtype}")
+
+
+def expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"`{name}` must be on {device}, got {tensor.device}")
+
+
+def expect_finite(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite, got {number}")
+    return number
+
+
+def expect_probability(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"`{name}` must be in [0, 1], got {number}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {type_name(value)}")
+    return float(value)

@@ -1,0 +1,78 @@
+"""Derivatives that no kernel computes, taken through an operation's reference formula.
+
+A fused backward is a kernel, so autograd cannot differentiate it. When somebody asks for more (a
+double backward, a forward-mode derivative), these run the plain formula on the same inputs and
+let autograd do the work: slower, never silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Formula = Callable[..., Sequence[Tensor | None]]
+
+
+def gradients_through(
+    formula: Formula, inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `formula(*inputs)`, themselves differentiable; call with grad mode on."""
+    outputs = formula(*inputs)
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grad_outputs, strict=True)
+        if output is not None and grad is not None and output.requires_grad
+    ]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    grads = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def tangents_through(
+    formula: Formula, inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Forward-mode derivative of `formula` at `inputs` along `tangents`.
+
+    A gradient is linear in the vector that it is pulled back with, so its own gradient with respect
+    to that vector is the forward derivative ("double backward trick", Townsend 2017).
+    """
+    moving = [i for i, t in enumerate(tangents) if t is not None and inputs[i] is not None]
+    with torch.enable_grad():
+        points = [None if x is None else x.detach() for x in inputs]
+        for i in moving:
+            point = points[i]
+            assert point is not None
+            points[i] = point.requires_grad_()
+        outputs = formula(*points)
+        result: list[Tensor | None] = []
+        for output in outputs:
+            if output is None or not output.requires_grad:
+                result.append(None if output is None else torch.zeros_like(output))
+                continue
+            dummy = torch.zeros_like(output, requires_grad=True)
+            pulled = torch.autograd.grad(
+                output, [points[i] for i in moving], dummy, create_graph=True, allow_unused=True
+            )
+            used = [(g, tangents[i]) for g, i in zip(pulled, moving, strict=True) if g is not None]
+            pushed = torch.autograd.grad(
+                [g for g, _ in used], dummy, [t for _, t in used], retain_graph=True
+            )
+            result.append(pushed[0].detach())
+    return result
+
+
+def inside_functorch() -> bool:
+    """True inside torch.func transforms (grad, vmap, jvp, ...), which cannot see into kernels."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

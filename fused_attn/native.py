@@ -1,0 +1,40 @@
+"""Loads the compiled part of the package, ``fused_attn._C``, once, when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    # torch comes first: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
+    import torch  # noqa: F401
+
+    name = f"{__package__}._C"
+    try:
+        return importlib.import_module(name), None
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            return None, f"{name} failed to load: {error}"
+        return None, (
+            f"{name} is not there: the package was installed without its compiled part, on purpose "
+            "(FUSED_ATTN_NATIVE=off) or because no C++ compiler was found; "
+            "reinstall with FUSED_ATTN_NATIVE=on to see which"
+        )
+    except Exception as error:
+        return None, f"{name} failed to load: {error}"
+
+
+def why_not() -> str | None:
+    """Why the compiled module cannot be used; None if it can."""
+    return _load()[1]
+
+
+def module() -> ModuleType:
+    """The compiled module. Raises RuntimeError with the reason where there is none."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
