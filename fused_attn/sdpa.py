@@ -82,14 +82,12 @@ def scaled_dot_product_attention(
     return out if rank == 4 else out.reshape(*shape[len(shape) + 2 - rank :], *out.shape[-2:])
 
 
-def _leading_shape(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[int, ...]:
+def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
     """(*batch, Hq) that the inputs broadcast to, batch having at least one dimension."""
     leading = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
     if enable_gqa:  # key and value heads repeat instead of broadcasting
         for name in ("key", "value"):
-            leading[name] = (*leading[name][:-1], 1) if leading[name] else leading[name]
+            leading[name] = torch.Size((*leading[name][:-1], 1)) if leading[name] else leading[name]
     try:
         shape = tuple(torch.broadcast_shapes(*leading.values()))
     except RuntimeError:

@@ -11,7 +11,11 @@ B, H, L, S, D = 2, 4, 6, 8, 16
 
 
 def tensors() -> dict[str, object]:
-    return {"q": torch.randn(B, H, L, D), "k": torch.randn(B, H, S, D), "v": torch.randn(B, H, S, D)}
+    return {
+        "q": torch.randn(B, H, L, D),
+        "k": torch.randn(B, H, S, D),
+        "v": torch.randn(B, H, S, D),
+    }
 
 
 MISTAKES = {

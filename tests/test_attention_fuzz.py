@@ -1,8 +1,7 @@
-"""Random calls against the oracle. A failure prints the one line that repeats it:
+"""Random calls against the oracle.
 
-    python tests/test_attention_fuzz.py cpu 17       (backend, seed)
-
-`--fuzz N` runs N seeds a backend instead of 200.
+A failure prints the one line that repeats it: `python tests/test_attention_fuzz.py cpu 17`, that
+is backend and seed. `--fuzz N` runs N seeds a backend instead of 200.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import functools
 import random
 import sys
 
-import pytest
 import torch
 from cases import Case, run_backend, run_plain, skip_unless_supported
 

@@ -64,7 +64,7 @@ MASK_SHAPES = {
 MASK_CASES = [(name, shape) for name, shapes in MASK_SHAPES.items() for shape in shapes]
 
 
-@pytest.mark.parametrize("name, shape", MASK_CASES)
+@pytest.mark.parametrize(("name", "shape"), MASK_CASES)
 def test_masks_broadcast(attention_backend: str, name: str, shape: tuple[int, ...]) -> None:
     q, k, v = tensors(name)
     mask = torch.rand(shape) < 0.8
@@ -101,7 +101,7 @@ def test_scale_and_float32_mask_with_half_precision(attention_backend: str) -> N
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_causal_with_a_scale_that_is_not_positive(attention_backend: str, scale: float) -> None:
-    """torch's flash path masks before it scales: NaN, or finite and wrong."""
+    """Torch's flash path masks before it scales: NaN, or finite and wrong."""
     q, k, v = tensors("4-D")
     q = q[:, :, :, :]
     allowed = torch.ones(6, 9, dtype=torch.bool).tril()
@@ -117,19 +117,17 @@ def test_causal_with_a_scale_that_is_not_positive(attention_backend: str, scale:
 def test_mask_and_causal_together_both_apply_at_every_rank(
     attention_backend: str, name: str
 ) -> None:
-    """torch applies both in 4-D and refuses in 3-D and on its math path."""
+    """Torch applies both in 4-D and refuses in 3-D and on its math path."""
     q, k, v = tensors(name)
     mask = torch.rand(6, 9) < 0.8
     both = mask & torch.ones(6, 9, dtype=torch.bool).tril()
     expected = scaled_dot_product_attention(q, k, v, both, backend=attention_backend)
-    actual = scaled_dot_product_attention(
-        q, k, v, mask, is_causal=True, backend=attention_backend
-    )
+    actual = scaled_dot_product_attention(q, k, v, mask, is_causal=True, backend=attention_backend)
     torch.testing.assert_close(actual, expected)
 
 
 def test_a_number_of_keys_that_differs_from_that_of_values_is_refused() -> None:
-    """torch takes it from the values: shorter keys are read past their end."""
+    """Torch takes it from the values: shorter keys are read past their end."""
     q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 5, 9))
     with pytest.raises(ValueError, match="`v` must have shape"):
         scaled_dot_product_attention(q, k, v)

@@ -209,6 +209,17 @@ FUSED_ATTN_INLINE void store(S* to, VecF v, int n) {
   std::memcpy(to, lanes, sizeof(S) * static_cast<size_t>(n));
 }
 
+// Bit i of the result: is byte i of n <= 64 non-zero?
+FUSED_ATTN_INLINE uint64_t nonzero_bytes(const uint8_t* from, int n) {
+  alignas(32) uint8_t bytes[64] = {};
+  std::memcpy(bytes, from, static_cast<size_t>(n));
+  const auto* p = reinterpret_cast<const __m256i*>(bytes);
+  const __m256i zero = _mm256_setzero_si256();
+  const uint32_t lo = _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_load_si256(p), zero));
+  const uint32_t hi = _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_load_si256(p + 1), zero));
+  return ~(uint64_t{hi} << 32 | lo);
+}
+
 // Transposes the 8 x 8 block of eight registers.
 FUSED_ATTN_INLINE void transpose8(__m256 (&r)[8]) {
   __m256 a[8], b[8];

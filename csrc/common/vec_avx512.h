@@ -163,6 +163,13 @@ FUSED_ATTN_INLINE void store(S* to, VecF v, int n) {
   _mm256_mask_storeu_epi16(to, first_lanes(n), narrow(v, S{}));
 }
 
+// Bit i of the result: is byte i of n <= 64 non-zero?
+FUSED_ATTN_INLINE uint64_t nonzero_bytes(const uint8_t* from, int n) {
+  const __mmask64 valid = n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+  const __m512i bytes = _mm512_maskz_loadu_epi8(valid, from);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+
 // The 16 x 16 transpose in four steps, each exchanging blocks of twice the size.
 FUSED_ATTN_INLINE void transpose(VecF (&rows)[16]) {
   __m512 a[16], b[16];

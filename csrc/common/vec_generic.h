@@ -251,6 +251,13 @@ FUSED_ATTN_INLINE Vec<float> from_int_bits(const Vec<uint32_t>& a) {
   return c;
 }
 
+// Bit i of the result: is byte i of n <= 64 non-zero?
+FUSED_ATTN_INLINE uint64_t nonzero_bytes(const uint8_t* from, int n) {
+  uint64_t bits = 0;
+  for (int i = 0; i < n; ++i) bits |= uint64_t{from[i] != 0} << i;
+  return bits;
+}
+
 // The low and high half of the 64-bit products of a and the constant b.
 FUSED_ATTN_INLINE void multiply_wide(const Vec<uint32_t>& a, uint32_t b, Vec<uint32_t>& low,
                                      Vec<uint32_t>& high) {

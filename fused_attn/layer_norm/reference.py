@@ -21,7 +21,7 @@ def why_not(problem: LayerNormProblem) -> list[str]:
 
 
 def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
-    """y = norm(h) * weight + bias, and h = dropout(x) + residual, both in `sum_dtype(operands)`.
+    """Y = norm(h) * weight + bias, and h = dropout(x) + residual, both in `sum_dtype(operands)`.
 
     h is rounded to that dtype before it is normalised, so y is the same whether h is asked for or
     not, and the same as that of a separate add and norm. Ba, Kiros, Hinton 2016, equation 4;
@@ -32,7 +32,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def add(operands: Operands, options: Options) -> Tensor:
-    """h = dropout(x) + residual, rounded once."""
+    """H = dropout(x) + residual, rounded once."""
     x, residual = operands.x, operands.residual
     if residual is None and operands.rng is None:
         return x
