@@ -9,15 +9,20 @@ from .functional import (
     last_backend,
     merge_attention,
 )
+from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
     "UnsupportedError",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_backends",
     "attention_varlen",
     "explain",
     "last_backend",
+    "layer_norm",
     "merge_attention",
+    "rms_norm",
     "scaled_dot_product_attention",
 ]
