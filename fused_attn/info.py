@@ -9,9 +9,14 @@ import sys
 
 import torch
 
-from . import attention, dispatch, layer_norm, native
+from . import dispatch, native
 from ._version import __version__
-from .functional import explain as explain_attention
+from .attention import BACKENDS as ATTENTION_BACKENDS
+from .attention import call as attention_call
+from .attention.problem import Operands as AttentionOperands
+from .layer_norm import BACKENDS as LAYER_NORM_BACKENDS
+from .layer_norm import call as layer_norm_call
+from .layer_norm.problem import Operands as LayerNormOperands
 
 ENVIRONMENT = {
     "FUSED_ATTN_CPU": "instruction-set level of the CPU kernels, for tests",
@@ -76,7 +81,13 @@ def _backends() -> str:
 def _explanations(device: str) -> list[tuple[str, dispatch.Explanation]]:
     """What each operation says of the smallest problem on `device`."""
     x = torch.zeros(1, 1, 1, 1, device=device)
-    return [("attention", explain_attention(x, x, x))]
+    attention = attention_call.problem_of(AttentionOperands(x, x, x), attention_call.Scalars())
+    norm_scalars = layer_norm_call.Scalars((1,), None, False)
+    norm = layer_norm_call.problem_of(LayerNormOperands(x), norm_scalars)
+    return [
+        ("attention", dispatch.explain(ATTENTION_BACKENDS, attention)),
+        ("layer norm", dispatch.explain(LAYER_NORM_BACKENDS, norm)),
+    ]
 
 
 def _environment() -> str:
