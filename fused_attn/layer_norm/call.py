@@ -134,7 +134,9 @@ def _check_out(name: str, out: Tensor, operands: Operands) -> None:
     checks.expect_dtype(name, out, (sum_dtype(operands),))
     checks.expect_device(name, out, operands.x.device)
     if torch.is_grad_enabled() and (out.requires_grad or _needs_grad(operands)):
-        raise ValueError(f"`{name}` must be None where a gradient is wanted, as in torch's functions")
+        raise ValueError(
+            f"`{name}` must be None where a gradient is wanted, as in torch's functions"
+        )
 
 
 def _autocast(operands: Operands) -> Operands:
