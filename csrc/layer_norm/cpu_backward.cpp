@@ -18,8 +18,8 @@ using layer_norm::BackwardParams;
 
 constexpr int kBlockRows = 4;
 
-// What the second pass needs of a row. H: the type of h in memory, that of the operands or, where it
-// is computed again, that of the arithmetic.
+// What the second pass needs of a row. H: the type of h in memory, that of the operands or, where
+// it is computed again, that of the arithmetic.
 template <class T, class H, class A>
 struct Row {
   const T* dy;
@@ -29,7 +29,7 @@ struct Row {
   T* dx;
   T* dresidual;  // null unless it differs from dx
   A mean, rstd;
-  A mean_g, mean_g_xhat;  // the two averages, times rstd
+  A mean_g, mean_g_xhat;  // the two averages
 };
 
 template <class T, class H>
@@ -135,9 +135,9 @@ class Backward {
       acc[0] = acc[0] + g;
       acc[1] = fma(g, xhat, acc[1]);
     });
-    const double scale = static_cast<double>(row.rstd) / static_cast<double>(p_.width);
-    row.mean_g = p_.rms ? A(0) : static_cast<A>(sums[0] * scale);
-    row.mean_g_xhat = static_cast<A>(sums[1] * scale);
+    const double width = static_cast<double>(p_.width);
+    row.mean_g = p_.rms ? A(0) : static_cast<A>(sums[0] / width);
+    row.mean_g_xhat = static_cast<A>(sums[1] / width);
   }
 
   template <int kRows>
@@ -152,8 +152,8 @@ class Backward {
   template <int kRows, bool kParameters>
   void gradients(const Row<T, H, A>* rows, A* dweight, A* dbias) const {
     const bool streamed = stream_dx_;
-    const V factor = V::set1(
-        p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
+    const V factor =
+        V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
     V mean[kRows], rstd[kRows], mean_g[kRows], mean_g_xhat[kRows];
     for (int r = 0; r < kRows; ++r) {
       mean[r] = V::set1(rows[r].mean);
@@ -177,7 +177,9 @@ class Backward {
           dw = fma(dy, xhat, dw);
           db = db + dy;
         }
-        V dh = fma(dy * w, rstd[r], V::zero() - mean_g[r]) - xhat * mean_g_xhat[r];
+        // The difference first: it is exactly 0 where all of a row's g are equal.
+        const V centred = dy * w - mean_g[r];
+        V dh = fma(V::zero() - xhat, mean_g_xhat[r], centred) * rstd[r];
         if (row.dh != nullptr) dh = dh + load(row.dh + j, lanes);
         if (row.dresidual != nullptr) put(row.dresidual + j, dh, lanes, streamed);
         if (row.keep != nullptr) dh = select(row.keep[j / kLanes], dh * factor, V::zero());
