@@ -53,7 +53,7 @@ def run(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> fused.Result:
-    """y and, if it is needed or has a place, the sum."""
+    """Y and, if it is needed or has a place, the sum."""
     operands = _autocast(operands)
     if scalars.dropout_p and operands.rng is None:
         checks.expect_tensor("x", operands.x)
@@ -134,7 +134,9 @@ def _check_out(name: str, out: Tensor, operands: Operands) -> None:
     checks.expect_dtype(name, out, (sum_dtype(operands),))
     checks.expect_device(name, out, operands.x.device)
     if torch.is_grad_enabled() and (out.requires_grad or _needs_grad(operands)):
-        raise ValueError(f"`{name}` must be None where a gradient is wanted, as in torch's functions")
+        raise ValueError(
+            f"`{name}` must be None where a gradient is wanted, as in torch's functions"
+        )
 
 
 def _autocast(operands: Operands) -> Operands:

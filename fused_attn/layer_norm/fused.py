@@ -48,7 +48,7 @@ def layer_norm(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> Result:
-    """y and, if it is needed, the sum; with gradients where they are wanted.
+    """Y and, if it is needed, the sum; with gradients where they are wanted.
 
     Args:
         out, sum_out: the tensors to write y and the sum to, if no gradient is wanted; new ones if
@@ -60,9 +60,7 @@ def layer_norm(
     if not _is_traced(operands):
         y, h, _, _ = _run_forward(operands, options, need_sum, False, name, out, sum_out)
         return y, h
-    y, h, _, _ = torch.ops.fused_attn.layer_norm_forward(
-        *operands, *options, need_sum, False, name
-    )
+    y, h, _, _ = torch.ops.fused_attn.layer_norm_forward(*operands, *options, need_sum, False, name)
     return y, h if need_sum else None
 
 
@@ -84,9 +82,7 @@ def _run_forward(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    y, h, mean, rstd = _empty_results(
-        operands, options, need_sum, need_statistics, out, sum_out
-    )
+    y, h, mean, rstd = _empty_results(operands, options, need_sum, need_statistics, out, sum_out)
     _backend(name).forward(operands, options, y, h, mean, rstd)
     return y, h, mean, rstd
 
@@ -112,7 +108,7 @@ def _run_backward(
 def _backend(name: str) -> Any:
     from . import BACKENDS  # not at import: the tuple imports the backends, and they this module
 
-    return next(backend for backend in BACKENDS if backend.NAME == name)
+    return next(backend for backend in BACKENDS if name == backend.NAME)
 
 
 def _empty_results(
@@ -243,9 +239,7 @@ class _LayerNorm(torch.autograd.Function):
         wanted = [needs[0], needs[1] and not shared, *needs[2:]]
         arguments = (h, mean, rstd, dy, dh, ctx.x_dtype, ctx.residual_dtype, wanted, ctx.name)
         if _is_traced((*operands, dy, dh)):
-            results = torch.ops.fused_attn.layer_norm_backward(
-                *operands, *ctx.options, *arguments
-            )
+            results = torch.ops.fused_attn.layer_norm_backward(*operands, *ctx.options, *arguments)
             grads = [g if want else None for g, want in zip(results, wanted, strict=True)]
         else:
             grads = _run_backward(operands, ctx.options, *arguments)
