@@ -9,10 +9,15 @@ from .functional import (
     last_backend,
     merge_attention,
 )
+from .modules import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
+    "FusedAddLayerNorm",
+    "FusedAddRMSNorm",
+    "FusedLayerNorm",
+    "FusedRMSNorm",
     "UnsupportedError",
     "add_layer_norm",
     "add_rms_norm",

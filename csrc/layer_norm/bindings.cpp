@@ -48,7 +48,8 @@ void check_same_shape(const TensorView& tensor, const TensorView& like, int firs
   if (!tensor) return;
   bool same = tensor.ndim == like.ndim - first;
   for (int d = 0; same && d < tensor.ndim; ++d) same = tensor.shape[d] == like.shape[first + d];
-  if (!same) fail_check(tensor.name, std::string("have the shape of `") + like.name + "`", "another");
+  if (!same)
+    fail_check(tensor.name, std::string("have the shape of `") + like.name + "`", "another");
 }
 
 // Statistics: one number a row, dense.
@@ -74,7 +75,8 @@ void fill(Problem& problem, const TensorView& like, DType dtype, const TensorVie
   problem.rows = size(like, 0, like.ndim - dims);
   problem.width = size(like, like.ndim - dims, like.ndim);
   for (const TensorView* tensor : {&x, &residual}) check_same_shape(*tensor, like);
-  for (const TensorView* tensor : {&weight, &bias}) check_same_shape(*tensor, like, like.ndim - dims);
+  for (const TensorView* tensor : {&weight, &bias})
+    check_same_shape(*tensor, like, like.ndim - dims);
   problem.residual = rows(residual, dims);
   problem.weight = rows(weight, dims);
   problem.bias = rows(bias, dims);
@@ -123,9 +125,8 @@ void backward_binding(py::handle x_, py::handle residual_, py::handle weight_, p
   check_present(dy);
   if (!h) check_present(x);
   BackwardParams params;
-  fill(params, dy, dy.dtype, x, tensor_view(residual_, "residual"),
-       tensor_view(weight_, "weight"), tensor_view(bias_, "bias"), tensor_view(rng_, "rng"), dims,
-       rms, dropout_p, threads);
+  fill(params, dy, dy.dtype, x, tensor_view(residual_, "residual"), tensor_view(weight_, "weight"),
+       tensor_view(bias_, "bias"), tensor_view(rng_, "rng"), dims, rms, dropout_p, threads);
   for (const TensorView* tensor : {&h, &dh, &dx, &dresidual}) check_same_shape(*tensor, dy);
   for (const TensorView* tensor : {&dweight, &dbias}) {
     check_same_shape(*tensor, dy, dy.ndim - dims);

@@ -53,7 +53,7 @@ def run(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> fused.Result:
-    """y and, if it is needed or has a place, the sum."""
+    """Y and, if it is needed or has a place, the sum."""
     operands = _autocast(operands)
     if scalars.dropout_p and operands.rng is None:
         checks.expect_tensor("x", operands.x)

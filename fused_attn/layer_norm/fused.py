@@ -48,7 +48,7 @@ def layer_norm(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> Result:
-    """y and, if it is needed, the sum; with gradients where they are wanted.
+    """Y and, if it is needed, the sum; with gradients where they are wanted.
 
     Args:
         out, sum_out: the tensors to write y and the sum to, if no gradient is wanted; new ones if
@@ -108,7 +108,7 @@ def _run_backward(
 def _backend(name: str) -> Any:
     from . import BACKENDS  # not at import: the tuple imports the backends, and they this module
 
-    return next(backend for backend in BACKENDS if backend.NAME == name)
+    return next(backend for backend in BACKENDS if name == backend.NAME)
 
 
 def _empty_results(
