@@ -136,9 +136,7 @@ def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> fused.Result
 def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
     problem = problem_of(operands, scalars, needs_grad)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    settings = fused.Settings(
-        problem.weights, scalars.need_lse, scalars.token_major, backend.NAME
-    )
+    settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
     plain = dispatch.is_plain(operands)
     return Plan(problem.options, settings, backend, needs_grad, plain)
 

@@ -137,7 +137,7 @@ def _backend(name: str) -> Any:
     from . import BACKENDS  # not at import: the tuple imports the backends, and they this module
 
     for backend in BACKENDS:
-        if backend.NAME == name:
+        if name == backend.NAME:
             return backend
     raise AssertionError(f"no backend is called {name!r}")
 
