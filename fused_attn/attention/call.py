@@ -144,7 +144,10 @@ def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
 def _needs_grad(operands: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any([x is not None and getattr(x, "requires_grad", False) for x in operands[:4]])
+    for x in operands[:4]:
+        if getattr(x, "requires_grad", False):
+            return True
+    return False
 
 
 def _autocast(operands: Operands) -> Operands:
