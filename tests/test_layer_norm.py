@@ -131,7 +131,7 @@ def test_constant_rows_have_finite_gradients(layer_norm_backend: str) -> None:
 
 
 def test_statistics_are_float32(layer_norm_backend: str) -> None:
-    """In float16 the sum of these squares overflows, and in bfloat16 the mean loses its last bits."""
+    """In float16 the sum of these squares overflows; in bfloat16 the mean loses its last bits."""
     for dtype in (torch.float16, torch.bfloat16):
         for offset in (0.0, 300.0):
             x = (torch.randn(4, 4096) * 60 + offset).to(dtype)
