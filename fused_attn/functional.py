@@ -14,6 +14,7 @@ from .attention.problem import Causal, Operands, Weights
 
 __all__ = [
     "attention",
+    "attention_backends",
     "attention_varlen",
     "explain",
     "last_backend",
@@ -224,6 +225,11 @@ def merge_attention(
     lse = torch.where(empty, -torch.inf, peak + torch.log(total))
     out = out1 * (weight1 / total)[..., None] + out2 * (weight2 / total)[..., None]
     return out.to(out1.dtype), lse
+
+
+def attention_backends() -> tuple[str, ...]:
+    """Names of the attention backends, the preferred one first."""
+    return tuple(backend.NAME for backend in BACKENDS)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Explanation:

@@ -19,28 +19,37 @@ def why_not(problem: AttentionProblem) -> list[str]:
 
 
 def forward(
-    operands: Operands, options: Options, weights: int = NO_WEIGHTS
+    operands: Operands,
+    options: Options,
+    weights: int = NO_WEIGHTS,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, lse and, where asked for, weights.
 
     Vaswani et al. 2017, equation 1, with the score of `fused_attn.attention`. Scores and softmax
-    are float32 (float64 for float64). A row that sees no key gives output 0, weights 0, lse -inf.
+    are float32 (float64 for float64), or `compute_dtype`: what plain PyTorch does in half precision
+    is the yardstick of the tests. A row that sees no key gives output 0, weights 0, lse -inf.
 
     Returns:
         out (B, H, Lq, Dv) in q's dtype, lse (B, H, Lq), weights (B, H, Lq, Lk), averaged
         (B, 1, Lq, Lk), or None. Packed operands give packed results.
     """
+    if compute_dtype is None:
+        compute_dtype = torch.float64 if operands.q.dtype == torch.float64 else torch.float32
     if operands.cu_seqlens_q is not None:
-        return _forward_packed(operands, options)
+        return _forward_packed(operands, options, compute_dtype)
     shift = operands.k.shape[2] - operands.q.shape[2]
-    return _forward_dense(operands, options, weights, shift)
+    return _forward_dense(operands, options, weights, shift, compute_dtype)
 
 
 def _forward_dense(
-    operands: Operands, options: Options, weights: int, shift: int | Tensor
+    operands: Operands,
+    options: Options,
+    weights: int,
+    shift: int | Tensor,
+    compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v = operands.q, operands.k, operands.v
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     visible = _visible(operands, options, shift)
     if visible is not None:
         # A key that no query sees may hold NaN, and 0 * NaN is NaN: take it out first.
@@ -56,6 +65,8 @@ def _forward_dense(
     p, lse = _softmax(s)
     p = _dropout(p, operands.rng, options.dropout_p)
     out = (p @ v).to(q.dtype)
+    if compute in (torch.float16, torch.bfloat16):
+        lse = lse.float()
     if weights == NO_WEIGHTS:
         return out, lse, None
     if weights == AVERAGE:
@@ -151,7 +162,9 @@ def _visible(operands: Operands, options: Options, shift: int | Tensor) -> Tenso
     return visible[(None,) * (4 - visible.dim())]
 
 
-def _forward_packed(operands: Operands, options: Options) -> tuple[Tensor, Tensor, None]:
+def _forward_packed(
+    operands: Operands, options: Options, compute: torch.dtype
+) -> tuple[Tensor, Tensor, None]:
     """Spread the sequences over a padded batch, run the dense formula, gather what is real."""
     assert operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None
     rows_q, lengths_q = _padded_rows(operands.cu_seqlens_q, options.max_seqlen_q)
@@ -165,7 +178,7 @@ def _forward_packed(operands: Operands, options: Options) -> tuple[Tensor, Tenso
         rng=operands.rng,
     )
     shift = (lengths_k - lengths_q)[:, None, None, None]
-    out, lse, _ = _forward_dense(dense, options, NO_WEIGHTS, shift)
+    out, lse, _ = _forward_dense(dense, options, NO_WEIGHTS, shift, compute)
     total = operands.q.shape[2]
     row = torch.arange(total, device=operands.q.device)
     sequence = torch.bucketize(row, operands.cu_seqlens_q[1:].long(), right=True)

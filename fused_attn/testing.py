@@ -1,0 +1,134 @@
+"""What tests and benchmarks share: inputs, a float64 oracle, and the error budget.
+
+The budget is FlashAttention's rule: our largest error against the oracle may be at most twice
+(forward) or three times (backward) that of plain PyTorch in the same dtype, plus one rounding step
+of the result. No tolerance is tuned by hand. Users may run the same check in their own CI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR = 2.0
+BACKWARD_FACTOR = 3.0
+
+
+def to_double(value: Any) -> Any:
+    """`value` with every floating tensor in it as float64, detached, gradient flags kept."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        return value.detach().double().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: to_double(item) for name, item in value.items()}
+    return value
+
+
+def rounding_step(dtype: torch.dtype, magnitude: float) -> float:
+    """Spacing of `dtype` at `magnitude`: the error of storing a result once, and a little more."""
+    return torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).smallest_normal
+
+
+def largest_error(actual: Tensor, oracle: Tensor) -> float:
+    """max |actual - oracle|; equal infinities count as no error, a NaN as infinite error."""
+    actual, oracle = actual.detach().double(), oracle.detach().double()
+    if actual.numel() == 0:
+        return 0.0
+    difference = torch.where(actual == oracle, 0.0, (actual - oracle).abs())
+    difference = torch.where(actual.isnan() & oracle.isnan(), 0.0, difference)
+    return float(difference.nan_to_num(nan=torch.inf).max())
+
+
+def assert_within_budget(
+    name: str, ours: Tensor, plain: Tensor, oracle: Tensor, factor: float = FORWARD_FACTOR
+) -> None:
+    """Fail unless `ours` is nearly as close to `oracle` as `plain` is.
+
+    Args:
+        name: named in the message.
+        ours: the result under test.
+        plain: plain PyTorch's result in the same dtype.
+        oracle: the formula's result in float64.
+        factor: how many times plain's error is allowed.
+
+    Raises:
+        AssertionError: shape or dtype differ from plain's, or the error is over the budget.
+    """
+    assert ours.shape == oracle.shape, f"{name}: shape {ours.shape}, expected {oracle.shape}"
+    assert ours.dtype == plain.dtype, f"{name}: dtype {ours.dtype}, expected {plain.dtype}"
+    finite = oracle.detach()[oracle.isfinite()]
+    magnitude = float(finite.abs().max()) if finite.numel() else 0.0
+    error, plain_error = largest_error(ours, oracle), largest_error(plain, oracle)
+    if plain_error == torch.inf:
+        # Plain PyTorch may overflow where the formula does not; one rounding step is then the bar.
+        plain_error = 0.0
+    allowed = factor * plain_error + rounding_step(ours.dtype, magnitude)
+    assert error <= allowed, (
+        f"{name}: error {error:.3g} against float64, allowed {allowed:.3g} "
+        f"({factor:g} x plain {plain_error:.3g} + one rounding step at {magnitude:.3g})"
+    )
+
+
+def gradients(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seed: int = 0
+) -> list[Tensor]:
+    """Gradients of `inputs` under fixed random output gradients, the same in every dtype.
+
+    Rows of -inf (lse of an empty row) get gradient 0. An input that does not matter gets zeros.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for output in outputs:
+        if output is None:
+            continue
+        grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        # Rounded through the lowest precision, so that every dtype gets exactly the same numbers.
+        grad = grad.bfloat16().to(output.device, output.dtype)
+        if output.requires_grad:
+            pairs.append((output, torch.where(output.isinf(), 0.0, grad)))
+    if not pairs:
+        return [torch.zeros_like(x) for x in inputs]
+    found = torch.autograd.grad(
+        [output for output, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def check_against_oracle(
+    ours: Callable[..., Sequence[Tensor | None]],
+    formula: Callable[..., Sequence[Tensor | None]],
+    tensors: dict[str, Tensor],
+    output_names: Sequence[str],
+) -> None:
+    """Hold `ours(**tensors)` and its gradients against `formula` in float64 and in the same dtype.
+
+    Args:
+        ours: the implementation under test.
+        formula: plain PyTorch, computing in the dtype that it is given.
+        tensors: arguments by name; gradients are checked for those that require them.
+        output_names: of the outputs, for messages.
+
+    Raises:
+        AssertionError: an output or a gradient is over its budget.
+    """
+    results = {}
+    wanted = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    for kind, function, arguments in (
+        ("ours", ours, tensors),
+        ("plain", formula, tensors),
+        ("oracle", formula, to_double(tensors)),
+    ):
+        outputs = function(**arguments)
+        grads = gradients(outputs, [arguments[name] for name in wanted]) if wanted else []
+        results[kind] = (outputs, grads)
+    for i, name in enumerate(output_names):
+        actual, plain, oracle = (results[kind][0][i] for kind in ("ours", "plain", "oracle"))
+        if oracle is not None:
+            assert_within_budget(name, actual, plain, oracle, FORWARD_FACTOR)
+    for i, name in enumerate(wanted):
+        actual, plain, oracle = (results[kind][1][i] for kind in ("ours", "plain", "oracle"))
+        assert_within_budget(f"gradient of {name}", actual, plain, oracle, BACKWARD_FACTOR)

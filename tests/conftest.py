@@ -1,0 +1,44 @@
+"""Fixtures that every test file shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`attention_backend` runs over the operation's BACKENDS: a new one inherits every test."""
+    if "attention_backend" in metafunc.fixturenames:
+        names = [backend.NAME for backend in ATTENTION_BACKENDS]
+        metafunc.parametrize("attention_backend", names, indirect=True)
+
+
+@pytest.fixture
+def attention_backend(request: pytest.FixtureRequest) -> str:
+    """Name of a backend that can run here; its own reasons are the reasons to skip."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every uninitialised tensor starts as NaN, so that an unwritten element cannot pass."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+
+
+def _poisoning(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point() and type(tensor) is torch.Tensor and not tensor.is_meta:
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)

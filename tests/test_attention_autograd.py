@@ -1,0 +1,109 @@
+"""Derivatives of every order and kind, for every backend."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from cases import Case, run_backend, skip_unless_supported
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from fused_attn import attention
+
+CASES = {
+    "plain": Case(1, 2, 2, 5, 7, 3),
+    "causal, grouped": Case(1, 2, 1, 6, 6, 3, causal=True),
+    "bias": Case(1, 2, 2, 4, 5, 3, bias="1hqk", softcap=3.0),
+    "dropout": Case(1, 1, 1, 5, 6, 3, dropout_p=0.3),
+    "empty rows": Case(2, 1, 1, 4, 4, 3, padding="empty"),
+    "weights": Case(1, 2, 2, 4, 5, 3, weights="average"),
+    "weights per head": Case(1, 2, 2, 4, 5, 3, weights="per_head", mask="b1qk", dropout_p=0.2),
+}
+
+
+def as_function(case: Case, backend: str):
+    """The case as a function of its differentiable tensors alone, and these tensors."""
+    tensors = case.tensors(torch.float64)
+    skip_unless_supported(case, backend, tensors)
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs = run_backend(case, backend, **{**tensors, **dict(zip(names, values, strict=True))})
+        # lse is -inf where a row is empty, which finite differences cannot take.
+        return tuple(x.clamp(min=-1e3) for x in outputs if x is not None)
+
+    return function, tuple(tensors[name] for name in names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(attention_backend: str, name: str) -> None:
+    function, values = as_function(CASES[name], attention_backend)
+    assert gradcheck(function, values, check_forward_ad=True, fast_mode=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradgradcheck(attention_backend: str, name: str) -> None:
+    function, values = as_function(CASES[name], attention_backend)
+    assert gradgradcheck(function, values)
+
+
+def test_forward_mode_agrees_with_the_reference(attention_backend: str) -> None:
+    q, k, v, tangent = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(4))
+
+    def push(backend: str) -> Tensor:
+        with forward_ad.dual_level():
+            out = attention(q, k, forward_ad.make_dual(v, tangent), causal=True, backend=backend)
+            return forward_ad.unpack_dual(out).tangent
+
+    torch.testing.assert_close(push(attention_backend), push("reference"))
+
+
+def test_torch_func_transforms(attention_backend: str) -> None:
+    q, k, v = (torch.randn(3, 1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    run = functools.partial(attention, causal=True, backend=attention_backend)
+    expected = torch.stack([run(*x) for x in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(run)(q, k, v), expected)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run(q, k, v).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    x = q.clone().requires_grad_()
+    total = sum(loss(*x) for x in zip(x, k, v, strict=True))
+    torch.testing.assert_close(per_sample, torch.autograd.grad(total, x)[0])
+    torch.func.jacrev(run)(q[0], k[0], v[0])
+
+
+def test_only_lse_is_differentiated(attention_backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        lse = attention(q, k, v, return_lse=True, backend=backend)[1]
+        return torch.autograd.grad(lse.square().sum(), (q, k, v), materialize_grads=True)
+
+    for actual, expected in zip(gradients(attention_backend), gradients("reference"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_leave_frozen_tensors_alone(attention_backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=i == 0) for i in range(3))
+    attention(q, k, v, backend=attention_backend).sum().backward()
+    assert q.grad is not None and k.grad is None and v.grad is None
+
+
+def test_checkpointing_gives_the_same_gradients(attention_backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, dropout_p=0.3, backend=attention_backend)
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(run(q, k, v).sum(), (q, k, v))
+    torch.manual_seed(3)
+    actual = torch.autograd.grad(checkpoint(run, q, k, v, use_reentrant=False).sum(), (q, k, v))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
