@@ -1,5 +1,6 @@
 """Fused attention for PyTorch: drop-in modules and the functions behind them."""
 
+from .convert import fuse, unfuse
 from .dispatch import UnsupportedError
 from .functional import (
     attention,
@@ -9,15 +10,31 @@ from .functional import (
     last_backend,
     merge_attention,
 )
+from .modules import (
+    FusedMultiheadAttention,
+    FusedTransformer,
+    FusedTransformerDecoder,
+    FusedTransformerDecoderLayer,
+    FusedTransformerEncoder,
+    FusedTransformerEncoderLayer,
+)
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
+    "FusedMultiheadAttention",
+    "FusedTransformer",
+    "FusedTransformerDecoder",
+    "FusedTransformerDecoderLayer",
+    "FusedTransformerEncoder",
+    "FusedTransformerEncoderLayer",
     "UnsupportedError",
     "attention",
     "attention_backends",
     "attention_varlen",
     "explain",
+    "fuse",
     "last_backend",
     "merge_attention",
     "scaled_dot_product_attention",
+    "unfuse",
 ]

@@ -1,5 +1,28 @@
 """Drop-ins for torch.nn's modules: subclasses with the same constructor and state_dict."""
 
-from .attention import FusedMultiheadAttention
+from torch import nn
 
-__all__ = ["FusedMultiheadAttention"]
+from .attention import FusedMultiheadAttention
+from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
+from .transformer import FusedTransformerDecoderLayer, FusedTransformerEncoderLayer
+
+# What `fuse` puts in the place of what. The classes are taken now: a program may later put other
+# ones under torch.nn's names.
+DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: FusedMultiheadAttention,
+    nn.TransformerEncoderLayer: FusedTransformerEncoderLayer,
+    nn.TransformerDecoderLayer: FusedTransformerDecoderLayer,
+    nn.TransformerEncoder: FusedTransformerEncoder,
+    nn.TransformerDecoder: FusedTransformerDecoder,
+    nn.Transformer: FusedTransformer,
+}
+
+__all__ = [
+    "DROP_INS",
+    "FusedMultiheadAttention",
+    "FusedTransformer",
+    "FusedTransformerDecoder",
+    "FusedTransformerDecoderLayer",
+    "FusedTransformerEncoder",
+    "FusedTransformerEncoderLayer",
+]

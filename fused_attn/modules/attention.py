@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +11,10 @@ from ..attention.call import Scalars
 from ..attention.problem import Operands, Weights
 from . import attention_arguments as arguments
 from .attention_arguments import Sizes
+from .scripting import NotScriptable
 
 
-class FusedMultiheadAttention(nn.MultiheadAttention):
+class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on fused kernels: same constructor, parameters, state_dict.
 
     One call is one in-projection (a single matrix product where query, key and value are the same
@@ -86,9 +85,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         projected = self._project(query, key, value)
         q, k, v = (self._split_heads(x, sizes.batched) for x in projected)
         k, v, appended = self._append_keys(k, v, sizes)
-        masks = arguments.make_masks(
-            key_padding_mask, attn_mask, is_causal, sizes, appended, q.device
-        )
+        masks = arguments.make_masks(key_padding_mask, attn_mask, is_causal, sizes, appended, q)
         wanted: Weights = None
         if need_weights:
             wanted = "average" if average_attn_weights else "per_head"
@@ -106,7 +103,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The three in-projections, in the layout of their inputs; last dimension embed_dim."""
         # Read at each call: a parametrization computes them, LoRA and pruning replace them.
-        bias = self.in_proj_bias
+        bias: Tensor | None = self.in_proj_bias
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             _check_dtypes(query, weights[0])
@@ -163,13 +160,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if not extra_k:
             return k, v, 0
         return torch.cat([k, *extra_k], dim=2), torch.cat([v, *extra_v], dim=2), len(extra_k)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks a module for before it compiles it."""
-        raise NotImplementedError(
-            f"torch.jit.script cannot compile {type(self).__name__}: use torch.compile or "
-            "torch.export, or put torch.nn's modules back first with fused_attn.unfuse(model)"
-        )
 
 
 def _check_dtypes(query: Tensor, weight: Tensor) -> None:

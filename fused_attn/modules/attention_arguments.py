@@ -200,7 +200,7 @@ def make_masks(
     is_causal: bool,
     sizes: Sizes,
     appended: int,
-    device: torch.device,
+    like: Tensor,
 ) -> Masks:
     """Checked masks of torch.nn (True = masked out) in the form of `fused_attn.attention`.
 
@@ -210,7 +210,9 @@ def make_masks(
 
     Args:
         appended: how many always visible keys (bias_kv, zero attention) follow the S keys.
+        like: the projected query, for its device and dtype.
     """
+    precision = torch.promote_types(like.dtype, torch.float32)
     bias = mask = keep = None
     if attn_mask is not None:
         attn_mask = _four_dimensional(attn_mask, sizes)
@@ -225,14 +227,15 @@ def make_masks(
             keep = ~key_padding_mask
         else:
             padding = key_padding_mask[:, None, None, :]
-            bias = padding if bias is None else bias + padding
+            # Added in the precision of the scores, whatever that of the masks.
+            bias = padding if bias is None else bias.to(precision) + padding.to(precision)
     causal = is_causal and (attn_mask is None or sizes.queries == sizes.keys)
     if appended == 0:
         return Masks(bias, mask, keep, causal)
     if causal:
         # The diagonal stops short of the appended keys, which every query sees.
         scores = (1, 1, sizes.queries, sizes.keys)
-        triangle = torch.ones(scores, dtype=torch.bool, device=device).tril()
+        triangle = torch.ones(scores, dtype=torch.bool, device=like.device).tril()
         mask = triangle if mask is None else mask & triangle
     return Masks(
         _append_keys(bias, sizes.keys, appended, 0.0),
