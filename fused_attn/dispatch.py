@@ -61,7 +61,7 @@ def find(backends: Sequence[BackendT], name: str) -> BackendT:
         ValueError: there is none; the message lists those that exist.
     """
     for backend in backends:
-        if backend.NAME == name:
+        if name == backend.NAME:
             return backend
     known = ", ".join(repr(backend.NAME) for backend in backends)
     raise ValueError(f"`backend` must be one of {known}, got {name!r}")

@@ -174,7 +174,9 @@ def attention_varlen(
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.expect_tensor(name, tensor)
     operands = Operands(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
         alibi_slopes=alibi_slopes,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -251,9 +253,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Expla
             arguments[name] = _four_dimensional(name, arguments[name])
     arguments["weights"] = arguments.pop("return_weights", None)
     arguments["rng"] = arguments.pop("dropout_rng", None)
-    operands = Operands(
-        q, k, v, **{name: arguments.get(name) for name in Operands._fields[3:]}
-    )
+    operands = Operands(q, k, v, **{name: arguments.get(name) for name in Operands._fields[3:]})
     scalars = Scalars(**{n: arguments[n] for n in Scalars._fields if n in arguments})
     return dispatch.explain(BACKENDS, call.problem_of(operands, scalars), scalars.backend)
 

@@ -50,11 +50,11 @@ def tangents_through(
     """
     moving = [i for i, t in enumerate(tangents) if t is not None and inputs[i] is not None]
     with torch.enable_grad():
-        points = [None if x is None else x.detach() for x in inputs]
-        for i in moving:
-            point = points[i]
-            assert point is not None
-            points[i] = point.requires_grad_()
+        points = [
+            None if x is None else x.detach().requires_grad_(i in moving)
+            for i, x in enumerate(inputs)
+        ]
+        moved = [x for x in points if x is not None and x.requires_grad]
         outputs = formula(*points)
         result: list[Tensor | None] = []
         for output in outputs:
@@ -62,12 +62,13 @@ def tangents_through(
                 result.append(None if output is None else torch.zeros_like(output))
                 continue
             dummy = torch.zeros_like(output, requires_grad=True)
-            pulled = torch.autograd.grad(
-                output, [points[i] for i in moving], dummy, create_graph=True, allow_unused=True
-            )
-            used = [(g, tangents[i]) for g, i in zip(pulled, moving, strict=True) if g is not None]
+            pulled = torch.autograd.grad(output, moved, dummy, create_graph=True, allow_unused=True)
+            used = [i for i, g in zip(moving, pulled, strict=True) if g is not None]
             pushed = torch.autograd.grad(
-                [g for g, _ in used], dummy, [t for _, t in used], retain_graph=True
+                [g for g in pulled if g is not None],
+                dummy,
+                [t for i in used if (t := tangents[i]) is not None],
+                retain_graph=True,
             )
             result.append(pushed[0].detach())
     return result

@@ -57,11 +57,16 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         checks.expect_tensor("attn_mask", attn_mask)
         checks.expect_dtype("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
-    shape = _leading_shape(query, key, value, attn_mask, enable_gqa)
+    shape = _leading_shape(query, key, value, enable_gqa)
+    rank = max(query.dim(), key.dim(), value.dim())
     batch = shape[:-1]
     q = _batched(query, batch, shape[-1])
     k, v = _key_value(key, value, batch, shape[-1], enable_gqa)
-    mask = None if attn_mask is None else _batched_mask(attn_mask, batch)
+    mask = None
+    if attn_mask is not None:
+        scores = (*shape[len(shape) + 2 - rank :], query.shape[-2], key.shape[-2])
+        checks.expect_broadcastable("attn_mask", attn_mask, scores, "(..., Hq, L, S)")
+        mask = _batched_mask(attn_mask, batch)
     is_bool = mask is not None and mask.dtype == torch.bool
     out = attention(
         q,
@@ -74,20 +79,15 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p,
         backend=backend,
     )
-    rank = max(t.dim() for t in (query, key, value, query if attn_mask is None else attn_mask))
     return out if rank == 4 else out.reshape(*shape[len(shape) + 2 - rank :], *out.shape[-2:])
 
 
-def _leading_shape(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[int, ...]:
-    """(*batch, Hq) that all inputs broadcast to, batch having at least one dimension."""
+def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """(*batch, Hq) that the inputs broadcast to, batch having at least one dimension."""
     leading = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
-    if attn_mask is not None:
-        leading["attn_mask"] = attn_mask.shape[:-2]
     if enable_gqa:  # key and value heads repeat instead of broadcasting
         for name in ("key", "value"):
-            leading[name] = (*leading[name][:-1], 1) if leading[name] else leading[name]
+            leading[name] = torch.Size((*leading[name][:-1], 1)) if leading[name] else leading[name]
     try:
         shape = tuple(torch.broadcast_shapes(*leading.values()))
     except RuntimeError:

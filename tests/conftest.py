@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fused_attn
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
 
 
@@ -13,11 +14,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "attention_backend" in metafunc.fixturenames:
         names = [backend.NAME for backend in ATTENTION_BACKENDS]
         metafunc.parametrize("attention_backend", names, indirect=True)
+    if "fuzz_seed" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
 
 
 @pytest.fixture
 def attention_backend(request: pytest.FixtureRequest) -> str:
     """Name of a backend that can run here; its own reasons are the reasons to skip."""
+    x = torch.zeros(1, 1, 1, 1)
+    reasons = dict(fused_attn.explain(x, x, x).reasons)[request.param]
+    if reasons:
+        pytest.skip("; ".join(reasons))
     return request.param
 
 
@@ -42,3 +49,7 @@ def _poisoning(allocate):
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=200, help="random cases a backend")

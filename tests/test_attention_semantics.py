@@ -212,21 +212,20 @@ def test_extreme_scores_stay_finite(attention_backend: str, dtype: torch.dtype) 
     scores = (q.double() @ k.double().transpose(-2, -1)).abs().max()
     assert scores > 1e4
     out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend=attention_backend)
-    assert out.isfinite().all() and lse.isfinite().all()
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert gradient.isfinite().all()
 
 
 @each_dtype
-def test_the_smallest_finite_bias_is_not_a_mask(
-    attention_backend: str, dtype: torch.dtype
-) -> None:
+def test_the_smallest_finite_bias_is_not_a_mask(attention_backend: str, dtype: torch.dtype) -> None:
     q, k, v = qkv(1, 2, 4, 8, dtype=dtype)
     bias = torch.full((4, 4), torch.finfo(dtype).min, dtype=dtype)
     bias[0, 0] = 0.0
-    weights = attention(
-        q, k, v, bias=bias, return_weights="per_head", backend=attention_backend
-    )[1].double()
+    weights = attention(q, k, v, bias=bias, return_weights="per_head", backend=attention_backend)[
+        1
+    ].double()
     assert torch.equal(weights[:, :, 0], torch.tensor([1.0, 0, 0, 0]).double().expand(1, 2, 4))
     if dtype != torch.float16:  # -65504 leaves room for the scores to differ
         torch.testing.assert_close(weights[:, :, 1:], torch.full((1, 2, 3, 4), 0.25).double())
@@ -316,9 +315,7 @@ def test_packed_sequences_are_the_sequences_one_by_one(attention_backend: str) -
             for _ in range(2))  # fmt: skip
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     options = {"causal": "lower_right", "alibi_slopes": slopes, "backend": attention_backend}
-    out, lse = attention_varlen(
-        q, k, v, starts_q, starts_k, 70, 131, return_lse=True, **options
-    )
+    out, lse = attention_varlen(q, k, v, starts_q, starts_k, 70, 131, return_lse=True, **options)
     pieces = [
         attention(
             q[starts_q[n] : starts_q[n + 1]].transpose(0, 1)[None],
@@ -342,9 +339,7 @@ def test_packed_sequences_are_the_sequences_one_by_one(attention_backend: str) -
 def test_packed_rows_past_the_last_sequence_are_never_read(attention_backend: str) -> None:
     starts = torch.tensor([0, 3, 5], dtype=torch.int32)
     q, k, v = (torch.randn(8, 2, 4) for _ in range(3))
-    clean = attention_varlen(
-        q[:5], k[:5], v[:5], starts, starts, 3, 3, backend=attention_backend
-    )
+    clean = attention_varlen(q[:5], k[:5], v[:5], starts, starts, 3, 3, backend=attention_backend)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with torch.no_grad():
         for x in (q, k, v):

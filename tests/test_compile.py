@@ -31,7 +31,7 @@ def test_opcheck(backend: str, name: str) -> None:
     case = CASES[name]
     operands = Operands(**case.tensors(torch.float32, requires_grad=False))
     problem = call.problem_of(operands, case.scalars())
-    if reasons := next(b for b in BACKENDS if b.NAME == backend).why_not(problem):
+    if reasons := next(b for b in BACKENDS if backend == b.NAME).why_not(problem):
         pytest.skip("; ".join(reasons))
     head = (*operands, *problem.options)
     forward = torch.ops.fused_attn.attention_forward.default
@@ -84,7 +84,9 @@ def test_fullgraph_compile_by_inductor_with_dropout_and_weights(attention_backen
     q, k, v = (torch.randn(2, 2, 20, 8) for _ in range(3))
     rng = torch.tensor([3, 4])
     expected = run(q, k, v, rng)
-    for actual, wanted in zip(torch.compile(run, fullgraph=True)(q, k, v, rng), expected, strict=True):
+    for actual, wanted in zip(
+        torch.compile(run, fullgraph=True)(q, k, v, rng), expected, strict=True
+    ):
         torch.testing.assert_close(actual, wanted)
 
 
@@ -130,7 +132,8 @@ def test_meta_and_fake_tensors(attention_backend: str) -> None:
     with torch._subclasses.FakeTensorMode():
         q = torch.empty(2, 3, 10, 8)
         out, lse = attention(q, q, q, return_lse=True, backend=attention_backend)
-        assert out.shape == (2, 3, 10, 8) and lse.shape == (2, 3, 10)
+        assert out.shape == (2, 3, 10, 8)
+        assert lse.shape == (2, 3, 10)
 
 
 def test_gradient_buffers_come_in_the_layout_of_their_tensors() -> None:

@@ -106,7 +106,7 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
     return describe(operands, options, WEIGHTS[scalars.weights], _needs_grad(operands))
 
 
-def _max_seqlen(name: str, value: Any) -> int:
+def _max_seqlen(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
         raise ValueError(f"`{name}` must be an integer >= 0, got {checks.type_name(value)}")
     return value
@@ -120,17 +120,15 @@ def _execute(
     plan: Plan, operands: Operands, need_lse: bool, token_major: bool, out: Tensor | None
 ) -> Result:
     # torch.func's transforms cannot see into a kernel, but they can into the formula.
-    if plan.backend is reference or higher_order.inside_functorch():
-        result, lse, weights = reference.forward(operands, plan.options, plan.weights)
-        if not need_lse:
-            lse = None
-    else:
+    if plan.backend is not reference and not higher_order.inside_functorch():
         result, lse, weights = fused.attention(
             operands, plan.options, plan.weights, need_lse, token_major, plan.backend, out
         )
+    else:
+        result, lse, weights = reference.forward(operands, plan.options, plan.weights)
     if out is not None and result is not out:
         result = out.copy_(result)
-    return result, lse, weights
+    return result, lse if need_lse else None, weights
 
 
 def _cached_plan(operands: Operands, scalars: Scalars) -> Plan:
@@ -154,9 +152,7 @@ def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
 
 
 def _signature(operands: Operands) -> tuple[Any, ...]:
-    return tuple(
-        [None if x is None else (x.shape, x.dtype, x.device) for x in operands]
-    )
+    return tuple([None if x is None else (x.shape, x.dtype, x.device) for x in operands])
 
 
 def _needs_grad(operands: Operands) -> bool:
@@ -176,8 +172,9 @@ def _autocast(operands: Operands) -> Operands:
     if q.dtype == torch.float64 or not q.is_floating_point():
         return operands
     dtype = torch.get_autocast_dtype(q.device.type)
-    q, k, v = (x.to(dtype) for x in operands[:3])
     bias = operands.bias
     if bias is not None and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(dtype)
-    return operands._replace(q=q, k=k, v=v, bias=bias)
+    return operands._replace(
+        q=q.to(dtype), k=operands.k.to(dtype), v=operands.v.to(dtype), bias=bias
+    )

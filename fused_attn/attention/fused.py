@@ -135,7 +135,7 @@ def _run_backward(
 def _backend(name: str) -> Any:
     from . import BACKENDS  # not at import: the tuple imports the backends, and they this module
 
-    return next(backend for backend in BACKENDS if backend.NAME == name)
+    return next(backend for backend in BACKENDS if name == backend.NAME)
 
 
 def _empty_out(operands: Operands, token_major: bool) -> Tensor:
@@ -157,9 +157,7 @@ def _empty_extras(
     seqlen_k = operands.k.shape[2]
     lse = w = None
     if need_lse or weights != NO_WEIGHTS:
-        lse = torch.empty(
-            (batch, num_heads, seqlen_q), dtype=_statistics_dtype(q), device=q.device
-        )
+        lse = torch.empty((batch, num_heads, seqlen_q), dtype=_statistics_dtype(q), device=q.device)
     if weights != NO_WEIGHTS:
         heads = 1 if weights == AVERAGE else num_heads
         w = torch.empty((batch, heads, seqlen_q, seqlen_k), dtype=q.dtype, device=q.device)
@@ -260,8 +258,10 @@ class _Attention(torch.autograd.Function):
         padding = (None,) * (len(ctx.needs_input_grad) - 4)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             formula = _formula(operands, ctx.options, weights)
-            grads = higher_order.gradients_through(formula, operands[:4], grad_outputs)
-            return (*grads, *padding)
+            return (
+                *higher_order.gradients_through(formula, operands[:4], grad_outputs),
+                *padding,
+            )
         if dout is None and dlse is None and dweights is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = tuple(ctx.needs_input_grad[:4])
@@ -286,8 +286,6 @@ def _formula(operands: Operands, options: Options, weights: int) -> higher_order
     def formula(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return reference.forward(
-            operands._replace(q=q, k=k, v=v, bias=bias), options, weights
-        )
+        return reference.forward(operands._replace(q=q, k=k, v=v, bias=bias), options, weights)
 
     return formula

@@ -268,7 +268,6 @@ def _window(window: tuple[int, int] | None) -> tuple[int, int]:
     fits = isinstance(window, (tuple, list)) and len(window) == 2
     if not fits or any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window):
         raise ValueError(
-            "`window` must be (left, right), two integers >= 0 or -1 for no limit, "
-            f"got {window!r}"
+            f"`window` must be (left, right), two integers >= 0 or -1 for no limit, got {window!r}"
         )
     return window[0], window[1]

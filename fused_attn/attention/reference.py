@@ -124,7 +124,7 @@ def keep_mask(rng: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:
 
 
 def _diagonal(seqlen_q: int, seqlen_k: int, shift: int | Tensor, device: torch.device) -> Tensor:
-    """i + shift - j, broadcastable to (B, H, Lq, Lk)."""
+    """I + shift - j, broadcastable to (B, H, Lq, Lk)."""
     row = torch.arange(seqlen_q, device=device)[:, None]
     return row + shift - torch.arange(seqlen_k, device=device)
 
@@ -166,7 +166,8 @@ def _forward_packed(
     operands: Operands, options: Options, compute: torch.dtype
 ) -> tuple[Tensor, Tensor, None]:
     """Spread the sequences over a padded batch, run the dense formula, gather what is real."""
-    assert operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None
+    assert operands.cu_seqlens_q is not None
+    assert operands.cu_seqlens_k is not None
     rows_q, lengths_q = _padded_rows(operands.cu_seqlens_q, options.max_seqlen_q)
     rows_k, lengths_k = _padded_rows(operands.cu_seqlens_k, options.max_seqlen_k)
     dense = Operands(

@@ -1,0 +1,12 @@
+// Attention on the CPU, at the instruction-set level of common/cpu_level.h.
+#pragma once
+
+#include "attention/params.h"
+
+namespace fused_attn::attention {
+
+void forward_cpu(const Params& p);
+void backward_cpu(const BackwardParams& p);
+void weights_cpu(const WeightsParams& p);
+
+}  // namespace fused_attn::attention

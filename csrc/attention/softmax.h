@@ -1,0 +1,83 @@
+// The running softmax of Milakov and Gimelshein, "Online normalizer calculation for softmax"
+// (arXiv:1805.02867): the largest score and the sum of exponentials of each query, corrected
+// whenever a larger score turns up.
+#pragma once
+
+#include "attention/score.h"
+
+namespace fused_attn::attention::FUSED_ATTN_LEVEL {
+
+template <class Real>
+struct RunningSoftmax {
+  alignas(64) Real largest[kBlockQ];   // score so far, in the tile's own scale
+  alignas(64) Real previous[kBlockQ];  // its value before this tile
+  alignas(64) Real sum[kBlockQ];       // of exponentials relative to `largest`
+  alignas(64) Real correction[kBlockQ];
+
+  void reset(bool plain) {
+    for (int q = 0; q < kBlockQ; ++q) {
+      largest[q] = previous[q] =
+          plain ? hidden_score<Real>(true) : std::numeric_limits<Real>::lowest();
+      sum[q] = 0;
+    }
+  }
+};
+
+// Exponentials never need to be smaller than this power of two, which is 0 in either precision; it
+// keeps -inf and overflown differences out of exp2.
+template <class Real>
+FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
+  return max(Vec<Real>::set1(Real(-2000)), x);
+}
+
+// Replaces the scores of a tile by their exponentials, in the units of the product with V:
+// probabilities[key unit][query] may be the same memory as scores. `keep` is the dropout mask.
+template <class E, bool kPlain, bool kDropout>
+inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_scale,
+                         const uint64_t* keep, typename E::Real* scores,
+                         typename E::Unit* probabilities,
+                         RunningSoftmax<typename E::Real>& state) {
+  using Real = typename E::Real;
+  using V = Vec<Real>;
+  const V scale = V::set1(log2_scale);
+  for (int q = 0; q < groups * kLanes; q += kLanes) {
+    const V before = V::load(state.previous + q), now = V::load(state.largest + q);
+    const V exponent = kPlain ? before * scale - now * scale
+                              : clamp_exponent((before - now) * scale);
+    const V correction = exp2(exponent);
+    correction.store(state.correction + q);
+    (V::load(state.sum + q) * correction).store(state.sum + q);
+    now.store(state.previous + q);
+  }
+  for (int s = 0; s < map.num_segments; ++s) {
+    const Segment& segment = map.segments[s];
+    for (int g = segment.group_begin; g < segment.group_end; ++g) {
+      const V largest = V::load(state.largest + g * kLanes);
+      const V offset = V::zero() - largest * scale;
+      V sum = V::load(state.sum + g * kLanes);
+      auto exponential = [&](int c) {
+        const V score = V::load(scores + c * kBlockQ + g * kLanes);
+        const V p = exp2<E::kPrecision>(
+            kPlain ? fma(score, scale, offset) : clamp_exponent((score - largest) * scale));
+        sum = sum + p;
+        return kDropout ? select(lanes_of(keep, c, g), p, V::zero()) : p;
+      };
+      if constexpr (E::kPair == 1) {
+        for (int c = segment.begin; c < segment.end; ++c) {
+          exponential(c).store(probabilities + c * kBlockQ + g * kLanes);
+        }
+      } else {
+#if FUSED_ATTN_LEVEL_ID >= 3
+        for (int c = segment.begin; c < segment.end; c += 2) {
+          const V even = exponential(c);
+          const V odd = c + 1 < segment.end ? exponential(c + 1) : V::zero();
+          pack_pairs(even, odd).store(probabilities + c / 2 * kBlockQ + g * kLanes);
+        }
+#endif
+      }
+      sum.store(state.sum + g * kLanes);
+    }
+  }
+}
+
+}  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

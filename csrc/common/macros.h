@@ -1,0 +1,16 @@
+#pragma once
+
+// Functions of files that are compiled once per instruction set must not leave a shared out-of-line
+// copy behind: the linker would keep one of them for all levels. Forced inlining and the namespace
+// of the level (see cpu_level.h) both prevent it.
+#if defined(_MSC_VER)
+#define FUSED_ATTN_INLINE __forceinline
+#define FUSED_ATTN_UNROLL
+#else
+#define FUSED_ATTN_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define FUSED_ATTN_UNROLL _Pragma("unroll")
+#else
+#define FUSED_ATTN_UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif

@@ -1,0 +1,283 @@
+// Vec<T> out of the compiler's own vector extension (or plain scalars where there is none).
+// It is every type of the portable level and Vec<double> of all levels.
+#pragma once
+
+#include <cmath>
+
+#include "common/float16.h"
+#include "common/macros.h"
+
+namespace fused_attn::FUSED_ATTN_LEVEL {
+
+#if FUSED_ATTN_LEVEL_ID >= 2
+constexpr int kNativeBytes = 64;
+#elif FUSED_ATTN_LEVEL_ID == 1
+constexpr int kNativeBytes = 32;
+#else
+constexpr int kNativeBytes = 16;
+#endif
+
+template <class T>
+struct Native;
+#if defined(__GNUC__)
+#define FUSED_ATTN_NATIVE(T)                                   \
+  template <>                                                  \
+  struct Native<T> {                                           \
+    typedef T type __attribute__((vector_size(kNativeBytes))); \
+  }
+#else
+#define FUSED_ATTN_NATIVE(T) \
+  template <>                \
+  struct Native<T> {         \
+    typedef T type;          \
+  }
+#endif
+FUSED_ATTN_NATIVE(float);
+FUSED_ATTN_NATIVE(double);
+FUSED_ATTN_NATIVE(uint32_t);
+FUSED_ATTN_NATIVE(uint64_t);
+#undef FUSED_ATTN_NATIVE
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+};
+template <>
+struct BitsOf<double> {
+  using type = uint64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+};
+
+template <class T>
+struct Vec {
+  using Part = typename Native<T>::type;
+  static constexpr int kParts = 16 * sizeof(T) / sizeof(Part);
+  static constexpr int kPartLanes = 16 / kParts;
+  Part part[kParts];
+
+  static FUSED_ATTN_INLINE Vec zero() { return set1(T(0)); }
+  static FUSED_ATTN_INLINE Vec set1(T x) {
+    Vec v;
+    FUSED_ATTN_UNROLL
+    for (int p = 0; p < kParts; ++p) v.part[p] = x - Part{};  // minus keeps the sign of -0
+    return v;
+  }
+  static FUSED_ATTN_INLINE Vec load(const T* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+  }
+  static FUSED_ATTN_INLINE Vec load(const T* from, int n) {
+    Vec v = zero();
+    std::memcpy(&v, from, sizeof(T) * static_cast<size_t>(n));
+    return v;
+  }
+  FUSED_ATTN_INLINE void store(T* to) const { std::memcpy(to, this, sizeof(*this)); }
+  FUSED_ATTN_INLINE void store(T* to, int n) const {
+    std::memcpy(to, this, sizeof(T) * static_cast<size_t>(n));
+  }
+};
+
+#define FUSED_ATTN_LANEWISE(expression)                              \
+  Vec<T> c;                                                          \
+  FUSED_ATTN_UNROLL                                                  \
+  for (int p = 0; p < Vec<T>::kParts; ++p) c.part[p] = (expression); \
+  return c
+
+template <class T>
+FUSED_ATTN_INLINE Vec<T> operator+(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] + b.part[p]);
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<T> operator-(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] - b.part[p]);
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<T> operator*(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] * b.part[p]);
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<T> operator/(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] / b.part[p]);
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<T> operator^(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] ^ b.part[p]);
+}
+// a * b + c, in one rounding where the level has such an instruction.
+template <class T>
+FUSED_ATTN_INLINE Vec<T> fma(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
+  return a * b + c;
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<T> max(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] > b.part[p] ? a.part[p] : b.part[p]);
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<T> min(const Vec<T>& a, const Vec<T>& b) {
+  FUSED_ATTN_LANEWISE(a.part[p] < b.part[p] ? a.part[p] : b.part[p]);
+}
+#undef FUSED_ATTN_LANEWISE
+
+template <class T>
+FUSED_ATTN_INLINE Vec<T> abs(const Vec<T>& a) {
+  return max(a, Vec<T>::zero() - a);
+}
+
+template <class T, class Function>
+FUSED_ATTN_INLINE Vec<T> map_lanes(const Vec<T>& a, Function function) {
+  alignas(64) T lanes[16];
+  a.store(lanes);
+  for (int i = 0; i < 16; ++i) lanes[i] = function(lanes[i]);
+  return Vec<T>::load(lanes);
+}
+
+template <class T>
+FUSED_ATTN_INLINE Vec<T> sqrt(const Vec<T>& a) {
+  return map_lanes(a, [](T x) { return std::sqrt(x); });
+}
+
+template <class T>
+FUSED_ATTN_INLINE T sum(const Vec<T>& a) {
+  alignas(64) T lanes[16];
+  a.store(lanes);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+template <class T>
+FUSED_ATTN_INLINE Vec<T> select(Mask mask, const Vec<T>& a, const Vec<T>& b) {
+  alignas(64) T x[16], y[16];
+  a.store(x);
+  b.store(y);
+  for (int i = 0; i < 16; ++i) x[i] = (mask >> i & 1) ? x[i] : y[i];
+  return Vec<T>::load(x);
+}
+
+template <class T>
+FUSED_ATTN_INLINE Mask greater(const Vec<T>& a, const Vec<T>& b) {
+  alignas(64) T x[16], y[16];
+  a.store(x);
+  b.store(y);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= unsigned(x[i] > y[i]) << i;
+  return static_cast<Mask>(mask);
+}
+
+// To the nearest integer. Adding and taking away 1.5 * 2^mantissa leaves no room for a fraction;
+// numbers too large for that (they never matter to exp2) come back nearly unchanged.
+template <class T>
+FUSED_ATTN_INLINE Vec<T> round(const Vec<T>& a) {
+  const auto magic = Vec<T>::set1(static_cast<T>(uint64_t{3} << (BitsOf<T>::kMantissa - 1)));
+  return (a + magic) - magic;
+}
+
+// a * 2^n for integral n; results below the smallest normal number become 0.
+template <class T>
+FUSED_ATTN_INLINE Vec<T> scale2(const Vec<T>& a, const Vec<T>& n) {
+  using Bits = typename BitsOf<T>::type;
+  constexpr int kMantissa = BitsOf<T>::kMantissa, kBias = BitsOf<T>::kBias;
+  const auto low = Vec<T>::set1(T(-kBias)), high = Vec<T>::set1(T(kBias + 1));
+  const auto biased =
+      min(max(n, low), high) + Vec<T>::set1(static_cast<T>((uint64_t{1} << kMantissa) + kBias));
+  Vec<Bits> bits;
+  std::memcpy(&bits, &biased, sizeof(bits));
+  for (int p = 0; p < Vec<T>::kParts; ++p) bits.part[p] = bits.part[p] << kMantissa;
+  Vec<T> power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return a * power;
+}
+
+template <class T>
+FUSED_ATTN_INLINE void transpose(Vec<T> (&rows)[16]) {
+  alignas(64) T from[16][16], to[16][16];
+  for (int i = 0; i < 16; ++i) rows[i].store(from[i]);
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) to[j][i] = from[i][j];
+  }
+  for (int i = 0; i < 16; ++i) rows[i] = Vec<T>::load(to[i]);
+}
+
+FUSED_ATTN_INLINE Vec<double> load(const double* from) {
+  return Vec<double>::load(from);
+}
+FUSED_ATTN_INLINE Vec<double> load(const double* from, int n) {
+  return Vec<double>::load(from, n);
+}
+FUSED_ATTN_INLINE void store(double* to, const Vec<double>& v) {
+  v.store(to);
+}
+FUSED_ATTN_INLINE void store(double* to, const Vec<double>& v, int n) {
+  v.store(to, n);
+}
+
+#if FUSED_ATTN_LEVEL_ID == 0
+
+template <class S>
+FUSED_ATTN_INLINE Vec<float> load(const S* from, int n) {
+  alignas(64) float lanes[16] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(from[i]);
+  return Vec<float>::load(lanes);
+}
+template <class S>
+FUSED_ATTN_INLINE Vec<float> load(const S* from) {
+  return load(from, 16);
+}
+FUSED_ATTN_INLINE Vec<float> load(const float* from) {
+  return Vec<float>::load(from);
+}
+template <class S>
+FUSED_ATTN_INLINE void store(S* to, const Vec<float>& v, int n) {
+  alignas(64) float lanes[16];
+  v.store(lanes);
+  for (int i = 0; i < n; ++i) from_float(lanes[i], to + i);
+}
+template <class S>
+FUSED_ATTN_INLINE void store(S* to, const Vec<float>& v) {
+  store(to, v, 16);
+}
+FUSED_ATTN_INLINE void store(float* to, const Vec<float>& v) {
+  v.store(to);
+}
+
+FUSED_ATTN_INLINE Vec<float> from_int_bits(const Vec<uint32_t>& a) {
+  Vec<float> c;
+  std::memcpy(&c, &a, sizeof(c));
+  return c;
+}
+
+// Bit i of the result: is byte i of n <= 64 non-zero?
+FUSED_ATTN_INLINE uint64_t nonzero_bytes(const uint8_t* from, int n) {
+  uint64_t bits = 0;
+  for (int i = 0; i < n; ++i) bits |= uint64_t{from[i] != 0} << i;
+  return bits;
+}
+
+// The low and high half of the 64-bit products of a and the constant b.
+FUSED_ATTN_INLINE void multiply_wide(const Vec<uint32_t>& a, uint32_t b, Vec<uint32_t>& low,
+                                     Vec<uint32_t>& high) {
+  alignas(64) uint32_t x[16], y[16];
+  a.store(x);
+  for (int i = 0; i < 16; ++i) {
+    const uint64_t product = uint64_t{x[i]} * b;
+    x[i] = static_cast<uint32_t>(product);
+    y[i] = static_cast<uint32_t>(product >> 32);
+  }
+  low = Vec<uint32_t>::load(x);
+  high = Vec<uint32_t>::load(y);
+}
+
+#endif
+
+// Bits of the lanes where a >= b, as unsigned numbers.
+template <class T>
+FUSED_ATTN_INLINE Mask not_below(const Vec<T>& a, const Vec<T>& b) {
+  return static_cast<Mask>(~unsigned(greater(b, a)));
+}
+
+}  // namespace fused_attn::FUSED_ATTN_LEVEL

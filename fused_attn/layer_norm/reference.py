@@ -1,0 +1,74 @@
+"""The norms in plain PyTorch: the definition that every kernel is tested against.
+
+It runs everywhere and differentiates to any order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import philox
+from .problem import LayerNormProblem, Operands, Options, compute_dtype, sum_dtype
+
+NAME = "reference"
+
+
+def why_not(problem: LayerNormProblem) -> list[str]:
+    return []
+
+
+def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """Y = norm(h) * weight + bias, and h = dropout(x) + residual, both in `sum_dtype(operands)`.
+
+    h is rounded to that dtype before it is normalised, so y is the same whether h is asked for or
+    not, and the same as that of a separate add and norm. Ba, Kiros, Hinton 2016, equation 4;
+    Zhang, Sennrich 2019, equation 4.
+    """
+    h = add(operands, options)
+    return normalize(h, operands.weight, operands.bias, options), h
+
+
+def add(operands: Operands, options: Options) -> Tensor:
+    """H = dropout(x) + residual, rounded once."""
+    x, residual = operands.x, operands.residual
+    if residual is None and operands.rng is None:
+        return x
+    dtype = sum_dtype(operands)
+    h = x.to(compute_dtype(dtype))
+    if operands.rng is not None:
+        h = h * dropout_factor(operands.rng, options, x.shape).to(h.dtype)
+    if residual is not None:
+        h = h + residual.to(h.dtype)
+    return h.to(dtype)
+
+
+def normalize(h: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    """The norm itself; statistics and arithmetic in float32 (float64 for float64)."""
+    dims = tuple(range(-options.dims, 0))
+    z = h.to(compute_dtype(h.dtype))
+    if not options.rms:
+        z = z - z.mean(dims, keepdim=True)
+    y = z * torch.rsqrt((z * z).mean(dims, keepdim=True) + options.eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(h.dtype)
+
+
+def dropout_factor(rng: Tensor, options: Options, shape: torch.Size) -> Tensor:
+    """What the dropout multiplies each element with: 1 / (1 - p) or 0; float32, of `shape`."""
+    p = options.dropout_p
+    rows = math.prod(shape[: len(shape) - options.dims])
+    width = math.prod(shape[len(shape) - options.dims :])
+    if p == 1.0:
+        return torch.zeros(shape, device=rng.device)
+    row = torch.arange(rows, device=rng.device)[:, None]
+    quad = torch.arange((width + 3) // 4, device=rng.device)
+    counter = (quad, row & 0xFFFFFFFF, row >> 32, rng[1] & 0xFFFFFFFF)
+    drawn = philox.words(counter, rng[0]).flatten(-2)[:, :width]
+    keep = drawn >= philox.threshold(p)
+    return torch.where(keep, 1.0 / (1.0 - p), 0.0).reshape(shape)

@@ -1,0 +1,89 @@
+"""Builds fused_attn._C with CMake and ninja; pyproject.toml says everything else.
+
+FUSED_ATTN_NATIVE=auto (default): build it where there is a C++ compiler, else install without it.
+FUSED_ATTN_NATIVE=on: no compiler is an error. FUSED_ATTN_NATIVE=off: install without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ADVICE = (
+    "To install fused_attn without its compiled part (the reference and Triton backends still "
+    "work), set FUSED_ATTN_NATIVE=off."
+)
+
+
+def build_wanted() -> bool:
+    """Whether to build the compiled module, from FUSED_ATTN_NATIVE and the compilers at hand."""
+    choice = os.environ.get("FUSED_ATTN_NATIVE", "auto")
+    if choice not in ("auto", "on", "off"):
+        raise SystemExit(f"FUSED_ATTN_NATIVE must be auto, on or off, got {choice!r}")
+    if choice == "off":
+        return False
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = named[:1] or ["c++", "g++", "clang++", "cl"]
+    if any(shutil.which(candidate) for candidate in candidates):
+        return True
+    message = f"No C++ compiler found (looked for {', '.join(candidates)})."
+    if choice == "on":
+        raise SystemExit(f"{message} {ADVICE}")
+    print(f"{message} Installing without the compiled part, as FUSED_ATTN_NATIVE=off does.")
+    return False
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in a build folder that is kept, so that the next build compiles what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise SystemExit(f"CMake was not found, and fused_attn._C is built with it. {ADVICE}")
+        import pybind11
+
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(folder)),
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DFUSED_ATTN_VERSION={self.distribution.get_version()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        ninja = shutil.which("ninja")
+        if ninja is not None:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        build = [cmake, "--build", str(folder), "--config", "Release", "--target", "_C"]
+        if ninja is None:
+            build += ["--parallel", str(os.cpu_count())]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(build, check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"Building fused_attn._C failed: see the messages above. {ADVICE}"
+            ) from error
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        [built] = [path for path in folder.rglob(f"_C*{target.suffix}") if path.is_file()]
+        # Replaced in one step: a process may have the old module mapped.
+        staged = target.with_suffix(".new")
+        shutil.copy2(built, staged)
+        staged.replace(target)
+
+
+setup(
+    ext_modules=[Extension("fused_attn._C", sources=[])] if build_wanted() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
