@@ -81,7 +81,7 @@ def check_tensors(
     sequence = 1 if batched and batch_first else 0
     batch = query.shape[1 - sequence] if batched else 1
     sizes = Sizes(batch, num_heads, query.shape[sequence], key.shape[sequence], batched)
-    if query is key and key is value:
+    if same_embed_dim and query is key and key is value:
         return sizes
     if same_embed_dim and key.shape != value.shape:
         raise AssertionError(
