@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "common/cpu_level.h"
 #include "common/tensor.h"
+#include "layer_norm/bindings.h"
 
 namespace py = pybind11;
 
@@ -32,5 +35,11 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fused_attn. Private: use the functions of the package.";
   m.def("build_info", &fused_attn::build_info, "How this module was built, as a dict.");
+  m.def("cpu_level", &fused_attn::current_level_name,
+        "Instruction-set level that the CPU kernels run at: the best of this machine, or the one "
+        "that the environment variable FUSED_ATTN_CPU names.");
+  m.def("available_cpu_levels", &fused_attn::available_levels,
+        "Levels that this machine and this build can run, lowest first.");
   fused_attn::bind_tensor(m);
+  fused_attn::layer_norm::bind(m);
 }

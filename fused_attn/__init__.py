@@ -18,6 +18,7 @@ from .modules import (
     FusedTransformerEncoder,
     FusedTransformerEncoderLayer,
 )
+from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -28,13 +29,17 @@ __all__ = [
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
     "UnsupportedError",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_backends",
     "attention_varlen",
     "explain",
     "fuse",
     "last_backend",
+    "layer_norm",
     "merge_attention",
+    "rms_norm",
     "scaled_dot_product_attention",
     "unfuse",
 ]

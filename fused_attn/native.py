@@ -6,12 +6,11 @@ import functools
 import importlib
 from types import ModuleType
 
+import torch
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    # torch comes first: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
-    import torch  # noqa: F401
-
+    # torch came first: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
     name = f"{__package__}._C"
     try:
         return importlib.import_module(name), None
@@ -27,6 +26,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"{name} failed to load: {error}"
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot trace an import
 def why_not() -> str | None:
     """Why the compiled module cannot be used; None if it can."""
     return _load()[1]

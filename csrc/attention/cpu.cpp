@@ -21,12 +21,20 @@ constexpr Kernels kKernels[] = {
 #endif
 };
 
-const Kernels& kernels() { return kKernels[static_cast<int>(cpu_level())]; }
+const Kernels& kernels() {
+  return kKernels[static_cast<int>(cpu_level())];
+}
 
 }  // namespace
 
-void forward_cpu(const Params& p) { kernels().forward(p); }
-void backward_cpu(const BackwardParams& p) { kernels().backward(p); }
-void weights_cpu(const WeightsParams& p) { kernels().weights(p); }
+void forward_cpu(const Params& p) {
+  kernels().forward(p);
+}
+void backward_cpu(const BackwardParams& p) {
+  kernels().backward(p);
+}
+void weights_cpu(const WeightsParams& p) {
+  kernels().weights(p);
+}
 
 }  // namespace fused_attn::attention

@@ -2,8 +2,8 @@
 // the running softmax over tiles of keys. Compiled once per instruction-set level.
 #include <type_traits>
 
-#include "attention/gemm.h"
 #include "attention/cpu_kernels.h"
+#include "attention/gemm.h"
 #include "attention/softmax.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
@@ -52,7 +52,7 @@ class ForwardHead {
     rows_ = rows;
     groups_ = static_cast<int>(ceil_div(rows, kLanes));
     load_q();
-    state_.reset(formula_.plain);
+    state_.reset(formula_.plain, formula_.log2_scale());
     fresh_ = true;
     const KeyRange range = visibility_.keys(i, i + rows);
     for (int64_t j = range.begin / E::kPair * E::kPair; j < range.end; j += kBlockK) {
@@ -80,8 +80,10 @@ class ForwardHead {
     const bool fold_max = formula_.plain && map_.seen == Seen::kAll;
     for (int s = 0; s < map_.num_segments; ++s) {
       const Segment& segment = map_.segments[s];
-      const Product<E> product{k_.row(j + segment.begin), k_.stride,
-                               q_,                        kBlockQ,
+      const Product<E> product{k_.row(j + segment.begin),
+                               k_.stride,
+                               q_,
+                               kBlockQ,
                                scores_ + segment.begin * kBlockQ,
                                kBlockQ,
                                segment.end - segment.begin,
@@ -156,20 +158,18 @@ class ForwardHead {
     alignas(64) Real factor[kBlockQ];
     alignas(64) Real lse[kBlockQ];
     const Real drop = static_cast<Real>(dropout_.factor());
-    const Real to_natural = static_cast<Real>(formula_.plain ? kLn2 : 1.0);
-    const Real scale = formula_.plain ? formula_.log2_scale() : Real(1);
+    const Real scale = formula_.plain ? formula_.scale : Real(1);
     for (int q = 0; q < rows_; ++q) {
       const bool hidden = formula_.plain && state_.largest[q] <= hidden_score<Real>(true);
       const Real sum = hidden ? Real(0) : state_.sum[q];
       // Not `sum > 0`: a NaN must reach the output.
       factor[q] = sum == 0 ? Real(0) : drop / sum;
       lse[q] = sum == 0 ? -std::numeric_limits<Real>::infinity()
-                        : state_.largest[q] * scale * to_natural + std::log(sum);
+                        : state_.largest[q] * scale + std::log(sum);
     }
     for (int q = rows_; q < groups_ * kLanes; ++q) factor[q] = 0;
     if (fresh_) correct_output();
-    write_columns(acc_, factor, rows_, query_view(p_, p_.out, sequence_, head_, p_.head_dim_v),
-                  i_);
+    write_columns(acc_, factor, rows_, query_view(p_, p_.out, sequence_, head_, p_.head_dim_v), i_);
     if (p_.lse.data == nullptr) return;
     const HeadView view = query_view(p_, p_.lse, sequence_, head_, 1);
     for (int q = 0; q < rows_; ++q) *view.row<Real>(i_ + q) = lse[q];

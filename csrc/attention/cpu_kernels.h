@@ -7,11 +7,11 @@
 #include "attention/engine.h"
 #endif
 
-#define FUSED_ATTN_DECLARE_KERNELS(level)       \
-  namespace fused_attn::attention::level {      \
-  void forward(const Params& p);                \
-  void backward(const BackwardParams& p);       \
-  void weights(const WeightsParams& p);         \
+#define FUSED_ATTN_DECLARE_KERNELS(level)  \
+  namespace fused_attn::attention::level { \
+  void forward(const Params& p);           \
+  void backward(const BackwardParams& p);  \
+  void weights(const WeightsParams& p);    \
   }
 FUSED_ATTN_DECLARE_KERNELS(portable)
 FUSED_ATTN_DECLARE_KERNELS(avx2)
@@ -22,7 +22,8 @@ FUSED_ATTN_DECLARE_KERNELS(avx512_bf16)
 #if defined(FUSED_ATTN_LEVEL)
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
-// Starting threads pays from some 20 us of work. `products`: matrix products of the kernel, times 2.
+// Starting threads pays from some 20 us of work. `products`: matrix products of the kernel,
+// times 2.
 FUSED_ATTN_INLINE int useful_threads(const Params& p, int products) {
   const double operations = static_cast<double>(products) * p.batch * p.num_heads * p.seqlen_q *
                             p.seqlen_k * (p.head_dim + p.head_dim_v) / 2;

@@ -62,7 +62,9 @@ template <class T>
 FUSED_ATTN_INLINE T larger(T a, T b) {
   return a < b ? b : a;
 }
-FUSED_ATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FUSED_ATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Runs `call` with the engine that computes problems of this dtype best.
 template <class Call>

@@ -23,8 +23,8 @@ struct Product {
   int64_t stride_b;
   Real* c;
   int64_t stride_c;
-  int64_t rows;   // of C
-  int64_t depth;  // in units
+  int64_t rows;     // of C
+  int64_t depth;    // in units
   int group_begin;  // of lanes, to group_end
   int group_end;
 };

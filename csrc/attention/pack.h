@@ -1,6 +1,8 @@
 // Moves rows of tensors into the form that the products want, and results back.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/visibility.h"
 #include "common/parallel.h"
 
@@ -45,16 +47,13 @@ FUSED_ATTN_INLINE HeadView key_view(const Params& p, const View4& view, const Se
 template <class T>
 inline bool is_type(DType dtype) {
   bool same = false;
-  with_dtype(dtype, [&](auto* tag) {
-    same = sizeof(T) == sizeof(*tag) && __is_same(decltype(tag), T*);
-  });
+  with_dtype(dtype, [&](auto* tag) { same = std::is_same_v<decltype(tag), T*>; });
   return same;
 }
 
 template <class E>
 inline bool in_place(const HeadView& x) {
-  return is_type<typename E::Element>(x.view.dtype) &&
-         (x.stride_column() == 1 || x.columns == 1) &&
+  return is_type<typename E::Element>(x.view.dtype) && (x.stride_column() == 1 || x.columns == 1) &&
          (E::kPair == 1 || (x.columns % E::kPair == 0 && x.stride_row() % E::kPair == 0));
 }
 
@@ -67,7 +66,7 @@ inline void copy_row(const HeadView& x, int64_t i, int64_t width, typename E::El
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* from = x.row<const T>(i);
     const int64_t stride = x.stride_column();
-    if constexpr (__is_same(T, Element)) {
+    if constexpr (std::is_same_v<T, Element>) {
       if (stride == 1) {
         std::memcpy(to, from, sizeof(T) * static_cast<size_t>(x.columns));
       } else {
@@ -165,7 +164,7 @@ inline void pack_columns(Rows<E> rows, int n, int64_t columns, typename E::Unit*
       Vec<Real> block[kLanes];
       for (int r = 0; r < kLanes; ++r) {
         const Real* row = from + (q + r) * rows.stride + u;
-        block[r] = r >= count         ? Vec<Real>::zero()
+        block[r] = r >= count        ? Vec<Real>::zero()
                    : width == kLanes ? Vec<Real>::load(row)
                                      : Vec<Real>::load(row, width);
       }
@@ -190,8 +189,8 @@ inline void write_columns(const Real* from, const Real* factor, int n, const Hea
         const int width = static_cast<int>(smaller<int64_t>(x.columns - d, kLanes));
         Vec<Real> block[kLanes];
         for (int c = 0; c < kLanes; ++c) {
-          block[c] = c < width ? Vec<Real>::load(from + (d + c) * kBlockQ + q) * scale
-                               : Vec<Real>::zero();
+          block[c] =
+              c < width ? Vec<Real>::load(from + (d + c) * kBlockQ + q) * scale : Vec<Real>::zero();
         }
         transpose(block);
         for (int r = 0; r < count; ++r) {
@@ -216,9 +215,9 @@ inline bool any_nonfinite(const HeadView& x, KeyRange range) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
                                     std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-    constexpr Bits kExponent = __is_same(T, float)      ? Bits(0x7f800000u)
-                               : __is_same(T, BFloat16) ? Bits(0x7f80u)
-                               : __is_same(T, Float16)  ? Bits(0x7c00u)
+    constexpr Bits kExponent = std::is_same_v<T, float>      ? Bits(0x7f800000u)
+                               : std::is_same_v<T, BFloat16> ? Bits(0x7f80u)
+                               : std::is_same_v<T, Float16>  ? Bits(0x7c00u)
                                                         : Bits(0x7ff0000000000000u);
     for (int64_t i = range.begin; i < range.end && !found; ++i) {
       const T* row = x.row<const T>(i);

@@ -34,9 +34,9 @@ struct Params {
   View4 q, k, v, out;
   View4 lse;  // (B, H, Lq, unused): natural logarithm, float32 (float64 for float64); may be absent
 
-  View4 bias;                                  // dtype of its own: float32, or that of q
-  View4 mask;                                  // bool, true = visible
-  const uint8_t* key_padding_mask = nullptr;   // (B, Lk), non-zero = visible
+  View4 bias;                                 // dtype of its own: float32, or that of q
+  View4 mask;                                 // bool, true = visible
+  const uint8_t* key_padding_mask = nullptr;  // (B, Lk), non-zero = visible
   int64_t key_padding_stride[2] = {0, 0};
   const int64_t* key_lengths = nullptr;   // (B,): keys j >= key_lengths[b] are invisible
   const float* alibi_slopes = nullptr;    // (H,)

@@ -119,9 +119,8 @@ inline void load_bias(const Tile& t, const View4& view, Real* to) {
         const int width = smaller(t.map.keys - c, kLanes);
         Vec<Real> block[kLanes];
         for (int r = 0; r < kLanes; ++r) {
-          block[r] = q + r < t.rows
-                         ? load_as<Real>(corner + (q + r) * stride_q + c, width)
-                         : Vec<Real>::zero();
+          block[r] = q + r < t.rows ? load_as<Real>(corner + (q + r) * stride_q + c, width)
+                                    : Vec<Real>::zero();
         }
         transpose(block);
         for (int k = 0; k < width; ++k) block[k].store(to + (c + k) * kBlockQ + q);
@@ -186,7 +185,9 @@ class Dropout {
       : active_(p.rng != nullptr && p.dropout_p > 0),
         threshold_(active_ ? static_cast<uint64_t>(p.dropout_p * 0x1p32) : 0),
         philox_(active_ ? p.rng[0] : 0, active_ ? p.rng[1] : 0),
-        factor_(!active_ ? 1 : p.dropout_p < 1 ? 1 / (1 - p.dropout_p) : 0) {}
+        factor_(!active_          ? 1
+                : p.dropout_p < 1 ? 1 / (1 - p.dropout_p)
+                                  : 0) {}
 
   bool active() const { return active_; }
   double factor() const { return factor_; }  // of what survives

@@ -7,7 +7,7 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
 // One batch element, or one sequence of a packed batch.
 struct Sequence {
-  int64_t batch;     // index into key_lengths, key_padding_mask and the dropout counter
+  int64_t batch;  // index into key_lengths, key_padding_mask and the dropout counter
   int64_t seqlen_q;
   int64_t seqlen_k;
   int64_t first_q;  // its first row in q, out, lse

@@ -10,14 +10,14 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 template <class Real>
 struct RunningSoftmax {
   alignas(64) Real largest[kBlockQ];   // score so far, in the tile's own scale
-  alignas(64) Real previous[kBlockQ];  // its value before this tile
+  alignas(64) Real previous[kBlockQ];  // its value before this tile (plain: scaled, negated)
   alignas(64) Real sum[kBlockQ];       // of exponentials relative to `largest`
   alignas(64) Real correction[kBlockQ];
 
-  void reset(bool plain) {
+  void reset(bool plain, Real log2_scale) {
     for (int q = 0; q < kBlockQ; ++q) {
-      largest[q] = previous[q] =
-          plain ? hidden_score<Real>(true) : std::numeric_limits<Real>::lowest();
+      largest[q] = plain ? hidden_score<Real>(true) : std::numeric_limits<Real>::lowest();
+      previous[q] = plain ? -largest[q] * log2_scale : largest[q];
       sum[q] = 0;
     }
   }
@@ -35,16 +35,15 @@ FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
 template <class E, bool kPlain, bool kDropout>
 inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_scale,
                          const uint64_t* keep, typename E::Real* scores,
-                         typename E::Unit* probabilities,
-                         RunningSoftmax<typename E::Real>& state) {
+                         typename E::Unit* probabilities, RunningSoftmax<typename E::Real>& state) {
   using Real = typename E::Real;
   using V = Vec<Real>;
   const V scale = V::set1(log2_scale);
   for (int q = 0; q < groups * kLanes; q += kLanes) {
-    const V before = V::load(state.previous + q), now = V::load(state.largest + q);
-    const V exponent = kPlain ? before * scale - now * scale
-                              : clamp_exponent((before - now) * scale);
-    const V correction = exp2(exponent);
+    V now = V::load(state.largest + q);
+    const V before = V::load(state.previous + q);
+    if (kPlain) now = V::zero() - now * scale;
+    const V correction = exp2(kPlain ? now - before : clamp_exponent((before - now) * scale));
     correction.store(state.correction + q);
     (V::load(state.sum + q) * correction).store(state.sum + q);
     now.store(state.previous + q);
@@ -53,12 +52,12 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
     const Segment& segment = map.segments[s];
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
       const V largest = V::load(state.largest + g * kLanes);
-      const V offset = V::zero() - largest * scale;
+      const V offset = V::load(state.previous + g * kLanes);
       V sum = V::load(state.sum + g * kLanes);
       auto exponential = [&](int c) {
         const V score = V::load(scores + c * kBlockQ + g * kLanes);
-        const V p = exp2<E::kPrecision>(
-            kPlain ? fma(score, scale, offset) : clamp_exponent((score - largest) * scale));
+        const V p = exp2<E::kPrecision>(kPlain ? fma(score, scale, offset)
+                                               : clamp_exponent((score - largest) * scale));
         sum = sum + p;
         return kDropout ? select(lanes_of(keep, c, g), p, V::zero()) : p;
       };

@@ -28,9 +28,7 @@ struct TileMap {
   Segment segments[kBlockK / kSegment];
   uint64_t visible[kBlockK];  // bit = query; filled in only if seen == kSome
 
-  FUSED_ATTN_INLINE const uint64_t* mask() const {
-    return seen == Seen::kSome ? visible : nullptr;
-  }
+  FUSED_ATTN_INLINE const uint64_t* mask() const { return seen == Seen::kSome ? visible : nullptr; }
   // Is all of the tile one segment with these groups?
   FUSED_ATTN_INLINE bool whole(int groups) const {
     return num_segments == 1 && segments[0].begin == 0 && segments[0].end == keys &&

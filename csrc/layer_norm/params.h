@@ -7,6 +7,7 @@
 // and arithmetic are float32 (float64 for float64).
 #pragma once
 
+#include "common/macros.h"
 #include "common/types.h"
 
 namespace fused_attn::layer_norm {
@@ -20,7 +21,7 @@ struct Dims {
   int64_t shape[kMax] = {};
   int64_t stride[kMax] = {};
 
-  int64_t offset(int64_t index) const {
+  FUSED_ATTN_INLINE int64_t offset(int64_t index) const {
     if (count == 0) return 0;
     int64_t offset = 0;
     for (int d = count - 1; d > 0; --d) {
@@ -30,7 +31,7 @@ struct Dims {
     return offset + index * stride[0];
   }
   // Whether consecutive indices are neighbours in memory.
-  bool dense() const { return count == 0 || (count == 1 && stride[0] == 1); }
+  FUSED_ATTN_INLINE bool dense() const { return count == 0 || (count == 1 && stride[0] == 1); }
 };
 
 // An operand as rows. `data == nullptr` means that it is absent.

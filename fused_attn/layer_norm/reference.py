@@ -39,7 +39,7 @@ def add(operands: Operands, options: Options) -> Tensor:
     dtype = sum_dtype(operands)
     h = x.to(compute_dtype(dtype))
     if operands.rng is not None:
-        h = h * dropout_factor(operands.rng, options, x.shape).to(h.dtype)
+        h = dropout(h, operands.rng, options)
     if residual is not None:
         h = h + residual.to(h.dtype)
     return h.to(dtype)
@@ -59,16 +59,20 @@ def normalize(h: Tensor, weight: Tensor | None, bias: Tensor | None, options: Op
     return y.to(h.dtype)
 
 
-def dropout_factor(rng: Tensor, options: Options, shape: torch.Size) -> Tensor:
-    """What the dropout multiplies each element with: 1 / (1 - p) or 0; float32, of `shape`."""
-    p = options.dropout_p
+def dropout(x: Tensor, rng: Tensor, options: Options) -> Tensor:
+    """x / (1 - p) where it is kept, else 0."""
+    if options.dropout_p == 1.0:
+        return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+    keep = keep_mask(rng, options, x.shape)
+    return torch.where(keep, x / (1.0 - options.dropout_p), 0.0)
+
+
+def keep_mask(rng: Tensor, options: Options, shape: torch.Size) -> Tensor:
+    """Which elements of x survive the dropout: bool of `shape`."""
     rows = math.prod(shape[: len(shape) - options.dims])
     width = math.prod(shape[len(shape) - options.dims :])
-    if p == 1.0:
-        return torch.zeros(shape, device=rng.device)
     row = torch.arange(rows, device=rng.device)[:, None]
     quad = torch.arange((width + 3) // 4, device=rng.device)
     counter = (quad, row & 0xFFFFFFFF, row >> 32, rng[1] & 0xFFFFFFFF)
     drawn = philox.words(counter, rng[0]).flatten(-2)[:, :width]
-    keep = drawn >= philox.threshold(p)
-    return torch.where(keep, 1.0 / (1.0 - p), 0.0).reshape(shape)
+    return (drawn >= philox.threshold(options.dropout_p)).reshape(shape)

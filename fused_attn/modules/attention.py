@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import autocast
 from ..attention import call
 from ..attention.call import Scalars
 from ..attention.problem import Operands, Weights
@@ -163,7 +164,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
 
 
 def _check_dtypes(query: Tensor, weight: Tensor) -> None:
-    if query.dtype != weight.dtype and not torch.is_autocast_enabled(query.device.type):
+    if query.dtype != weight.dtype and not autocast.enabled(query.device):
         raise RuntimeError(
             f"`query` must have the dtype of the module's weights, {weight.dtype}, "
             f"got {query.dtype}"

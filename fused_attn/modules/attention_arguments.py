@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import autocast
 from ..checks import type_name
 from ..dispatch import UnsupportedError
 
@@ -109,9 +110,8 @@ def check_tensors(
 
 def mask_dtypes(query: Tensor) -> tuple[torch.dtype, ...]:
     """The floating dtypes that a mask may have: the query's, float32 and that of autocast."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        return query.dtype, torch.float32, torch.get_autocast_dtype(device)
+    if autocast.enabled(query.device):
+        return query.dtype, torch.float32, torch.get_autocast_dtype(query.device.type)
     return query.dtype, torch.float32
 
 

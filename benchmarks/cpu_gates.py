@@ -1,0 +1,93 @@
+"""The CPU gates: us against torch, class by class, in one process.
+
+    python benchmarks/cpu_gates.py [--only TEXT] [--two-threads] [--save]
+
+Prints each class with the ratio (the fastest peer's time over ours), its gate and its goal, and
+exits with 1 if a gate does not hold. One thread of CPU time; `--two-threads` adds wall times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import cpu_classes
+import torch
+from harness import RESULTS, Timing, machine_name, save_rows, time_in_turn
+
+HEADER = f"{'class':<44} {'ours ms':>9} {'peer ms':>9} {'peer':<12} {'ratio':>6} {'gate':>5} {'goal':>5}"
+
+
+def measure(row: cpu_classes.Row, threads: int) -> dict[str, object]:
+    sides = row.build()
+    ours = sides["ours"]
+    error = ours.check()
+    if error is not None:
+        return {"class": row.name, "threads": threads, "verdict": f"WRONG: {error}"}
+    functions = {name: side.run for name, side in sides.items()}
+    times = time_in_turn(functions, threads)
+    return {"class": row.name, "threads": threads, **_figures(row, times, threads)}
+
+
+def _figures(row: cpu_classes.Row, times: dict[str, Timing], threads: int) -> dict[str, object]:
+    # Wall times of several threads on a shared machine are only worth their minimum.
+    seconds = {name: t.median if threads == 1 else t.minimum for name, t in times.items()}
+    ours = times["ours"]
+    peer = min((name for name in seconds if name != "ours"), key=seconds.__getitem__)
+    ratio = seconds[peer] / seconds["ours"]
+    verdict = "goal" if ratio >= row.goal else "ok" if ratio >= row.gate else "BELOW GATE"
+    return {
+        "ours_ms": round(seconds["ours"] * 1e3, 4),
+        "ours_spread": round((ours.high - ours.low) / ours.median, 3),
+        "peer_ms": round(seconds[peer] * 1e3, 4),
+        "peer": peer,
+        "ratio": round(ratio, 3),
+        "gate": row.gate,
+        "goal": row.goal,
+        "gflops": round(row.flops / seconds["ours"] / 1e9, 1),
+        "verdict": verdict,
+    }
+
+
+def _print(result: dict[str, object]) -> None:
+    if "ratio" not in result:
+        print(f"{result['class']:<44} {result['verdict']}", flush=True)
+        return
+    print(
+        f"{result['class']:<44} {result['ours_ms']:9.3f} {result['peer_ms']:9.3f} "
+        f"{result['peer']:<12} {result['ratio']:6.2f} {result['gate']:5.2f} {result['goal']:5.2f} "
+        f"{result['gflops']:8.1f} GF/s  {result['verdict']}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only classes whose name contains this")
+    parser.add_argument("--two-threads", action="store_true", help="also wall times, two threads")
+    parser.add_argument("--save", action="store_true", help="record under benchmarks/results/")
+    arguments = parser.parse_args()
+    rows = [row for row in cpu_classes.ROWS if arguments.only in row.name]
+    if not rows:
+        names = "\n  ".join(row.name for row in cpu_classes.ROWS)
+        parser.error(f"no class contains {arguments.only!r}; the classes are\n  {names}")
+    torch.manual_seed(0)
+    results = []
+    for threads in (1, 2) if arguments.two_threads else (1,):
+        clock = "one thread, CPU time" if threads == 1 else "two threads, wall time"
+        print(f"\n{clock}\n{HEADER}")
+        for row in rows:
+            results.append(measure(row, threads))
+            _print(results[-1])
+    if arguments.save:
+        complete = [result for result in results if "ratio" in result]
+        path = RESULTS / machine_name() / "cpu_gates.csv"
+        save_rows(path, complete)
+        print(f"recorded {len(complete)} classes")
+    failed = [r for r in results if r["threads"] == 1 and r["verdict"] not in ("ok", "goal")]
+    print(f"{len(results) - len(failed)} classes hold, {len(failed)} do not")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+#include "attention/cpu_kernels.h"
+#include "attention/softmax.h"
+namespace fused_attn::attention::FUSED_ATTN_LEVEL {
+void weights(const WeightsParams&) {}
+}  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

@@ -1,0 +1,266 @@
+// Gradients of y = norm(h) * weight + bias with h = dropout(x) + residual:
+//
+//   xhat = (h - mean) * rstd,  g = dy * weight
+//   dh += rstd * (g - average(g) - xhat * average(g * xhat))     RMSNorm: without average(g)
+//   dresidual = dh,  dx = dh where x was kept, times 1 / (1 - p)
+//   dweight = sum over rows of dy * xhat,  dbias = sum over rows of dy
+//
+// Blocks of rows go through two passes: one for the averages, one for the gradients. In the second
+// pass the rows of a block add to dweight and dbias together, so that these are read and written
+// once a block. Each task adds up its own rows; the tasks' sums are added in a fixed order.
+#include "layer_norm/dropout.h"
+#include "layer_norm/rows.h"
+
+namespace fused_attn::FUSED_ATTN_LEVEL {
+namespace {
+
+using layer_norm::BackwardParams;
+
+constexpr int kBlockRows = 4;
+
+// What the second pass needs of a row. H: the type of h in memory, that of the operands or, where it
+// is computed again, that of the arithmetic.
+template <class T, class H, class A>
+struct Row {
+  const T* dy;
+  const T* dh;  // gradient of the sum, or null
+  const H* h;
+  const Mask* keep;  // of the dropout, or null
+  T* dx;
+  T* dresidual;  // null unless it differs from dx
+  A mean, rstd;
+  A mean_g, mean_g_xhat;  // the two averages, times rstd
+};
+
+template <class T, class H>
+class Backward {
+ public:
+  using A = Compute<T>;
+  using V = Vec<A>;
+
+  Backward(const BackwardParams& p, const A* weight)
+      : p_(p),
+        weight_(weight),
+        dy_(p.dy, p.width),
+        dh_(p.dh, p.width),
+        h_(p.h, p.width),
+        x_(p.x, p.width),
+        residual_(p.residual, p.width),
+        // Without dropout both gradients are the same numbers: one of them is computed.
+        dx_(p.dx.data == nullptr && p.rng == nullptr ? p.dresidual : p.dx, p.width),
+        dresidual_(p.dresidual, p.width),
+        split_(p.dresidual.data != nullptr && (p.rng != nullptr || p.dx.data != nullptr)),
+        parameters_(p.dweight.data != nullptr || p.dbias.data != nullptr) {
+    const int64_t outputs = split_ ? 2 : 1;
+    const bool large = p.rows * p.width * outputs * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+    stream_dx_ = large && dx_.aligned() && (!split_ || dresidual_.aligned());
+  }
+
+  bool parameters() const { return parameters_; }
+
+  // Adds the parameters' gradients of these rows to dweight and dbias (float, width elements).
+  void run(int64_t begin, int64_t end, A* dweight, A* dbias) const {
+    const int64_t width = p_.width, masks = Dropout::masks(width);
+    static thread_local Buffer buffers[9];
+    T* scratch_dy = buffers[0].get<T>(kBlockRows * dy_.scratch_size());
+    T* scratch_dh = buffers[1].get<T>(kBlockRows * dh_.scratch_size());
+    H* scratch_h = buffers[2].get<H>(kBlockRows * width);
+    T* scratch_x = buffers[3].get<T>(x_.scratch_size());
+    T* scratch_residual = buffers[4].get<T>(residual_.scratch_size());
+    T* scratch_dx = buffers[5].get<T>(kBlockRows * dx_.scratch_size());
+    T* scratch_dresidual = buffers[6].get<T>(kBlockRows * dresidual_.scratch_size());
+    Mask* keep = buffers[7].get<Mask>(kBlockRows * masks);
+    for (int64_t first = begin; first < end; first += kBlockRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlockRows, end - first));
+      Row<T, H, A> rows[kBlockRows];
+      for (int r = 0; r < count; ++r) {
+        Row<T, H, A>& row = rows[r];
+        const int64_t i = first + r;
+        row.keep = nullptr;
+        if (p_.rng != nullptr) {
+          Dropout(p_.rng, p_.dropout_p).draw(i, width, keep + r * masks);
+          row.keep = keep + r * masks;
+        }
+        row.dy = dy_.get(i, scratch_dy + r * dy_.scratch_size());
+        row.dh = dh_.absent() ? nullptr : dh_.get(i, scratch_dh + r * dh_.scratch_size());
+        row.h = sum_row(i, row.keep, scratch_h + r * width, scratch_x, scratch_residual);
+        row.dx = dx_.get(i, scratch_dx + r * dx_.scratch_size());
+        row.dresidual =
+            split_ ? dresidual_.get(i, scratch_dresidual + r * dresidual_.scratch_size()) : nullptr;
+        averages(i, row);
+      }
+      if (count == kBlockRows) {
+        gradients<kBlockRows>(rows, dweight, dbias);
+      } else {
+        for (int r = 0; r < count; ++r) gradients<1>(rows + r, dweight, dbias);
+      }
+      for (int r = 0; r < count; ++r) {
+        dx_.put(first + r, rows[r].dx);
+        if (split_) dresidual_.put(first + r, rows[r].dresidual);
+      }
+    }
+    if (stream_dx_) stream_fence();
+  }
+
+ private:
+  // h of row i: as it was kept, or computed as the forward did.
+  const H* sum_row(int64_t i, const Mask* keep, H* values, T* scratch_x,
+                   T* scratch_residual) const {
+    if constexpr (std::is_same_v<H, T>) {
+      if (!h_.absent()) return h_.get(i, reinterpret_cast<T*>(values));
+    }
+    const T* x = x_.get(i, scratch_x);
+    const T* residual = residual_.absent() ? nullptr : residual_.get(i, scratch_residual);
+    if constexpr (std::is_same_v<H, A>) {
+      const V factor =
+          V::set1(keep == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
+      for_columns(p_.width, [&](int64_t j, auto lanes) {
+        V v = load(x + j, lanes);
+        if (keep != nullptr) v = select(keep[j / kLanes], v * factor, V::zero());
+        if (residual != nullptr) v = v + load(residual + j, lanes);
+        put(values + j, rounded<T>(v), lanes, false);
+      });
+    }
+    return values;
+  }
+
+  void averages(int64_t i, Row<T, H, A>& row) const {
+    row.mean = p_.mean == nullptr ? A(0) : static_cast<const A*>(p_.mean)[i];
+    row.rstd = static_cast<const A*>(p_.rstd)[i];
+    const V mean = V::set1(row.mean), rstd = V::set1(row.rstd);
+    double sums[2];
+    sum_columns<A>(p_.width, sums, [&](int64_t j, auto lanes, V(&acc)[2]) {
+      const V g = load(row.dy + j, lanes) * load(weight_ + j, lanes);
+      const V xhat = (load(row.h + j, lanes) - mean) * rstd;
+      acc[0] = acc[0] + g;
+      acc[1] = fma(g, xhat, acc[1]);
+    });
+    const double scale = static_cast<double>(row.rstd) / static_cast<double>(p_.width);
+    row.mean_g = p_.rms ? A(0) : static_cast<A>(sums[0] * scale);
+    row.mean_g_xhat = static_cast<A>(sums[1] * scale);
+  }
+
+  template <int kRows>
+  void gradients(const Row<T, H, A>* rows, A* dweight, A* dbias) const {
+    if (parameters_) {
+      gradients<kRows, true>(rows, dweight, dbias);
+    } else {
+      gradients<kRows, false>(rows, dweight, dbias);
+    }
+  }
+
+  template <int kRows, bool kParameters>
+  void gradients(const Row<T, H, A>* rows, A* dweight, A* dbias) const {
+    const bool streamed = stream_dx_;
+    const V factor = V::set1(
+        p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
+    V mean[kRows], rstd[kRows], mean_g[kRows], mean_g_xhat[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      mean[r] = V::set1(rows[r].mean);
+      rstd[r] = V::set1(rows[r].rstd);
+      mean_g[r] = V::set1(rows[r].mean_g);
+      mean_g_xhat[r] = V::set1(rows[r].mean_g_xhat);
+    }
+    for_columns(p_.width, [&](int64_t j, auto lanes) {
+      const V w = load(weight_ + j, lanes);
+      V dw, db;
+      if constexpr (kParameters) {
+        dw = load(dweight + j, lanes);
+        db = load(dbias + j, lanes);
+      }
+      FUSED_ATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Row<T, H, A>& row = rows[r];
+        const V dy = load(row.dy + j, lanes);
+        const V xhat = (load(row.h + j, lanes) - mean[r]) * rstd[r];
+        if constexpr (kParameters) {
+          dw = fma(dy, xhat, dw);
+          db = db + dy;
+        }
+        V dh = fma(dy * w, rstd[r], V::zero() - mean_g[r]) - xhat * mean_g_xhat[r];
+        if (row.dh != nullptr) dh = dh + load(row.dh + j, lanes);
+        if (row.dresidual != nullptr) put(row.dresidual + j, dh, lanes, streamed);
+        if (row.keep != nullptr) dh = select(row.keep[j / kLanes], dh * factor, V::zero());
+        put(row.dx + j, dh, lanes, streamed);
+      }
+      if constexpr (kParameters) {
+        put(dweight + j, dw, lanes, false);
+        put(dbias + j, db, lanes, false);
+      }
+    });
+  }
+
+  const BackwardParams& p_;
+  const A* weight_;
+  Reader<T> dy_, dh_, h_, x_, residual_;
+  Writer<T> dx_, dresidual_;
+  bool split_;       // dx and dresidual are two outputs
+  bool parameters_;  // dweight or dbias is wanted
+  bool stream_dx_ = false;
+};
+
+// Adds the tasks' sums (one after the other, `stride` apart) and writes them out.
+template <class A>
+void write_parameter_gradient(const layer_norm::Rows& rows, int64_t width, A* sums, int64_t tasks,
+                              int64_t stride) {
+  const Writer<A> writer(rows, width);
+  if (writer.absent()) return;
+  for (int64_t t = 1; t < tasks; ++t) {
+    const A* more = sums + t * stride;
+    for_columns(width, [&](int64_t j, auto lanes) {
+      put(sums + j, load(sums + j, lanes) + load(more + j, lanes), lanes, false);
+    });
+  }
+  static thread_local Buffer buffer;
+  A* row = writer.get(0, buffer.get<A>(writer.scratch_size()));
+  std::copy_n(sums, width, row);
+  writer.put(0, row);
+}
+
+template <class T, class H>
+void backward(const BackwardParams& p) {
+  using A = Compute<T>;
+  static thread_local Buffer weight_buffer, sums_buffer;
+  const A* weight = parameter_row<A>(p.weight, p.width, A(1), weight_buffer);
+  const Backward<T, H> kernel(p, weight);
+  const int threads = threads_for(p);
+  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(blocks, threads));
+  // Whole cache lines for each task, and none shared.
+  const int64_t stride = (p.width + 63) / 64 * 64;
+  A* sums = sums_buffer.get<A>(kernel.parameters() ? 2 * tasks * stride : 0);
+  A* bias_sums = sums + tasks * stride;
+  parallel_for(threads, tasks, [&](int64_t t) {
+    A* dweight = sums + t * stride;
+    A* dbias = bias_sums + t * stride;
+    if (kernel.parameters()) {
+      std::fill_n(dweight, stride, A(0));
+      std::fill_n(dbias, stride, A(0));
+    }
+    kernel.run(blocks * t / tasks * kBlockRows,
+               std::min(p.rows, blocks * (t + 1) / tasks * kBlockRows), dweight, dbias);
+  });
+  if (!kernel.parameters()) return;
+  write_parameter_gradient(p.dweight, p.width, sums, tasks, stride);
+  write_parameter_gradient(p.dbias, p.width, bias_sums, tasks, stride);
+}
+
+}  // namespace
+
+void layer_norm_backward(const BackwardParams& p) {
+  if (p.width == 0) return;
+  // x is h where nothing was added to it.
+  BackwardParams q = p;
+  const bool computed = p.residual.data != nullptr || p.rng != nullptr;
+  if (q.h.data == nullptr && !computed) q.h = p.x;
+  with_type(q.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (q.h.data != nullptr) {
+      backward<T, T>(q);
+    } else {
+      backward<T, Compute<T>>(q);
+    }
+  });
+}
+
+}  // namespace fused_attn::FUSED_ATTN_LEVEL

@@ -1,0 +1,58 @@
+"""The command line: `python -m fused_attn {info,demo}`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_attn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="which backends can run here, and why others cannot")
+    _add_demo(commands)
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        from .info import report
+
+        print(report())
+        return 0
+    return _demo(options)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a small language model with stock torch.nn and fused, side by side",
+    )
+    demo.add_argument(
+        "--text",
+        type=Path,
+        metavar="PATH",
+        help="a text file, or a folder of them; default: the source of Python's standard library",
+    )
+    demo.add_argument("--steps", type=int, default=50, help="training steps a run (default 50)")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="PNG",
+        help="where the picture of the loss curves goes (default demo.png)",
+    )
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.steps < 1:
+        print(f"`--steps` must be at least 1, got {options.steps}", file=sys.stderr)
+        return 2
+    try:
+        from .demo import run
+    except ModuleNotFoundError as missing:
+        print(f"the demo needs {missing.name}: pip install 'fused-attn[demo]'", file=sys.stderr)
+        return 2
+    return run(options.text, options.steps, options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
