@@ -6,11 +6,12 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch
+# First: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
+import torch  # noqa: F401
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    # torch came first: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
     name = f"{__package__}._C"
     try:
         return importlib.import_module(name), None
@@ -26,10 +27,14 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"{name} failed to load: {error}"
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace an import
 def why_not() -> str | None:
     """Why the compiled module cannot be used; None if it can."""
     return _load()[1]
+
+
+# The compiler cannot trace an import. This is torch.compiler.assume_constant_result(why_not) spelled
+# out: calling that would load the compiler, and with it Triton.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def module() -> ModuleType:

@@ -165,9 +165,7 @@ def check(call: Call, dtype: torch.dtype = torch.float32, need_weights: bool = T
             arguments["attn_mask"] = spread.flatten(0, 1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Support for mismatched")
-            return plain(
-                **arguments, need_weights=need_weights, average_attn_weights=call.average
-            )
+            return plain(**arguments, need_weights=need_weights, average_attn_weights=call.average)
 
     def run(kind: str) -> tuple[list[Tensor | None], list[Tensor], list[str]]:
         module = {"ours": ours, "plain": plain, "oracle": oracle_module}[kind]

@@ -258,7 +258,9 @@ def test_dropout_weights_are_those_that_made_the_output() -> None:
     _, ours = pair(E, H, dropout=0.5, batch_first=True)
     x = torch.randn(N, L, E)
     out, weights = ours(x, x, x, average_attn_weights=False)
-    value = (x @ ours.in_proj_weight[2 * E :].mT + ours.in_proj_bias[2 * E :]).unflatten(-1, (H, -1))
+    value = (x @ ours.in_proj_weight[2 * E :].mT + ours.in_proj_bias[2 * E :]).unflatten(
+        -1, (H, -1)
+    )
     mixed = (weights @ value.transpose(1, 2)).transpose(1, 2).flatten(-2)
     torch.testing.assert_close(out, ours.out_proj(mixed))
     assert (weights == 0).any()

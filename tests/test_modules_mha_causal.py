@@ -86,7 +86,5 @@ def test_cross_attention_with_a_mask_obeys_the_mask_alone(need_weights: bool) ->
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
     lower_right = torch.ones(L, S, dtype=torch.bool).triu(1 + S - L)
     expected, _ = formula(ours, query, key, key, attn_mask=lower_right)
-    out, _ = ours(
-        query, key, key, attn_mask=lower_right, is_causal=True, need_weights=need_weights
-    )
+    out, _ = ours(query, key, key, attn_mask=lower_right, is_causal=True, need_weights=need_weights)
     torch.testing.assert_close(out, expected)

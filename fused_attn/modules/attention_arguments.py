@@ -189,9 +189,7 @@ def _check_attention_shape(mask: Tensor, sizes: Sizes) -> None:
         return
     if rank == 3 and not sizes.batched:
         raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {shape}")
-    raise RuntimeError(
-        f"The shape of the {rank}D attn_mask is {shape}, but should be {expected}."
-    )
+    raise RuntimeError(f"The shape of the {rank}D attn_mask is {shape}, but should be {expected}.")
 
 
 def make_masks(

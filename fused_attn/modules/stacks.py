@@ -46,9 +46,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
                 src_mask=mask if ours else _as_torch_passes_it(mask, src),
                 is_causal=bool(is_causal),
                 src_key_padding_mask=(
-                    src_key_padding_mask
-                    if ours
-                    else _as_torch_passes_it(src_key_padding_mask, src)
+                    src_key_padding_mask if ours else _as_torch_passes_it(src_key_padding_mask, src)
                 ),
             )
         return output if self.norm is None else self.norm(output)
