@@ -1,5 +1,6 @@
 """Fused attention for PyTorch: drop-in modules and the functions behind them."""
 
+from .convert import fuse, unfuse
 from .dispatch import UnsupportedError
 from .functional import (
     attention,
@@ -9,7 +10,18 @@ from .functional import (
     last_backend,
     merge_attention,
 )
-from .modules import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
+from .modules import (
+    FusedAddLayerNorm,
+    FusedAddRMSNorm,
+    FusedLayerNorm,
+    FusedMultiheadAttention,
+    FusedRMSNorm,
+    FusedTransformer,
+    FusedTransformerDecoder,
+    FusedTransformerDecoderLayer,
+    FusedTransformerEncoder,
+    FusedTransformerEncoderLayer,
+)
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
 
@@ -17,7 +29,13 @@ __all__ = [
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
     "FusedLayerNorm",
+    "FusedMultiheadAttention",
     "FusedRMSNorm",
+    "FusedTransformer",
+    "FusedTransformerDecoder",
+    "FusedTransformerDecoderLayer",
+    "FusedTransformerEncoder",
+    "FusedTransformerEncoderLayer",
     "UnsupportedError",
     "add_layer_norm",
     "add_rms_norm",
@@ -25,9 +43,11 @@ __all__ = [
     "attention_backends",
     "attention_varlen",
     "explain",
+    "fuse",
     "last_backend",
     "layer_norm",
     "merge_attention",
     "rms_norm",
     "scaled_dot_product_attention",
+    "unfuse",
 ]

@@ -6,12 +6,12 @@ import functools
 import importlib
 from types import ModuleType
 
+# First: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
+import torch  # noqa: F401
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    # torch comes first: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
-    import torch  # noqa: F401
-
     name = f"{__package__}._C"
     try:
         return importlib.import_module(name), None
@@ -30,6 +30,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def why_not() -> str | None:
     """Why the compiled module cannot be used; None if it can."""
     return _load()[1]
+
+
+# The compiler cannot trace an import. This is torch.compiler.assume_constant_result(why_not) spelled
+# out: calling that would load the compiler, and with it Triton.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def module() -> ModuleType:

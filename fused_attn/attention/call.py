@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, higher_order, philox
+from .. import autocast, checks, dispatch, higher_order, philox
 from . import BACKENDS, fused, reference
 from .problem import WEIGHTS, AttentionProblem, Operands, Options, describe, make_options
 
@@ -153,7 +153,7 @@ def _needs_grad(operands: Operands) -> bool:
 def _autocast(operands: Operands) -> Operands:
     """q, k and v in the autocast dtype, as torch does for its own attention."""
     q = operands.q
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or not autocast.enabled(q.device):
         return operands
     if q.dtype == torch.float64 or not q.is_floating_point():
         return operands

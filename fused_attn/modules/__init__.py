@@ -1,5 +1,35 @@
-"""Drop-in subclasses of the torch.nn classes."""
+"""Drop-ins for torch.nn's modules: subclasses with the same constructor and state_dict."""
 
+from torch import nn
+
+from .attention import FusedMultiheadAttention
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
+from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
+from .transformer import FusedTransformerDecoderLayer, FusedTransformerEncoderLayer
 
-__all__ = ["FusedAddLayerNorm", "FusedAddRMSNorm", "FusedLayerNorm", "FusedRMSNorm"]
+# What `fuse` puts in the place of what. The classes are taken now: a program may later put other
+# ones under torch.nn's names.
+DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: FusedMultiheadAttention,
+    nn.LayerNorm: FusedLayerNorm,
+    nn.RMSNorm: FusedRMSNorm,
+    nn.TransformerEncoderLayer: FusedTransformerEncoderLayer,
+    nn.TransformerDecoderLayer: FusedTransformerDecoderLayer,
+    nn.TransformerEncoder: FusedTransformerEncoder,
+    nn.TransformerDecoder: FusedTransformerDecoder,
+    nn.Transformer: FusedTransformer,
+}
+
+__all__ = [
+    "DROP_INS",
+    "FusedAddLayerNorm",
+    "FusedAddRMSNorm",
+    "FusedLayerNorm",
+    "FusedMultiheadAttention",
+    "FusedRMSNorm",
+    "FusedTransformer",
+    "FusedTransformerDecoder",
+    "FusedTransformerDecoderLayer",
+    "FusedTransformerEncoder",
+    "FusedTransformerEncoderLayer",
+]

@@ -1,0 +1,206 @@
+"""`fuse(model)` and `unfuse(model)`: change the classes of modules in place, and nothing else.
+
+Our modules have no state beside torch.nn's, so a module changes sides by its `__class__` alone:
+parameters, buffers, hooks, optimizers, tied weights and parametrizations never notice.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .modules import DROP_INS
+
+_STOCK = {fused: stock for stock, fused in DROP_INS.items()}
+_KEPT = "_fused_attn_kept"  # attribute that holds what `fuse` switched off in a module left alone
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One module whose class was changed.
+
+    Attributes:
+        name: qualified name in the model; "" for the model itself.
+        before, after: names of the classes.
+    """
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One module that could have been meant, and why its class was not changed."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fuse` or `unfuse` did. Print it, or read its fields."""
+
+    swapped: tuple[Swap, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} modules swapped, {len(self.left_alone)} left alone"]
+        lines += [f"  {s.name or '(model)'}: {s.before} -> {s.after}" for s in self.swapped]
+        lines += [
+            f"  {m.name or '(model)'}: {m.kind} left alone: {m.reason}" for m in self.left_alone
+        ]
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Report:
+    """Put our modules in the place of torch.nn's, in place.
+
+    Swapped are modules whose class is exactly one of `fused_attn.modules.DROP_INS`, parametrized
+    ones included. Left alone, with a reason, are subclasses (they may rely on torch.nn's internals),
+    scripted and quantized modules, and instances whose `forward` was replaced. If a module left
+    alone is an encoder layer or an encoder whose inference fast path would bypass fused modules
+    inside it, that path is switched off.
+
+    Args:
+        model: changed in place. May itself be one of the modules.
+        skip: modules to leave alone, by qualified name (shell patterns, as "decoder.*") or class.
+
+    Returns:
+        What was swapped, and what was left alone and why.
+
+    Raises:
+        TypeError: `model` is no module, or `skip` holds something else than names and classes.
+    """
+    _check_model(model)
+    patterns = _skipped(skip)
+    swapped, left_alone = [], []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if not _is_candidate(module):
+            continue
+        stock = _plain_class(module)
+        reason = _why_not(name, module, stock, patterns)
+        if reason is not None:
+            left_alone.append((name, module, kind, reason))
+            continue
+        _change_class(module, DROP_INS[stock])
+        swapped.append(Swap(name, kind, type(module).__name__))
+    return Report(
+        tuple(swapped),
+        tuple(
+            LeftAlone(name, kind, reason + _disarm(module))
+            for name, module, kind, reason in left_alone
+        ),
+    )
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Put torch.nn's modules back, in place: the reverse of `fuse`.
+
+    Modules that were made as ours become torch.nn's too.
+
+    Returns:
+        What was swapped; nothing is left alone.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_model(model)
+    swapped = []
+    for name, module in model.named_modules():
+        for attribute, value in module.__dict__.pop(_KEPT, {}).items():
+            setattr(module, attribute, value)
+        fused = _plain_class(module)
+        if fused in _STOCK:
+            before = type(module).__name__
+            _change_class(module, _STOCK[fused])
+            swapped.append(Swap(name, before, type(module).__name__))
+    return Report(tuple(swapped), ())
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _skipped(skip: Iterable[str | type[nn.Module]]) -> tuple[str | type[nn.Module], ...]:
+    if isinstance(skip, (str, type)):
+        skip = (skip,)
+    items = tuple(skip)
+    for item in items:
+        is_class = isinstance(item, type) and issubclass(item, nn.Module)
+        if not (is_class or isinstance(item, str)):
+            raise TypeError(f"`skip` must hold names and module classes, got {item!r}")
+    return items
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return module.original_name in {stock.__name__ for stock in DROP_INS}
+    return isinstance(module, tuple(DROP_INS)) and _plain_class(module) not in _STOCK
+
+
+def _why_not(
+    name: str, module: nn.Module, stock: type, skip: tuple[str | type[nn.Module], ...]
+) -> str | None:
+    """Why `fuse` leaves `module` alone; None if it does not."""
+    for item in skip:
+        if isinstance(item, str):
+            if fnmatch.fnmatchcase(name, item):
+                return f"its name matches {item!r} in `skip`"
+        elif isinstance(module, item):
+            return f"{item.__name__} is in `skip`"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted; fuse the model before torch.jit.script"
+    if stock not in DROP_INS:
+        base = next(c for c in stock.__mro__ if c in DROP_INS)
+        return f"{stock.__module__}.{stock.__qualname__} is a subclass of torch.nn.{base.__name__}"
+    if "forward" in module.__dict__:
+        return "its `forward` was replaced on the instance"
+    return None
+
+
+def _plain_class(module: nn.Module) -> type:
+    """The class of `module`; of a parametrized one, the class that it had before."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        # torch gives each parametrized module a class of its own, whose properties compute the
+        # tensors; the same properties on top of the new class.
+        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), own)
+    module.__class__ = cls
+
+
+def _disarm(module: nn.Module) -> str:
+    """Keep torch.nn's inference fast path from bypassing fused modules in `module`; what was done.
+
+    torch.nn has no public switch for one module. An encoder layer takes the path only if its
+    `activation_relu_or_gelu` is not 0, an encoder only if its `use_nested_tensor` is true.
+    """
+    switches = []
+    if isinstance(module, nn.TransformerEncoderLayer) and any(_fused_within(module)):
+        switches.append(("activation_relu_or_gelu", 0))
+    if isinstance(module, nn.TransformerEncoder) and any(_fused_within(module)):
+        switches.append(("use_nested_tensor", False))
+    if isinstance(module, torch.jit.ScriptModule) or not switches:
+        return ""
+    kept = module.__dict__.setdefault(_KEPT, {})
+    for attribute, off in switches:
+        kept.setdefault(attribute, getattr(module, attribute, off))
+        setattr(module, attribute, off)
+    return "; its inference fast path is off, which would bypass the fused modules inside"
+
+
+def _fused_within(module: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in module.modules() if _plain_class(m) in _STOCK)

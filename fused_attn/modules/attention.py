@@ -1,0 +1,181 @@
+"""Multi-head attention behind `torch.nn.MultiheadAttention`'s interface."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import autocast
+from ..attention import call
+from ..attention.call import Scalars
+from ..attention.problem import Operands, Weights
+from . import attention_arguments as arguments
+from .attention_arguments import Sizes
+from .scripting import NotScriptable
+
+
+class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` on fused kernels: same constructor, parameters, state_dict.
+
+    One call is one in-projection (a single matrix product where query, key and value are the same
+    tensor), one `fused_attn.attention`, and `out_proj`, called as the module that it is. Heads are
+    taken and merged by strides; masks are never expanded in memory.
+
+    Where it differs from torch.nn on purpose (docs/differences.md has the whole list): a query
+    that may see no key gets attention 0 and weights 0, in every mode; `is_causal=True` is obeyed
+    the same way in every mode, and needs no `attn_mask`; hooks and replacements of `out_proj` work.
+
+    Attributes:
+        backend: name of the backend that must run the attention, or None to choose.
+    """
+
+    backend: str | None = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `query` over `key` and `value`; as `torch.nn.MultiheadAttention.forward`.
+
+        Args:
+            query: (L, N, E), or (N, L, E) if batch_first; unbatched (L, E).
+            key: (S, N, kdim), (N, S, kdim) or (S, kdim).
+            value: (S, N, vdim), (N, S, vdim) or (S, vdim).
+            key_padding_mask: (N, S), or (S) if unbatched; bool, True = ignored, or floating, added
+                to the scores.
+            need_weights: return the attention weights as well, after dropout; they carry gradients.
+            attn_mask: (L, S), (N * H, L, S) or any 4-D shape that broadcasts to (N, H, L, S); bool,
+                True = may not be seen, or floating, added to the scores and differentiable.
+            average_attn_weights: return the weights averaged over the heads.
+            is_causal: no query sees a key after its own position. Appended keys (`add_bias_kv`,
+                `add_zero_attn`) stay visible. Together with an `attn_mask` both apply; if moreover
+                L != S, `attn_mask` alone decides.
+
+        Returns:
+            The output, new, in the shape of `query`; and the weights, (N, L, S') averaged or
+            (N, H, L, S'), without N if unbatched, or None. S' counts the appended keys too.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
+            UnsupportedError: the backend asked for cannot run the call.
+
+        Shape legend: N batch, L queries, S keys, E embed_dim, H num_heads.
+        """
+        sizes = arguments.check_tensors(
+            query,
+            key,
+            value,
+            num_heads=self.num_heads,
+            embed_dim=self.embed_dim,
+            key_dim=self.kdim,
+            value_dim=self.vdim,
+            same_embed_dim=self._qkv_same_embed_dim,
+            batch_first=self.batch_first,
+        )
+        if key_padding_mask is not None or attn_mask is not None:
+            dtypes = arguments.mask_dtypes(query)
+            arguments.check_masks(key_padding_mask, attn_mask, sizes, dtypes)
+        projected = self._project(query, key, value)
+        q, k, v = (self._split_heads(x, sizes.batched) for x in projected)
+        k, v, appended = self._append_keys(k, v, sizes)
+        masks = arguments.make_masks(key_padding_mask, attn_mask, is_causal, sizes, appended, q)
+        wanted: Weights = None
+        if need_weights:
+            wanted = "average" if average_attn_weights else "per_head"
+        scalars = Scalars(
+            causal=masks.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            weights=wanted,
+            backend=self.backend,
+            token_major=True,
+        )
+        operands = Operands(q, k, v, masks.bias, masks.mask, masks.key_padding_mask)
+        out, _, weights = call.run(operands, scalars)
+        out = self.out_proj(self._merge_heads(out, sizes))
+        return out, _torch_weights(weights, wanted, sizes.batched)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """The three in-projections, in the layout of their inputs; last dimension embed_dim."""
+        # Read at each call: a parametrization computes them, LoRA and pruning replace them.
+        bias: Tensor | None = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            _check_dtypes(query, weights[0])
+            return self._project_each((query, key, value), weights, bias)
+        weight = self.in_proj_weight
+        _check_dtypes(query, weight)
+        if bias is not None and bias.dtype != weight.dtype:
+            bias = bias.to(weight.dtype)
+        if key is value:
+            if query is key:
+                return F.linear(query, weight, bias).chunk(3, dim=-1)
+            sizes = [self.embed_dim, 2 * self.embed_dim]
+            weight_q, weight_kv = weight.split(sizes)
+            bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
+            k, v = F.linear(key, weight_kv, bias_kv).chunk(2, dim=-1)
+            return F.linear(query, weight_q, bias_q), k, v
+        return self._project_each((query, key, value), weight.chunk(3), bias)
+
+    def _project_each(
+        self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(F.linear(*each) for each in zip(inputs, weights, biases, strict=True))
+
+    def _split_heads(self, x: Tensor, batched: bool) -> Tensor:
+        """(N, L, E), (L, N, E) or (L, E) -> (N, H, L, D), a view."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if not batched:
+            return x.transpose(0, 1)[None]
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _merge_heads(self, x: Tensor, sizes: Sizes) -> Tensor:
+        """(N, H, L, D) -> the layout of the query, (N, L, E), (L, N, E) or (L, E)."""
+        if not sizes.batched:
+            return x[0].transpose(0, 1).reshape(sizes.queries, self.embed_dim)
+        if self.batch_first:
+            return x.transpose(1, 2).reshape(sizes.batch, sizes.queries, self.embed_dim)
+        return x.permute(2, 0, 1, 3).reshape(sizes.queries, sizes.batch, self.embed_dim)
+
+    def _append_keys(self, k: Tensor, v: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, int]:
+        """The keys and values with those of `bias_k`/`bias_v` and `add_zero_attn`; their number."""
+        extra_k, extra_v = [], []
+        shape = (sizes.batch, self.num_heads, 1, self.head_dim)
+        if (self.bias_k is None) != (self.bias_v is None):
+            raise AssertionError("bias_k and bias_v must be set together, or neither")
+        if self.bias_k is not None and self.bias_v is not None:
+            one = (1, self.num_heads, 1, self.head_dim)
+            # In the dtype of the projected keys: under autocast the parameter has another.
+            extra_k.append(self.bias_k.to(k.dtype).reshape(one).expand(shape))
+            extra_v.append(self.bias_v.to(v.dtype).reshape(one).expand(shape))
+        if self.add_zero_attn:
+            extra_k.append(k.new_zeros(shape))
+            extra_v.append(v.new_zeros(shape))
+        if not extra_k:
+            return k, v, 0
+        return torch.cat([k, *extra_k], dim=2), torch.cat([v, *extra_v], dim=2), len(extra_k)
+
+
+def _check_dtypes(query: Tensor, weight: Tensor) -> None:
+    if query.dtype != weight.dtype and not autocast.enabled(query.device):
+        raise RuntimeError(
+            f"`query` must have the dtype of the module's weights, {weight.dtype}, "
+            f"got {query.dtype}"
+        )
+
+
+def _torch_weights(weights: Tensor | None, wanted: Weights, batched: bool) -> Tensor | None:
+    """(N, 1 or H, L, S) -> the shape that torch.nn returns."""
+    if weights is None:
+        return None
+    if wanted == "average":
+        weights = weights.squeeze(1)
+    return weights if batched else weights.squeeze(0)

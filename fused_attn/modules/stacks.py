@@ -1,0 +1,142 @@
+"""Stacks of layers and the whole Transformer behind torch.nn's interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .scripting import NotScriptable
+from .transformer import (
+    Activation,
+    FusedTransformerDecoderLayer,
+    FusedTransformerEncoderLayer,
+    fuse_children,
+)
+
+
+class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder` without its nested-tensor detour and its look into the mask.
+
+    `enable_nested_tensor` and `mask_check` are kept for torch.nn's sake and change nothing here.
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """The layers in turn, then the norm; as `torch.nn.TransformerEncoder.forward`.
+
+        Args:
+            src: (L, N, E), or (N, L, E) if the layers are batch_first; unbatched (L, E).
+            mask, src_key_padding_mask: as of `FusedTransformerEncoderLayer`.
+            is_causal: no position sees a later one. None is False: the mask says it all, and is
+                not read back to find out whether it is causal.
+        """
+        output = src
+        for layer in self.layers:
+            ours = isinstance(layer, nn.TransformerEncoderLayer)
+            output = layer(
+                output,
+                src_mask=mask if ours else _as_torch_passes_it(mask, src),
+                is_causal=bool(is_causal),
+                src_key_padding_mask=(
+                    src_key_padding_mask if ours else _as_torch_passes_it(src_key_padding_mask, src)
+                ),
+            )
+        return output if self.norm is None else self.norm(output)
+
+
+class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
+    """`torch.nn.TransformerDecoder` without its look into the mask."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The layers in turn, then the norm; as `torch.nn.TransformerDecoder.forward`.
+
+        Args:
+            tgt_is_causal: no target position sees a later one. None is False: the mask says it all,
+                and is not read back to find out whether it is causal.
+        """
+        return super().forward(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=bool(tgt_is_causal),
+            memory_is_causal=memory_is_causal,
+        )
+
+
+class FusedTransformer(NotScriptable, nn.Transformer):
+    """`torch.nn.Transformer` on fused kernels: same constructor, children, state_dict."""
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Activation = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            num_encoder_layers,
+            num_decoder_layers,
+            dim_feedforward,
+            dropout,
+            activation,
+            custom_encoder,
+            custom_decoder,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
+        if custom_encoder is None:
+            _fuse_stack(self.encoder, FusedTransformerEncoder, FusedTransformerEncoderLayer)
+        if custom_decoder is None:
+            _fuse_stack(self.decoder, FusedTransformerDecoder, FusedTransformerDecoderLayer)
+
+
+def _fuse_stack(stack: Any, stack_class: Any, layer_class: Any) -> None:
+    stack.__class__ = stack_class
+    for layer in stack.layers:
+        layer.__class__ = layer_class
+        fuse_children(layer)
+
+
+def _as_torch_passes_it(mask: Tensor | None, src: Tensor) -> Tensor | None:
+    """Floating masks: what torch.nn.TransformerEncoder hands to layers of other people."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=src.dtype).masked_fill_(mask, -torch.inf)
