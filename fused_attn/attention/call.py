@@ -144,10 +144,7 @@ def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
 def _needs_grad(operands: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
-    for x in operands[:4]:
-        if getattr(x, "requires_grad", False):
-            return True
-    return False
+    return any(getattr(x, "requires_grad", False) for x in operands[:4])
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -271,13 +271,13 @@ class _Attention(torch.autograd.Function):
             return (*grads, None, None, None, None)
         if all(grad is None for grad in grad_outputs):
             return (None,) * 8
+        dout, dlse, dweights = grad_outputs
         needs = tuple(ctx.needs_input_grad[:4])
+        tail = (out, lse, dout, dlse, dweights, needs)
         if not ctx.traced and not _is_traced():
-            found = _run_backward(operands, options, settings, out, lse, *grad_outputs, needs)
+            found = _run_backward(operands, options, settings, *tail)
             return (*found, None, None, None, None)
-        found = torch.ops.fused_attn.attention_backward(
-            *operands, *options, *settings, out, lse, *grad_outputs, needs
-        )
+        found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
         wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]
         return (*wanted, None, None, None, None)
 
