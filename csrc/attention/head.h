@@ -7,7 +7,7 @@
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
 struct HeadBuffers {
-  Buffer keep, k, q_rows, q, scores, bias, slope;
+  Buffer keep, k, q_rows, q, scores, bias;
 };
 
 // Keys are prepared once per head, queries once per block; then any tile can be asked for.
@@ -34,7 +34,6 @@ class HeadScores {
     q = buffers.q.get<Unit>(units_ * kBlockQ);
     scores = buffers.scores.get<Real>(kTile);
     if (p.bias.data != nullptr) bias_ = buffers.bias.get<Real>(kTile);
-    if (p.softcap > 0) slope = buffers.slope.get<Real>(kTile);
   }
 
   // Selects the queries [first, first + count).
@@ -102,7 +101,7 @@ class HeadScores {
   Rows<E> k;
   Unit* q;                // [unit][query]
   Real* scores;           // [key][query]
-  Real* slope = nullptr;  // of the softcap, [key][query]
+  Real* slope = nullptr;  // where to keep the derivative of the softcap, [key][query]
 
   int64_t i = 0;
   int rows = 0;
