@@ -15,7 +15,9 @@ import cpu_classes
 import torch
 from harness import RESULTS, Timing, machine_name, save_rows, time_in_turn
 
-HEADER = f"{'class':<44} {'ours ms':>9} {'peer ms':>9} {'peer':<12} {'ratio':>6} {'gate':>5} {'goal':>5}"
+HEADER = (
+    f"{'class':<44} {'ours ms':>9} {'peer ms':>9} {'peer':<12} {'ratio':>6} {'gate':>5} {'goal':>5}"
+)
 
 
 def measure(row: cpu_classes.Row, threads: int) -> dict[str, object]:

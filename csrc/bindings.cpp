@@ -1,3 +1,5 @@
+#include "attention/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -41,5 +43,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_cpu_levels", &fused_attn::available_levels,
         "Levels that this machine and this build can run, lowest first.");
   fused_attn::bind_tensor(m);
+  fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
 }

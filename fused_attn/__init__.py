@@ -11,7 +11,11 @@ from .functional import (
     merge_attention,
 )
 from .modules import (
+    FusedAddLayerNorm,
+    FusedAddRMSNorm,
+    FusedLayerNorm,
     FusedMultiheadAttention,
+    FusedRMSNorm,
     FusedTransformer,
     FusedTransformerDecoder,
     FusedTransformerDecoderLayer,
@@ -22,7 +26,11 @@ from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
+    "FusedAddLayerNorm",
+    "FusedAddRMSNorm",
+    "FusedLayerNorm",
     "FusedMultiheadAttention",
+    "FusedRMSNorm",
     "FusedTransformer",
     "FusedTransformerDecoder",
     "FusedTransformerDecoderLayer",

@@ -7,9 +7,14 @@ the registration and the policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import native
 
 
 class Backend(Protocol):
@@ -93,3 +98,47 @@ def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None)
     if name is not None:
         find(backends, name)
     return Explanation(problem, able[0] if able else None, reasons)
+
+
+PlanT = TypeVar("PlanT")
+
+
+class PlanCache(Generic[PlanT]):
+    """Remembers what a call's signature comes to, so that a repeated call costs one look-up.
+
+    What must be checked, and who can run it, depends on the classes, shapes, dtypes and devices of
+    the tensors and on scalars only. A plan that cannot be made (the call is wrong) is not kept.
+    """
+
+    _MAX_PLANS = 4096
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, PlanT] = {}
+
+    def get(
+        self, operands: tuple[Any, ...], scalars: Hashable, make_plan: Callable[[], PlanT]
+    ) -> PlanT:
+        """The plan of (`operands`, `scalars`), made by `make_plan` the first time."""
+        try:
+            key = (_signature(operands), scalars)
+            plan = self._plans.get(key)
+        except (AttributeError, TypeError):  # no tensor, or not hashable: let the checks say so
+            return make_plan()
+        if plan is None:
+            plan = make_plan()
+            if len(self._plans) >= self._MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+
+def _signature(operands: tuple[Any, ...]) -> Hashable:
+    if native.why_not() is None:
+        return native.module().signature(operands)
+    return tuple([None if x is None else (type(x), x.shape, x.dtype, x.device) for x in operands])
+
+
+def is_plain(operands: Iterable[Any]) -> bool:
+    """True if all are torch's own tensors: no subclass that would want to see the operators."""
+    plain = (Tensor, torch.nn.Parameter)
+    return all(type(x) in plain for x in operands if x is not None)

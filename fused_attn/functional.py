@@ -110,10 +110,12 @@ def attention(
         None,
         dropout_rng if dropout_p else None,
     )
-    scalars = Scalars(causal, window, softcap, scale, dropout_p, return_weights, backend)
+    scalars = Scalars(
+        causal, window, softcap, scale, dropout_p, return_weights, backend, None, None, return_lse
+    )
     if out is not None:
         _check_out(out, q, v)
-    result, lse, weights = call.run(operands, scalars, return_lse, False, out)
+    result, lse, weights = call.run(operands, scalars, out)
     if not return_lse and return_weights is None:
         return result
     extras = (lse,) if return_lse else ()
@@ -183,9 +185,19 @@ def attention_varlen(
         rng=dropout_rng if dropout_p else None,
     )
     scalars = Scalars(
-        causal, window, softcap, scale, dropout_p, None, backend, max_seqlen_q, max_seqlen_k
+        causal,
+        window,
+        softcap,
+        scale,
+        dropout_p,
+        None,
+        backend,
+        max_seqlen_q,
+        max_seqlen_k,
+        return_lse,
+        True,
     )
-    out, lse, _ = call.run(operands, scalars, return_lse, token_major=True)
+    out, lse, _ = call.run(operands, scalars)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse and lse is not None else out
 
@@ -243,8 +255,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Expla
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    known = {"dropout_rng", "return_lse", "out", *Operands._fields, *Scalars._fields}
-    known = known - {"weights", "rng", "cu_seqlens_q", "cu_seqlens_k"} | {"return_weights"}
+    inner = {"weights", "rng", "cu_seqlens_q", "cu_seqlens_k", "need_lse", "token_major"}
+    known = {"dropout_rng", "return_lse", "return_weights", "out"}
+    known |= {*Operands._fields, *Scalars._fields} - inner
     for name in arguments:
         if name not in known:
             raise TypeError(f"`explain` got an unexpected argument `{name}`")

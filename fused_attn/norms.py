@@ -118,9 +118,16 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError, UnsupportedError: as `layer_norm`.
     """
-    scalars = Scalars(_hashable(normalized_shape), eps, False, dropout_p, backend)
+    scalars = Scalars(
+        _hashable(normalized_shape),
+        eps,
+        False,
+        dropout_p,
+        backend,
+        return_sum or sum_out is not None,
+    )
     operands = Operands(x, residual, weight, bias, dropout_rng if dropout_p else None)
-    y, h = call.run(operands, scalars, return_sum, out, sum_out)
+    y, h = call.run(operands, scalars, out, sum_out)
     return (y, h) if return_sum else y
 
 
@@ -147,9 +154,16 @@ def add_rms_norm(
 
     Args, returns and raises: as `add_layer_norm`; weight and eps as in `rms_norm`.
     """
-    scalars = Scalars(_hashable(normalized_shape), eps, True, dropout_p, backend)
+    scalars = Scalars(
+        _hashable(normalized_shape),
+        eps,
+        True,
+        dropout_p,
+        backend,
+        return_sum or sum_out is not None,
+    )
     operands = Operands(x, residual, weight, None, dropout_rng if dropout_p else None)
-    y, h = call.run(operands, scalars, return_sum, out, sum_out)
+    y, h = call.run(operands, scalars, out, sum_out)
     return (y, h) if return_sum else y
 
 

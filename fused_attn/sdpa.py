@@ -57,6 +57,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         checks.expect_tensor("attn_mask", attn_mask)
         checks.expect_dtype("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
+    if query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, backend)
     shape = _leading_shape(query, key, value, enable_gqa)
     rank = max(query.dim(), key.dim(), value.dim())
     batch = shape[:-1]
@@ -67,8 +69,23 @@ def scaled_dot_product_attention(
         scores = (*shape[len(shape) + 2 - rank :], query.shape[-2], key.shape[-2])
         checks.expect_broadcastable("attn_mask", attn_mask, scores, "(..., Hq, L, S)")
         mask = _batched_mask(attn_mask, batch)
+    out = _attend(q, k, v, mask, dropout_p, is_causal, scale, backend)
+    return out if rank == 4 else out.reshape(*shape[len(shape) + 2 - rank :], *out.shape[-2:])
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    """Attention in four dimensions; a bool mask hides, a float one is added."""
     is_bool = mask is not None and mask.dtype == torch.bool
-    out = attention(
+    return attention(
         q,
         k,
         v,
@@ -79,7 +96,6 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p,
         backend=backend,
     )
-    return out if rank == 4 else out.reshape(*shape[len(shape) + 2 - rank :], *out.shape[-2:])
 
 
 def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

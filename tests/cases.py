@@ -54,6 +54,7 @@ class Case:
             self.dropout_p,
             self.weights,
             backend,
+            need_lse=True,
         )
 
     def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ class Case:
 
 def run_backend(case: Case, backend: str, **tensors: Tensor) -> tuple[Tensor | None, ...]:
     """out, lse and weights of `case` by `backend`, the way the public functions run it."""
-    return call.run(Operands(**tensors), case.scalars(backend), True, False)
+    return call.run(Operands(**tensors), case.scalars(backend))
 
 
 def run_plain(case: Case, **tensors: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,13 +7,20 @@ import torch
 
 import fused_attn
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
+from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
+from fused_attn.layer_norm import call as layer_norm_call
+from fused_attn.layer_norm.problem import Operands as LayerNormOperands
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`attention_backend` runs over the operation's BACKENDS: a new one inherits every test."""
-    if "attention_backend" in metafunc.fixturenames:
-        names = [backend.NAME for backend in ATTENTION_BACKENDS]
-        metafunc.parametrize("attention_backend", names, indirect=True)
+    """`<operation>_backend` runs over the operation's BACKENDS: a new one inherits every test."""
+    for fixture, backends in (
+        ("attention_backend", ATTENTION_BACKENDS),
+        ("layer_norm_backend", LAYER_NORM_BACKENDS),
+    ):
+        if fixture in metafunc.fixturenames:
+            names = [backend.NAME for backend in backends]
+            metafunc.parametrize(fixture, names, indirect=True)
     if "fuzz_seed" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
 
@@ -24,6 +31,17 @@ def attention_backend(request: pytest.FixtureRequest) -> str:
     x = torch.zeros(1, 1, 1, 1)
     reasons = dict(fused_attn.explain(x, x, x).reasons)[request.param]
     if reasons:
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
+@pytest.fixture
+def layer_norm_backend(request: pytest.FixtureRequest) -> str:
+    """As `attention_backend`, for the norms."""
+    operands = LayerNormOperands(torch.zeros(1, 1))
+    problem = layer_norm_call.problem_of(operands, layer_norm_call.Scalars(1, 1e-5, False))
+    [backend] = [b for b in LAYER_NORM_BACKENDS if request.param == b.NAME]
+    if reasons := backend.why_not(problem):
         pytest.skip("; ".join(reasons))
     return request.param
 

@@ -42,7 +42,7 @@ def test_opcheck(backend: str, name: str) -> None:
     dweights = torch.randn_like(weights) if problem.weights else None
     backward = torch.ops.fused_attn.attention_backward.default
     for needs in ([True] * 4, [False, True, False, False]):
-        tail = (out, lse, dout, dlse, dweights, needs, problem.weights, backend)
+        tail = (problem.weights, True, False, backend, out, lse, dout, dlse, dweights, needs)
         torch.library.opcheck(backward, (*head, *tail))
 
 

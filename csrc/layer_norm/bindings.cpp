@@ -1,5 +1,7 @@
 #include "layer_norm/bindings.h"
 
+#include <utility>
+
 #include "common/tensor.h"
 #include "layer_norm/cpu.h"
 
@@ -48,7 +50,8 @@ void check_same_shape(const TensorView& tensor, const TensorView& like, int firs
   if (!tensor) return;
   bool same = tensor.ndim == like.ndim - first;
   for (int d = 0; same && d < tensor.ndim; ++d) same = tensor.shape[d] == like.shape[first + d];
-  if (!same) fail_check(tensor.name, std::string("have the shape of `") + like.name + "`", "another");
+  if (!same)
+    fail_check(tensor.name, std::string("have the shape of `") + like.name + "`", "another");
 }
 
 // Statistics: one number a row, dense.
@@ -74,7 +77,8 @@ void fill(Problem& problem, const TensorView& like, DType dtype, const TensorVie
   problem.rows = size(like, 0, like.ndim - dims);
   problem.width = size(like, like.ndim - dims, like.ndim);
   for (const TensorView* tensor : {&x, &residual}) check_same_shape(*tensor, like);
-  for (const TensorView* tensor : {&weight, &bias}) check_same_shape(*tensor, like, like.ndim - dims);
+  for (const TensorView* tensor : {&weight, &bias})
+    check_same_shape(*tensor, like, like.ndim - dims);
   problem.residual = rows(residual, dims);
   problem.weight = rows(weight, dims);
   problem.bias = rows(bias, dims);
@@ -110,28 +114,26 @@ void forward_binding(py::handle x_, py::handle residual_, py::handle weight_, py
 }
 
 void backward_binding(py::handle x_, py::handle residual_, py::handle weight_, py::handle bias_,
-                      py::handle rng_, py::handle h_, py::handle mean_, py::handle rstd_,
+                      py::handle rng_, bool summed, py::handle mean_, py::handle rstd_,
                       py::handle dy_, py::handle dh_, py::handle dx_, py::handle dresidual_,
                       py::handle dweight_, py::handle dbias_, int dims, double eps, bool rms,
                       double dropout_p, int threads) {
   (void)eps;  // it is in rstd; the argument keeps both calls alike
-  const TensorView x = tensor_view(x_, "x"), h = tensor_view(h_, "h"), dy = tensor_view(dy_, "dy");
+  const TensorView x = tensor_view(x_, "x"), dy = tensor_view(dy_, "dy");
   const TensorView dh = tensor_view(dh_, "dh"), dx = tensor_view(dx_, "dx");
   const TensorView dresidual = tensor_view(dresidual_, "dresidual");
   const TensorView dweight = tensor_view(dweight_, "dweight");
   const TensorView dbias = tensor_view(dbias_, "dbias");
   check_present(dy);
-  if (!h) check_present(x);
+  check_present(x);
   BackwardParams params;
-  fill(params, dy, dy.dtype, x, tensor_view(residual_, "residual"),
-       tensor_view(weight_, "weight"), tensor_view(bias_, "bias"), tensor_view(rng_, "rng"), dims,
-       rms, dropout_p, threads);
-  for (const TensorView* tensor : {&h, &dh, &dx, &dresidual}) check_same_shape(*tensor, dy);
+  fill(params, dy, dy.dtype, x, tensor_view(residual_, "residual"), tensor_view(weight_, "weight"),
+       tensor_view(bias_, "bias"), tensor_view(rng_, "rng"), dims, rms, dropout_p, threads);
+  for (const TensorView* tensor : {&dh, &dx, &dresidual}) check_same_shape(*tensor, dy);
   for (const TensorView* tensor : {&dweight, &dbias}) {
     check_same_shape(*tensor, dy, dy.ndim - dims);
   }
-  check_dtype(h, {dy.dtype});
-  params.h = rows(h, dims);
+  if (summed) params.h = std::exchange(params.x, {});
   params.mean = statistics(tensor_view(mean_, "mean"), params);
   const TensorView rstd = tensor_view(rstd_, "rstd");
   check_present(rstd);

@@ -2,9 +2,9 @@
 
 #include "common/cpu_level.h"
 
-#define FUSED_ATTN_DECLARE(level)                                 \
-  namespace fused_attn::level {                                   \
-  void layer_norm_forward(const layer_norm::Params& params);      \
+#define FUSED_ATTN_DECLARE(level)                                     \
+  namespace fused_attn::level {                                       \
+  void layer_norm_forward(const layer_norm::Params& params);          \
   void layer_norm_backward(const layer_norm::BackwardParams& params); \
   }
 FUSED_ATTN_DECLARE(portable)

@@ -7,7 +7,9 @@
 //
 // Blocks of rows go through two passes: one for the averages, one for the gradients. In the second
 // pass the rows of a block add to dweight and dbias together, so that these are read and written
-// once a block. Each task adds up its own rows; the tasks' sums are added in a fixed order.
+// once a block. Sums over rows are taken in three steps, so that their error grows with the cube
+// root of the number of rows: over a block, over the blocks of a group, over the groups of a task.
+// The tasks' sums are then added in a fixed order.
 #include "layer_norm/dropout.h"
 #include "layer_norm/rows.h"
 
@@ -17,9 +19,17 @@ namespace {
 using layer_norm::BackwardParams;
 
 constexpr int kBlockRows = 4;
+constexpr int64_t kGroupRows = 32 * kBlockRows;
 
-// What the second pass needs of a row. H: the type of h in memory, that of the operands or, where it
-// is computed again, that of the arithmetic.
+template <class A>
+void add_to(A* sums, const A* more, int64_t width) {
+  for_columns(width, [&](int64_t j, auto lanes) {
+    put(sums + j, load(sums + j, lanes) + load(more + j, lanes), lanes, false);
+  });
+}
+
+// What the second pass needs of a row. H: the type of h in memory, that of the operands or, where
+// it is computed again, that of the arithmetic.
 template <class T, class H, class A>
 struct Row {
   const T* dy;
@@ -29,7 +39,7 @@ struct Row {
   T* dx;
   T* dresidual;  // null unless it differs from dx
   A mean, rstd;
-  A mean_g, mean_g_xhat;  // the two averages, times rstd
+  A mean_g, mean_g_xhat;  // the two averages
 };
 
 template <class T, class H>
@@ -58,8 +68,21 @@ class Backward {
 
   bool parameters() const { return parameters_; }
 
-  // Adds the parameters' gradients of these rows to dweight and dbias (float, width elements).
+  // Adds the parameters' gradients of these rows to dweight and dbias (width elements).
   void run(int64_t begin, int64_t end, A* dweight, A* dbias) const {
+    if (!parameters_) return run_group(begin, end, nullptr, nullptr);
+    static thread_local Buffer buffer;
+    A* group = buffer.get<A>(2 * p_.width);
+    for (int64_t first = begin; first < end; first += kGroupRows) {
+      std::fill_n(group, 2 * p_.width, A(0));
+      run_group(first, std::min(end, first + kGroupRows), group, group + p_.width);
+      add_to(dweight, group, p_.width);
+      add_to(dbias, group + p_.width, p_.width);
+    }
+  }
+
+ private:
+  void run_group(int64_t begin, int64_t end, A* dweight, A* dbias) const {
     const int64_t width = p_.width, masks = Dropout::masks(width);
     static thread_local Buffer buffers[9];
     T* scratch_dy = buffers[0].get<T>(kBlockRows * dy_.scratch_size());
@@ -102,7 +125,6 @@ class Backward {
     if (stream_dx_) stream_fence();
   }
 
- private:
   // h of row i: as it was kept, or computed as the forward did.
   const H* sum_row(int64_t i, const Mask* keep, H* values, T* scratch_x,
                    T* scratch_residual) const {
@@ -135,9 +157,9 @@ class Backward {
       acc[0] = acc[0] + g;
       acc[1] = fma(g, xhat, acc[1]);
     });
-    const double scale = static_cast<double>(row.rstd) / static_cast<double>(p_.width);
-    row.mean_g = p_.rms ? A(0) : static_cast<A>(sums[0] * scale);
-    row.mean_g_xhat = static_cast<A>(sums[1] * scale);
+    const double width = static_cast<double>(p_.width);
+    row.mean_g = p_.rms ? A(0) : static_cast<A>(sums[0] / width);
+    row.mean_g_xhat = static_cast<A>(sums[1] / width);
   }
 
   template <int kRows>
@@ -152,8 +174,8 @@ class Backward {
   template <int kRows, bool kParameters>
   void gradients(const Row<T, H, A>* rows, A* dweight, A* dbias) const {
     const bool streamed = stream_dx_;
-    const V factor = V::set1(
-        p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
+    const V factor =
+        V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
     V mean[kRows], rstd[kRows], mean_g[kRows], mean_g_xhat[kRows];
     for (int r = 0; r < kRows; ++r) {
       mean[r] = V::set1(rows[r].mean);
@@ -163,11 +185,7 @@ class Backward {
     }
     for_columns(p_.width, [&](int64_t j, auto lanes) {
       const V w = load(weight_ + j, lanes);
-      V dw, db;
-      if constexpr (kParameters) {
-        dw = load(dweight + j, lanes);
-        db = load(dbias + j, lanes);
-      }
+      V dw = V::zero(), db = V::zero();
       FUSED_ATTN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const Row<T, H, A>& row = rows[r];
@@ -177,15 +195,17 @@ class Backward {
           dw = fma(dy, xhat, dw);
           db = db + dy;
         }
-        V dh = fma(dy * w, rstd[r], V::zero() - mean_g[r]) - xhat * mean_g_xhat[r];
+        // The difference first: it is exactly 0 where all of a row's g are equal.
+        const V centred = dy * w - mean_g[r];
+        V dh = fma(V::zero() - xhat, mean_g_xhat[r], centred) * rstd[r];
         if (row.dh != nullptr) dh = dh + load(row.dh + j, lanes);
         if (row.dresidual != nullptr) put(row.dresidual + j, dh, lanes, streamed);
         if (row.keep != nullptr) dh = select(row.keep[j / kLanes], dh * factor, V::zero());
         put(row.dx + j, dh, lanes, streamed);
       }
       if constexpr (kParameters) {
-        put(dweight + j, dw, lanes, false);
-        put(dbias + j, db, lanes, false);
+        put(dweight + j, load(dweight + j, lanes) + dw, lanes, false);
+        put(dbias + j, load(dbias + j, lanes) + db, lanes, false);
       }
     });
   }
@@ -205,12 +225,7 @@ void write_parameter_gradient(const layer_norm::Rows& rows, int64_t width, A* su
                               int64_t stride) {
   const Writer<A> writer(rows, width);
   if (writer.absent()) return;
-  for (int64_t t = 1; t < tasks; ++t) {
-    const A* more = sums + t * stride;
-    for_columns(width, [&](int64_t j, auto lanes) {
-      put(sums + j, load(sums + j, lanes) + load(more + j, lanes), lanes, false);
-    });
-  }
+  for (int64_t t = 1; t < tasks; ++t) add_to(sums, sums + t * stride, width);
   static thread_local Buffer buffer;
   A* row = writer.get(0, buffer.get<A>(writer.scratch_size()));
   std::copy_n(sums, width, row);

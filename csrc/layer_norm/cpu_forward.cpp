@@ -181,9 +181,8 @@ void forward(const Params& p) {
   const Forward<T> kernel(p, weight, bias);
   const int threads = threads_for(p);
   const int64_t tasks = threads == 1 ? 1 : std::min<int64_t>(p.rows, threads * kTasksPerThread);
-  parallel_for(threads, tasks, [&](int64_t t) {
-    kernel.run(p.rows * t / tasks, p.rows * (t + 1) / tasks);
-  });
+  parallel_for(threads, tasks,
+               [&](int64_t t) { kernel.run(p.rows * t / tasks, p.rows * (t + 1) / tasks); });
 }
 
 }  // namespace

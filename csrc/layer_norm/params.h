@@ -12,8 +12,8 @@
 
 namespace fused_attn::layer_norm {
 
-// A mixed-radix index: element i of these dimensions lies at offset(i). Neighbouring dimensions that
-// lie evenly in memory are merged into one, so nearly always there is one or none.
+// A mixed-radix index: element i of these dimensions lies at offset(i). Neighbouring dimensions
+// that lie evenly in memory are merged into one, so nearly always there is one or none.
 struct Dims {
   static constexpr int kMax = 8;
 
@@ -47,8 +47,8 @@ struct Problem {
   int64_t rows = 0;
   int64_t width = 0;
 
-  Rows x, residual;     // dtypes of their own, no wider than `dtype`
-  Rows weight, bias;    // one row each, of any floating dtype
+  Rows x, residual;              // dtypes of their own, no wider than `dtype`
+  Rows weight, bias;             // one row each, of any floating dtype
   const int64_t* rng = nullptr;  // {seed, offset} of the dropout; absent = no dropout
 
   bool rms = false;
@@ -68,7 +68,7 @@ struct BackwardParams : Problem {
   Rows h;
   const void* mean = nullptr;  // absent for RMSNorm
   const void* rstd = nullptr;
-  Rows dy, dh;  // dh, the gradient of the sum, may be absent
+  Rows dy, dh;                         // dh, the gradient of the sum, may be absent
   Rows dx, dresidual, dweight, dbias;  // in the dtypes of their operands; any may be absent
 };
 

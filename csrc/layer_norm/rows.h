@@ -29,11 +29,16 @@ constexpr DType kDTypeOf = std::is_same_v<T, float>      ? DType::kFloat32
 template <class Function>
 void with_type(DType dtype, const Function& function) {
   switch (dtype) {
-    case DType::kFloat32: return function(static_cast<float*>(nullptr));
-    case DType::kFloat64: return function(static_cast<double*>(nullptr));
-    case DType::kBFloat16: return function(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16: return function(static_cast<Float16*>(nullptr));
-    default: return;  // the binding lets floating dtypes through only
+    case DType::kFloat32:
+      return function(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return function(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return function(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return function(static_cast<Float16*>(nullptr));
+    default:
+      return;  // the binding lets floating dtypes through only
   }
 }
 
@@ -57,7 +62,8 @@ void convert_dense(const From* from, To* to, int64_t count) {
   int64_t i = 0;
   if constexpr (!std::is_same_v<To, double> && !std::is_same_v<From, double>) {
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+    if (i < count)
+      store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
   } else {
     for (; i < count; ++i) to[i] = convert<To>(from[i]);
   }

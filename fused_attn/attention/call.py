@@ -21,8 +21,10 @@ class Plan(NamedTuple):
     """What a signature comes to: its scalars in the kernels' form, and who runs it."""
 
     options: Options
-    weights: int
+    settings: fused.Settings
     backend: ModuleType
+    needs_grad: bool
+    plain: bool  # no tensor subclasses
 
 
 class Scalars(NamedTuple):
@@ -37,13 +39,12 @@ class Scalars(NamedTuple):
     backend: str | None = None
     max_seqlen_q: int | None = None  # packed problems only
     max_seqlen_k: int | None = None
+    need_lse: bool = False
+    token_major: bool = False  # lay `out` out as (B, Lq, H, Dv); its shape stays (B, H, Lq, Dv)
 
 
-_MAX_PLANS = 4096
-_plans: dict[Any, Plan] = {}
+_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 _last_backend: str | None = None
-
-Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def last_backend() -> str | None:
@@ -51,33 +52,38 @@ def last_backend() -> str | None:
     return _last_backend
 
 
-def run(
-    operands: Operands,
-    scalars: Scalars,
-    need_lse: bool,
-    token_major: bool,
-    out: Tensor | None = None,
-) -> Result:
+def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fused.Result:
     """out, lse and weights of a call; the last two None unless they are asked for.
 
     Args:
-        token_major: lay `out` out as (B, Lq, H, Dv) in memory; its shape stays (B, H, Lq, Dv).
         out: the tensor to write the output to; a new one if None.
     """
     global _last_backend
-    operands = _autocast(operands)
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
     if scalars.dropout_p and operands.rng is None:
-        _check_dropout(scalars)
+        checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.q.device))
     if torch.compiler.is_compiling():
-        return _execute(_make_plan(operands, scalars), operands, need_lse, token_major, out)
-    plan = _cached_plan(operands, scalars)
-    _last_backend = plan.backend.NAME
-    return _execute(plan, operands, need_lse, token_major, out)
+        plan = _make_plan(operands, scalars, _needs_grad(operands))
+    else:
+        needs_grad = _needs_grad(operands)
+        plan = _plans.get(
+            operands,
+            (scalars, needs_grad),
+            lambda: _make_plan(operands, scalars, needs_grad),
+        )
+        _last_backend = plan.backend.NAME
+    return _execute(plan, operands, out)
 
 
-def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
+def problem_of(
+    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
+) -> AttentionProblem:
     """The checked description of a call.
+
+    Args:
+        needs_grad: a gradient is wanted; None asks the tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -103,7 +109,9 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
         softcap=scalars.softcap,
         dropout_p=scalars.dropout_p,
     )
-    return describe(operands, options, WEIGHTS[scalars.weights], _needs_grad(operands))
+    if needs_grad is None:
+        needs_grad = _needs_grad(operands)
+    return describe(operands, options, WEIGHTS[scalars.weights], needs_grad)
 
 
 def _max_seqlen(name: str, value: Any) -> Any:
@@ -112,56 +120,31 @@ def _max_seqlen(name: str, value: Any) -> Any:
     return value
 
 
-def _check_dropout(scalars: Scalars) -> None:
-    checks.expect_probability("dropout_p", scalars.dropout_p)
-
-
-def _execute(
-    plan: Plan, operands: Operands, need_lse: bool, token_major: bool, out: Tensor | None
-) -> Result:
+def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> fused.Result:
     # torch.func's transforms cannot see into a kernel, but they can into the formula.
     if plan.backend is not reference and not higher_order.inside_functorch():
         result, lse, weights = fused.attention(
-            operands, plan.options, plan.weights, need_lse, token_major, plan.backend, out
+            operands, plan.options, plan.settings, plan.needs_grad, plan.plain, out
         )
     else:
-        result, lse, weights = reference.forward(operands, plan.options, plan.weights)
+        result, lse, weights = reference.forward(operands, plan.options, plan.settings.weights)
     if out is not None and result is not out:
         result = out.copy_(result)
-    return result, lse if need_lse else None, weights
+    return result, lse if plan.settings.need_lse else None, weights
 
 
-def _cached_plan(operands: Operands, scalars: Scalars) -> Plan:
-    try:
-        key = (_signature(operands), scalars, _needs_grad(operands))
-        plan = _plans.get(key)
-    except (AttributeError, TypeError):  # not tensors, or not hashable: let the checks say so
-        return _make_plan(operands, scalars)
-    if plan is None:
-        plan = _make_plan(operands, scalars)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
-def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
-    problem = problem_of(operands, scalars)
+def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
+    problem = problem_of(operands, scalars, needs_grad)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    return Plan(problem.options, problem.weights, backend)
-
-
-def _signature(operands: Operands) -> tuple[Any, ...]:
-    return tuple([None if x is None else (x.shape, x.dtype, x.device) for x in operands])
+    settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
+    plain = dispatch.is_plain(operands)
+    return Plan(problem.options, settings, backend, needs_grad, plain)
 
 
 def _needs_grad(operands: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
-    q, k, v, bias = operands[:4]
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        return True
-    return bias is not None and bias.requires_grad
+    return any(getattr(x, "requires_grad", False) for x in operands[:4])
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -29,7 +29,10 @@ class Plan(NamedTuple):
     """What a signature comes to: its scalars in the kernels' form, and who runs it."""
 
     options: Options
+    settings: fused.Settings
     backend: ModuleType
+    needs_grad: bool
+    plain: bool  # no tensor subclasses
 
 
 class Scalars(NamedTuple):
@@ -40,55 +43,70 @@ class Scalars(NamedTuple):
     rms: bool
     dropout_p: Any = 0.0
     backend: str | None = None
+    need_sum: bool = False
 
 
-_MAX_PLANS = 4096
-_plans: dict[Any, Plan] = {}
+_HALF = (torch.float16, torch.bfloat16)
+_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 
 def run(
     operands: Operands,
     scalars: Scalars,
-    need_sum: bool = False,
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> fused.Result:
-    """y and, if it is needed or has a place, the sum."""
-    operands = _autocast(operands)
+    """y and, if it is needed, the sum.
+
+    Args:
+        out, sum_out: the tensors to write them to; new ones if None.
+    """
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
     if scalars.dropout_p and operands.rng is None:
         checks.expect_tensor("x", operands.x)
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.x.device))
-    compiling = torch.compiler.is_compiling()
-    plan = _make_plan(operands, scalars) if compiling else _cached_plan(operands, scalars)
+    needs_grad = _needs_grad(operands)
+    if torch.compiler.is_compiling():
+        plan = _make_plan(operands, scalars, needs_grad)
+    else:
+        plan = _plans.get(
+            operands,
+            (scalars, needs_grad),
+            lambda: _make_plan(operands, scalars, needs_grad),
+        )
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:
-            _check_out(name, tensor, operands)
-    need_sum = need_sum or sum_out is not None
+            _check_out(name, tensor, operands, needs_grad)
     # torch.func's transforms cannot see into a kernel, but they can into the formula.
-    if plan.backend is reference or higher_order.inside_functorch():
-        y, h = reference.forward(operands, plan.options)
-        result: fused.Result = (y, h if need_sum else None)
+    if plan.backend is not reference and not higher_order.inside_functorch():
+        y, h = fused.layer_norm(
+            operands, plan.options, plan.settings, plan.needs_grad, plan.plain, out, sum_out
+        )
     else:
-        result = fused.layer_norm(operands, plan.options, need_sum, plan.backend, out, sum_out)
-    y, total = result
-    if sum_out is not None and total is not None and total is not sum_out:
-        total = sum_out.copy_(total)
+        y, h = reference.forward(operands, plan.options)
+    if sum_out is not None and h is not None and h is not sum_out:
+        h = sum_out.copy_(h)
     if out is not None and y is not out:
         y = out.copy_(y)
-    return y, total
+    return y, h
 
 
-def problem_of(operands: Operands, scalars: Scalars) -> LayerNormProblem:
+def problem_of(
+    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
+) -> LayerNormProblem:
     """The checked description of a call.
+
+    Args:
+        needs_grad: a gradient is wanted; None asks the tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    for name, operand in zip(("x", "residual"), operands[:2], strict=True):
-        if name == "x" or operand is not None:
-            checks.expect_tensor(name, operand)
-            checks.expect_dtype(name, operand, checks.FLOAT_DTYPES)
+    checks.expect_tensor("x", operands.x)
+    if operands.residual is not None:
+        checks.expect_tensor("residual", operands.residual)
     row = row_shape(scalars.normalized_shape)
     options = make_options(
         dims=len(row),
@@ -97,44 +115,32 @@ def problem_of(operands: Operands, scalars: Scalars) -> LayerNormProblem:
         rms=scalars.rms,
         dropout_p=scalars.dropout_p,
     )
-    return describe(operands, options, row, _needs_grad(operands))
+    if needs_grad is None:
+        needs_grad = _needs_grad(operands)
+    return describe(operands, options, row, needs_grad)
 
 
-def _cached_plan(operands: Operands, scalars: Scalars) -> Plan:
-    try:
-        key = (_signature(operands), scalars, _needs_grad(operands))
-        plan = _plans.get(key)
-    except (AttributeError, TypeError):  # not tensors, or not hashable: let the checks say so
-        return _make_plan(operands, scalars)
-    if plan is None:
-        plan = _make_plan(operands, scalars)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
-def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
-    problem = problem_of(operands, scalars)
-    return Plan(problem.options, dispatch.select(BACKENDS, problem, scalars.backend))
-
-
-def _signature(operands: Operands) -> tuple[Any, ...]:
-    return tuple([None if x is None else (x.shape, x.dtype, x.device) for x in operands])
+def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
+    problem = problem_of(operands, scalars, needs_grad)
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    settings = fused.Settings(scalars.need_sum, False, backend.NAME)
+    return Plan(problem.options, settings, backend, needs_grad, dispatch.is_plain(operands))
 
 
 def _needs_grad(operands: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any(x is not None and x.requires_grad for x in operands[:4])
+    return any([x is not None and getattr(x, "requires_grad", False) for x in operands[:4]])
 
 
-def _check_out(name: str, out: Tensor, operands: Operands) -> None:
+def _check_out(name: str, out: Tensor, operands: Operands, needs_grad: bool) -> None:
     checks.expect_shape(name, out, tuple(operands.x.shape), "of `x`")
     checks.expect_dtype(name, out, (sum_dtype(operands),))
     checks.expect_device(name, out, operands.x.device)
-    if torch.is_grad_enabled() and (out.requires_grad or _needs_grad(operands)):
-        raise ValueError(f"`{name}` must be None where a gradient is wanted, as in torch's functions")
+    if torch.is_grad_enabled() and (out.requires_grad or needs_grad):
+        raise ValueError(
+            f"`{name}` must be None where a gradient is wanted, as in torch's functions"
+        )
 
 
 def _autocast(operands: Operands) -> Operands:
@@ -145,9 +151,5 @@ def _autocast(operands: Operands) -> Operands:
     if not torch.is_autocast_enabled("cuda") or not x.is_floating_point():
         return operands
     return Operands(
-        *(
-            operand.float() if operand is not None and operand.dtype != torch.float64 else operand
-            for operand in operands[:4]
-        ),
-        operands.rng,
+        *[y.float() if y is not None and y.dtype in _HALF else y for y in operands]  # type: ignore
     )

@@ -37,7 +37,7 @@ def forward(
 def backward(
     operands: Operands,
     options: Options,
-    h: Tensor | None,
+    summed: bool,
     mean: Tensor | None,
     rstd: Tensor,
     dy: Tensor,
@@ -49,7 +49,7 @@ def backward(
 ) -> None:
     native.module().layer_norm_backward(
         *operands,
-        *(h, mean, rstd, dy, dh),
+        *(summed, mean, rstd, dy, dh),
         *(dx, dresidual, dweight, dbias),
         *options,
         torch.get_num_threads(),

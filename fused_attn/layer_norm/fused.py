@@ -7,9 +7,9 @@ instead: the same arguments, the same code behind them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,108 +18,130 @@ from .. import higher_order
 from . import reference
 from .problem import Operands, Options, compute_dtype, sum_dtype
 
+
+class Settings(NamedTuple):
+    """What is wanted of a call, and of whom."""
+
+    need_sum: bool
+    need_statistics: bool  # the backward starts from them
+    backend: str
+
+
+Result = tuple[Tensor, Tensor | None]
+Statistics = tuple[Tensor | None, Tensor | None]  # mean (none for RMSNorm) and rstd
+
 _OPERANDS = len(Operands._fields)
 _SCALARS = _OPERANDS + len(Options._fields)
 
-_OPERANDS_SCHEMA = "Tensor? weight, Tensor? bias, Tensor? rng"
+_OPERANDS_SCHEMA = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng"
 _OPTIONS_SCHEMA = "int dims, float eps, bool rms, float dropout_p"
+_SETTINGS_SCHEMA = "bool need_sum, bool need_statistics, str backend"
 
 _library = torch.library.Library("fused_attn", "FRAGMENT")
 _library.define(
-    f"layer_norm_forward(Tensor x, Tensor? residual, {_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, "
-    "bool need_sum, bool need_statistics, str backend) "
+    f"layer_norm_forward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, {_SETTINGS_SCHEMA}) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
 )
 _library.define(
-    f"layer_norm_backward(Tensor? x, Tensor? residual, {_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, "
-    "Tensor? h, Tensor? mean, Tensor rstd, Tensor dy, Tensor? dh, ScalarType x_dtype, "
-    "ScalarType residual_dtype, bool[4] needs, str backend) "
+    f"layer_norm_backward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, {_SETTINGS_SCHEMA}, "
+    "Tensor? mean, Tensor rstd, Tensor? dy, Tensor? dh, ScalarType x_dtype, "
+    "ScalarType residual_dtype, bool[4] needs) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
-
-Result = tuple[Tensor, Tensor | None]
 
 
 def layer_norm(
     operands: Operands,
     options: Options,
-    need_sum: bool,
-    backend: ModuleType,
+    settings: Settings,
+    needs_grad: bool,
+    plain: bool,
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> Result:
     """y and, if it is needed, the sum; with gradients where they are wanted.
 
     Args:
+        needs_grad: a gradient is wanted.
+        plain: no operand is a tensor subclass.
         out, sum_out: the tensors to write y and the sum to, if no gradient is wanted; new ones if
             None.
     """
-    name = backend.NAME
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands[:4]):
-        return _LayerNorm.apply(*operands, *options, need_sum, name)
-    if not _is_traced(operands):
-        y, h, _, _ = _run_forward(operands, options, need_sum, False, name, out, sum_out)
-        return y, h
-    y, h, _, _ = torch.ops.fused_attn.layer_norm_forward(
-        *operands, *options, need_sum, False, name
+    traced = not plain or _is_traced()
+    if needs_grad:
+        settings = settings._replace(need_statistics=True)
+        return _LayerNorm.apply(*operands, options, settings, traced)
+    if not traced:
+        return _run_forward(operands, options, settings, out, sum_out)[0]
+    return _call_forward(operands, options, settings)[0]
+
+
+def _is_traced() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
-    return y, h if need_sum else None
 
 
-def _is_traced(operands: Sequence[Tensor | None]) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    if torch._C._get_tracing_state() is not None:
-        return True
-    plain = (Tensor, torch.nn.Parameter)
-    return not all(type(x) in plain for x in operands if x is not None)
+def _call_forward(
+    operands: Operands, options: Options, settings: Settings
+) -> tuple[Result, Statistics]:
+    """Forward through the operator, for those who trace."""
+    y, h, mean, rstd = torch.ops.fused_attn.layer_norm_forward(*operands, *options, *settings)
+    needed = settings.need_statistics
+    statistics = mean if needed and not options.rms else None, rstd if needed else None
+    return (y, h if settings.need_sum else None), statistics
 
 
 def _run_forward(
     operands: Operands,
     options: Options,
-    need_sum: bool,
-    need_statistics: bool,
-    name: str,
+    settings: Settings,
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    y, h, mean, rstd = _empty_results(
-        operands, options, need_sum, need_statistics, out, sum_out
-    )
-    _backend(name).forward(operands, options, y, h, mean, rstd)
-    return y, h, mean, rstd
+) -> tuple[Result, Statistics]:
+    y, h, mean, rstd = _empty_results(operands, options, settings, out, sum_out)
+    _backend(settings.backend).forward(operands, options, y, h, mean, rstd)
+    return (y, h), (mean, rstd)
 
 
 def _run_backward(
     operands: Operands,
     options: Options,
-    h: Tensor | None,
+    settings: Settings,
     mean: Tensor | None,
     rstd: Tensor,
-    dy: Tensor,
+    dy: Tensor | None,
     dh: Tensor | None,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     needs: Sequence[bool],
-    name: str,
 ) -> list[Tensor | None]:
-    grads = _empty_gradients(operands, dy, x_dtype, residual_dtype, needs)
-    _backend(name).backward(operands, options, h, mean, rstd, dy, dh, *grads)
+    """Gradients of x, residual, weight and bias, those that are needed.
+
+    Where the forward returned the sum (`settings.need_sum`), `operands.x` is that sum.
+    """
+    if dy is None:
+        assert dh is not None
+        dy = torch.zeros_like(dh)
+    grads = _empty_gradients(operands, x_dtype, residual_dtype, needs)
+    backend = _backend(settings.backend)
+    backend.backward(operands, options, settings.need_sum, mean, rstd, dy, dh, *grads)
     return grads
 
 
+@functools.cache
 def _backend(name: str) -> Any:
     from . import BACKENDS  # not at import: the tuple imports the backends, and they this module
 
-    return next(backend for backend in BACKENDS if backend.NAME == name)
+    return next(backend for backend in BACKENDS if name == backend.NAME)
 
 
 def _empty_results(
     operands: Operands,
     options: Options,
-    need_sum: bool,
-    need_statistics: bool,
+    settings: Settings,
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -127,10 +149,10 @@ def _empty_results(
     dtype = sum_dtype(operands)
     y = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
     h = sum_out
-    if h is None and need_sum:
+    if h is None and settings.need_sum:
         h = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean = rstd = None
-    if need_statistics:
+    if settings.need_statistics:
         rows = x.shape[: x.dim() - options.dims]
         rstd = torch.empty(rows, dtype=compute_dtype(dtype), device=x.device)
         mean = None if options.rms else torch.empty_like(rstd)
@@ -138,23 +160,18 @@ def _empty_results(
 
 
 def _empty_gradients(
-    operands: Operands,
-    dy: Tensor,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    needs: Sequence[bool],
+    operands: Operands, x_dtype: torch.dtype, residual_dtype: torch.dtype, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """In the dtypes of x, residual, weight and bias; None where no gradient is needed."""
-    weight, bias = operands.weight, operands.bias
+    x, _, weight, bias, _ = operands
     return [
-        torch.empty(dy.shape, dtype=x_dtype, device=dy.device) if needs[0] else None,
-        torch.empty(dy.shape, dtype=residual_dtype, device=dy.device) if needs[1] else None,
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        if needs[2] and weight is not None
-        else None,
-        torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-        if needs[3] and bias is not None
-        else None,
+        torch.empty(x.shape, dtype=x_dtype, device=x.device) if needs[0] else None,
+        torch.empty(x.shape, dtype=residual_dtype, device=x.device) if needs[1] else None,
+        *(
+            torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            if need and parameter is not None
+            else None
+            for parameter, need in ((weight, needs[2]), (bias, needs[3]))
+        ),
     ]
 
 
@@ -163,27 +180,36 @@ def _as_tensors(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor,
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
+def _split(args: tuple[Any, ...]) -> tuple[Operands, Options, Settings, tuple[Any, ...]]:
+    """An operator's flat arguments, put together again, and what follows them."""
+    tail = _SCALARS + len(Settings._fields)
+    return (
+        Operands(*args[:_OPERANDS]),
+        Options(*args[_OPERANDS:_SCALARS]),
+        Settings(*args[_SCALARS:tail]),
+        args[tail:],
+    )
+
+
 def _forward_operator(*args: Any) -> tuple[Tensor, ...]:
-    operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_SCALARS])
-    return _as_tensors(_run_forward(operands, options, *args[_SCALARS:]), operands.x)
+    operands, options, settings, _ = _split(args)
+    result, statistics = _run_forward(operands, options, settings)
+    return _as_tensors((*result, *statistics), operands.x)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_SCALARS])
-    return _as_tensors(_empty_results(operands, options, *args[_SCALARS:-1]), operands.x)
+    operands, options, settings, _ = _split(args)
+    return _as_tensors(_empty_results(operands, options, settings), operands.x)
 
 
 def _backward_operator(*args: Any) -> tuple[Tensor, ...]:
-    operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_SCALARS])
-    rstd = args[_SCALARS + 2]
-    return _as_tensors(_run_backward(operands, options, *args[_SCALARS:]), rstd)
+    operands, options, settings, tail = _split(args)
+    return _as_tensors(_run_backward(operands, options, settings, *tail), operands.x)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands = Operands(*args[:_OPERANDS])
-    _, _, rstd, dy, _, x_dtype, residual_dtype, needs, _ = args[_SCALARS:]
-    grads = _empty_gradients(operands, dy, x_dtype, residual_dtype, needs)
-    return _as_tensors(grads, rstd)
+    operands, _, _, tail = _split(args)
+    return _as_tensors(_empty_gradients(operands, *tail[-3:]), operands.x)
 
 
 for _name, _real, _fake in (
@@ -196,84 +222,78 @@ for _name, _real, _fake in (
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Arguments: the operands, the options, need_sum, backend's name. Results: y and the sum.
+    """The operands one by one, then everything else. Results: y and the sum, or None for it.
 
-    Where the sum is returned it is kept for the backward, and x and residual are not; otherwise the
-    backward adds them up again.
+    Where the sum is returned, the backward starts from it and x and residual are not kept;
+    otherwise it adds them up again.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Result:
-        operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_SCALARS])
-        need_sum, name = args[_SCALARS:]
-        if _is_traced(operands):
-            y, h, mean, rstd = torch.ops.fused_attn.layer_norm_forward(
-                *operands, *options, need_sum, True, name
-            )
-            h, mean = h if need_sum else None, None if options.rms else mean
-        else:
-            y, h, mean, rstd = _run_forward(operands, options, need_sum, True, name)
-        ctx.options, ctx.name = options, name
-        x, residual = operands.x, operands.residual
-        ctx.x_dtype = x.dtype
-        ctx.residual_dtype = x.dtype if residual is None else residual.dtype
-        kept = operands._replace(x=None, residual=None) if need_sum else operands
-        ctx.save_for_backward(*kept, h, mean, rstd)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rng: Tensor | None,
+        options: Options,
+        settings: Settings,
+        traced: bool,
+    ) -> Result:
+        operands = Operands(x, residual, weight, bias, rng)
+        run = _call_forward if traced else _run_forward
+        (y, h), statistics = run(operands, options, settings)
+        ctx.options, ctx.settings, ctx.traced = options, settings, traced
+        ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+        kept = operands if h is None else operands._replace(x=h, residual=None)
+        ctx.save_for_backward(*kept, *statistics)
         ctx.save_for_forward(*operands)
         ctx.set_materialize_grads(False)
-        ctx.need_sum = need_sum
         return y, h
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, h, mean, rstd = ctx.saved_tensors
+        *tensors, mean, rstd = ctx.saved_tensors
         operands = Operands(*tensors)
-        padding = (None,) * (len(ctx.needs_input_grad) - 4)
-        if dy is None and dh is None:
-            return (None,) * len(ctx.needs_input_grad)
+        options, settings = ctx.options, ctx.settings
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable_gradients(ctx, operands, h, dy, dh), *padding)
-        if dy is None:
-            assert dh is not None
-            dy = torch.zeros_like(dh)
-        needs = list(ctx.needs_input_grad[:4])
+            return (*_differentiable_gradients(ctx, operands, dy, dh), None, None, None, None)
+        if dy is None and dh is None:
+            return (None,) * 8
+        needs = ctx.needs_input_grad[:4]
         # Without dropout x and residual have one gradient.
-        shared = needs[0] and needs[1] and operands.rng is None
-        shared = shared and ctx.x_dtype == ctx.residual_dtype
-        wanted = [needs[0], needs[1] and not shared, *needs[2:]]
-        arguments = (h, mean, rstd, dy, dh, ctx.x_dtype, ctx.residual_dtype, wanted, ctx.name)
-        if _is_traced((*operands, dy, dh)):
-            results = torch.ops.fused_attn.layer_norm_backward(
-                *operands, *ctx.options, *arguments
-            )
-            grads = [g if want else None for g, want in zip(results, wanted, strict=True)]
+        shared = needs[0] and needs[1] and operands.rng is None and ctx.dtypes[0] == ctx.dtypes[1]
+        wanted = (needs[0], needs[1] and not shared, *needs[2:])
+        tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
+        if not ctx.traced and not _is_traced():
+            grads = _run_backward(operands, options, settings, *tail)
         else:
-            grads = _run_backward(operands, ctx.options, *arguments)
+            found = torch.ops.fused_attn.layer_norm_backward(*operands, *options, *settings, *tail)
+            grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         if shared:
             grads[1] = grads[0]
-        return (*grads, *padding)
+        return (*grads, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         operands = Operands(*ctx.saved_tensors[:_OPERANDS])
-        need_sum = ctx.need_sum
+        options, need_sum = ctx.options, ctx.settings.need_sum
 
         def formula(
             x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
         ) -> Result:
-            moved = Operands(x, residual, weight, bias, operands.rng)
-            y, h = reference.forward(moved, ctx.options)
+            y, h = reference.forward(Operands(x, residual, weight, bias, operands.rng), options)
             return y, h if need_sum else None
 
         return tuple(higher_order.tangents_through(formula, operands[:4], tangents[:4]))
 
 
 def _differentiable_gradients(
-    ctx: Any, operands: Operands, h: Tensor | None, dy: Tensor | None, dh: Tensor | None
+    ctx: Any, operands: Operands, dy: Tensor | None, dh: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, through the reference formula."""
     options = ctx.options
-    if h is None:
+    if not ctx.settings.need_sum:
 
         def whole(
             x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
@@ -287,20 +307,19 @@ def _differentiable_gradients(
     def norm(h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
         return (reference.normalize(h, weight, bias, options),)
 
-    inputs = (h, operands.weight, operands.bias)
+    inputs = (operands.x, operands.weight, operands.bias)
     through_norm, dweight, dbias = higher_order.gradients_through(norm, inputs, (dy,))
-    total = dh if through_norm is None else through_norm
-    if dh is not None and through_norm is not None:
-        total = through_norm + dh
-    if total is None:
+    parts = [part for part in (through_norm, dh) if part is not None]
+    if not parts:
         return [None, None, dweight, dbias]
+    total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     dx = total
     if operands.rng is not None:
         dx = reference.dropout(total, operands.rng, options)
     needs = ctx.needs_input_grad
     return [
-        dx.to(ctx.x_dtype) if needs[0] else None,
-        total.to(ctx.residual_dtype) if needs[1] else None,
+        dx.to(ctx.dtypes[0]) if needs[0] else None,
+        total.to(ctx.dtypes[1]) if needs[1] else None,
         dweight,
         dbias,
     ]

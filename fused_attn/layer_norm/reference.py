@@ -28,7 +28,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
     Zhang, Sennrich 2019, equation 4.
     """
     h = add(operands, options)
-    return normalize(h, operands.weight, operands.bias, options), h
+    return normalize(h, operands.weight, operands.bias, options).contiguous(), h.contiguous()
 
 
 def add(operands: Operands, options: Options) -> Tensor:
@@ -60,7 +60,7 @@ def normalize(h: Tensor, weight: Tensor | None, bias: Tensor | None, options: Op
 
 
 def dropout(x: Tensor, rng: Tensor, options: Options) -> Tensor:
-    """x / (1 - p) where it is kept, else 0."""
+    """X / (1 - p) where it is kept, else 0."""
     if options.dropout_p == 1.0:
         return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
     keep = keep_mask(rng, options, x.shape)

@@ -3,6 +3,7 @@
 from torch import nn
 
 from .attention import FusedMultiheadAttention
+from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 from .transformer import FusedTransformerDecoderLayer, FusedTransformerEncoderLayer
 
@@ -10,6 +11,8 @@ from .transformer import FusedTransformerDecoderLayer, FusedTransformerEncoderLa
 # ones under torch.nn's names.
 DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: FusedMultiheadAttention,
+    nn.LayerNorm: FusedLayerNorm,
+    nn.RMSNorm: FusedRMSNorm,
     nn.TransformerEncoderLayer: FusedTransformerEncoderLayer,
     nn.TransformerDecoderLayer: FusedTransformerDecoderLayer,
     nn.TransformerEncoder: FusedTransformerEncoder,
@@ -19,7 +22,11 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 
 __all__ = [
     "DROP_INS",
+    "FusedAddLayerNorm",
+    "FusedAddRMSNorm",
+    "FusedLayerNorm",
     "FusedMultiheadAttention",
+    "FusedRMSNorm",
     "FusedTransformer",
     "FusedTransformerDecoder",
     "FusedTransformerDecoderLayer",

@@ -95,9 +95,10 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             weights=wanted,
             backend=self.backend,
+            token_major=True,
         )
         operands = Operands(q, k, v, masks.bias, masks.mask, masks.key_padding_mask)
-        out, _, weights = call.run(operands, scalars, need_lse=False, token_major=True)
+        out, _, weights = call.run(operands, scalars)
         out = self.out_proj(self._merge_heads(out, sizes))
         return out, _torch_weights(weights, wanted, sizes.batched)
 
