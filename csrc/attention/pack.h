@@ -86,27 +86,33 @@ inline void copy_row(const HeadView& x, int64_t i, int64_t width, typename E::El
   }
 }
 
-// The rows [range.begin, range.end) of x in units along the columns. `keep` (by row, may be null)
-// says which rows to use; the others become 0 and are not read.
+// The rows [range.begin, range.end) of x in units along the columns; `width` >= columns pads with
+// zeros. `keep` (by row, may be null) says which rows to use; the others become 0 and are not read.
 template <class E>
-inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep,
-                            Buffer& buffer) {
+inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep, Buffer& buffer,
+                            int64_t width) {
   using Element = typename E::Element;
   using Unit = typename E::Unit;
-  if (keep == nullptr && in_place<E>(x)) {
+  if (keep == nullptr && width == x.columns && in_place<E>(x)) {
     return {reinterpret_cast<const Unit*>(x.row<Element>(0)), x.stride_row() / E::kPair};
   }
-  const int64_t stride = units<E>(x.columns);
-  const int64_t width = stride * E::kPair;
-  Element* to = buffer.get<Element>(range.end * width);
+  const int64_t stride = units<E>(width);
+  const int64_t padded = stride * E::kPair;
+  Element* to = buffer.get<Element>(range.end * padded);
   for (int64_t i = range.begin; i < range.end; ++i) {
     if (keep == nullptr || keep[i]) {
-      copy_row<E>(x, i, width, to + i * width);
+      copy_row<E>(x, i, padded, to + i * padded);
     } else {
-      std::memset(static_cast<void*>(to + i * width), 0, sizeof(Element) * width);
+      std::memset(static_cast<void*>(to + i * padded), 0,
+                  sizeof(Element) * static_cast<size_t>(padded));
     }
   }
   return {reinterpret_cast<const Unit*>(to), stride};
+}
+template <class E>
+inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep,
+                            Buffer& buffer) {
+  return prepare_rows<E>(x, range, keep, buffer, x.columns);
 }
 
 #if FUSED_ATTN_LEVEL_ID >= 3
@@ -122,12 +128,7 @@ inline Rows<E> prepare_pairs(const HeadView& x, KeyRange range, const uint8_t* k
                              Buffer& buffer, Buffer& rows_buffer) {
   if constexpr (E::kPair == 1) {
     (void)rows_buffer;
-    if (width == x.columns || (keep == nullptr && in_place<E>(x) && x.columns % width == 0)) {
-      return prepare_rows<E>(x, range, keep, buffer);
-    }
-    auto* to = buffer.get<typename E::Element>(range.end * width);
-    for (int64_t i = range.begin; i < range.end; ++i) copy_row<E>(x, i, width, to + i * width);
-    return {to, width};
+    return prepare_rows<E>(x, range, keep, buffer, width);
   } else {
     using Element = typename E::Element;
     auto* to = buffer.get<uint32_t>(units<E>(range.end) * width);
@@ -175,10 +176,9 @@ inline void pack_columns(Rows<E> rows, int n, int64_t columns, typename E::Unit*
   }
 }
 
-// Writes from[column][query] * factor[query] to rows [i, i + n) of x.
+// Writes from[column][query] * factor[query] to the first n rows of x.
 template <class Real>
-inline void write_columns(const Real* from, const Real* factor, int n, const HeadView& x,
-                          int64_t i) {
+inline void write_columns(const Real* from, const Real* factor, int n, const HeadView& x) {
   with_dtype(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int64_t stride = x.stride_column();
@@ -194,7 +194,7 @@ inline void write_columns(const Real* from, const Real* factor, int n, const Hea
         }
         transpose(block);
         for (int r = 0; r < count; ++r) {
-          T* to = x.row<T>(i + q + r) + d * stride;
+          T* to = x.row<T>(q + r) + d * stride;
           if (stride == 1) {
             store_as<Real>(to, block[r], width);
           } else {
@@ -204,6 +204,40 @@ inline void write_columns(const Real* from, const Real* factor, int n, const Hea
           }
         }
       }
+    }
+  });
+}
+
+// Writes from[row][column] * factor to the rows [range.begin, range.end) of x; row 0 of `from` goes
+// to the first of them.
+template <class Real>
+inline void write_rows(const Real* from, int64_t width, Real factor, const HeadView& x,
+                       KeyRange range) {
+  with_dtype(x.view.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const auto scale = Vec<Real>::set1(factor);
+    const int64_t stride = x.stride_column();
+    for (int64_t i = range.begin; i < range.end; ++i, from += width) {
+      T* row = x.row<T>(i);
+      for (int64_t d = 0; d < x.columns; d += kLanes) {
+        const int count = static_cast<int>(smaller<int64_t>(x.columns - d, kLanes));
+        if (stride == 1) {
+          store_as<Real>(row + d, Vec<Real>::load(from + d) * scale, count);
+        } else {
+          for (int c = 0; c < count; ++c) {
+            from_real(from[d + c] * factor, row + (d + c) * stride);
+          }
+        }
+      }
+    }
+  });
+}
+
+inline void zero_rows(const HeadView& x, KeyRange range) {
+  with_dtype(x.view.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      for (int64_t d = 0; d < x.columns; ++d) x.row<T>(i)[d * x.stride_column()] = T{};
     }
   });
 }
@@ -218,7 +252,7 @@ inline bool any_nonfinite(const HeadView& x, KeyRange range) {
     constexpr Bits kExponent = std::is_same_v<T, float>      ? Bits(0x7f800000u)
                                : std::is_same_v<T, BFloat16> ? Bits(0x7f80u)
                                : std::is_same_v<T, Float16>  ? Bits(0x7c00u)
-                                                        : Bits(0x7ff0000000000000u);
+                                                             : Bits(0x7ff0000000000000u);
     for (int64_t i = range.begin; i < range.end && !found; ++i) {
       const T* row = x.row<const T>(i);
       Bits bad = 0;

@@ -33,6 +33,13 @@ constexpr Real hidden_score(bool plain) {
   return plain ? Real(-0x1p100) : -std::numeric_limits<Real>::infinity();
 }
 
+// Exponentials never need to be smaller than this power of two, which is 0 in either precision; it
+// keeps -inf and overflown differences out of exp2.
+template <class Real>
+FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
+  return max(Vec<Real>::set1(Real(-2000)), x);
+}
+
 // One tile: queries [i, i + rows), keys [j, j + map.keys) of one head.
 struct Tile {
   const Params& p;

@@ -23,13 +23,6 @@ struct RunningSoftmax {
   }
 };
 
-// Exponentials never need to be smaller than this power of two, which is 0 in either precision; it
-// keeps -inf and overflown differences out of exp2.
-template <class Real>
-FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
-  return max(Vec<Real>::set1(Real(-2000)), x);
-}
-
 // Replaces the scores of a tile by their exponentials, in the units of the product with V:
 // probabilities[key unit][query] may be the same memory as scores. `keep` is the dropout mask.
 template <class E, bool kPlain, bool kDropout>

@@ -1,0 +1,120 @@
+// The scores of one head, tile by tile: what forward, backward and weights have in common.
+#pragma once
+
+#include "attention/gemm.h"
+#include "attention/score.h"
+
+namespace fused_attn::attention::FUSED_ATTN_LEVEL {
+
+struct HeadBuffers {
+  Buffer keep, k, q_rows, q, scores, bias;
+};
+
+// Keys are prepared once per head, queries once per block; then any tile can be asked for.
+template <class E>
+class HeadScores {
+ public:
+  using Real = typename E::Real;
+  using Unit = typename E::Unit;
+
+  // `sanitize`: products with hidden keys must not turn NaN into the result (see keys_to_keep).
+  HeadScores(const Params& params, const Sequence& sequence_of, int64_t head_index,
+             HeadBuffers& buffers, bool sanitize)
+      : p(params),
+        sequence(sequence_of),
+        head(head_index),
+        visibility(params, sequence_of, head_index),
+        formula(params),
+        dropout(params),
+        keep_keys(sanitize ? keys_to_keep(params, sequence_of, head_index, visibility, buffers.keep)
+                           : nullptr),
+        buffers_(buffers),
+        units_(units<E>(params.head_dim)) {
+    constexpr int64_t kTile = int64_t{kBlockK} * kBlockQ;
+    k = prepare_rows<E>(key_view(p, p.k, sequence, head, p.head_dim), visibility.keys(), keep_keys,
+                        buffers.k);
+    q = buffers.q.get<Unit>(units_ * kBlockQ);
+    scores = buffers.scores.get<Real>(kTile);
+    if (p.bias.data != nullptr) bias_ = buffers.bias.get<Real>(kTile);
+  }
+
+  // Selects the queries [first, first + count).
+  void select_queries(int64_t first, int count) {
+    i = first;
+    rows = count;
+    groups = static_cast<int>(ceil_div(count, kLanes));
+    const Rows<E> from =
+        prepare_rows<E>(queries(p.q, p.head_dim), {0, rows}, nullptr, buffers_.q_rows);
+    pack_columns<E>(from, rows, units_, q);
+  }
+
+  // Selects the keys [first, first + count); false if none of the queries sees any of them.
+  bool select_keys(int64_t first, int64_t count) {
+    j = first;
+    visibility.tile(i, rows, j, static_cast<int>(count), map);
+    return map.seen != Seen::kNone;
+  }
+
+  // Calls call() for each visible tile of `width` keys of the range.
+  template <class Call>
+  void for_each_tile(KeyRange range, int64_t width, const Call& call) {
+    for (int64_t first = range.begin / E::kPair * E::kPair; first < range.end; first += width) {
+      if (select_keys(first, smaller(range.end - first, width))) call();
+    }
+  }
+
+  // scores = K Q^T over the visible part of the tile.
+  template <class Epilogue>
+  void multiply_queries(const Epilogue& epilogue) {
+    for (int s = 0; s < map.num_segments; ++s) {
+      const Segment& segment = map.segments[s];
+      multiply<E, Form::kRows>(
+          {k.row(j + segment.begin), k.stride, q, kBlockQ, scores + segment.begin * kBlockQ,
+           kBlockQ, segment.end - segment.begin, units_, segment.group_begin, segment.group_end},
+          epilogue);
+    }
+  }
+
+  // The tile's scores as apply_formula leaves them; raises `largest` to the largest of each query.
+  void compute(Real* largest) {
+    if (formula.plain && map.seen == Seen::kAll) {
+      multiply_queries(OverwriteAndMax<Real>{largest});
+    } else {
+      multiply_queries(Overwrite{});
+      apply_formula<Real>(tile(), formula, scores, bias_, slope, largest);
+    }
+  }
+
+  Tile tile() const { return {p, sequence, head, i, rows, j, map}; }
+  // The selected queries' rows in a tensor shaped like q or out.
+  HeadView queries(const View4& view, int64_t columns) const {
+    HeadView x = query_view(p, view, sequence, head, columns);
+    x.first += i;
+    return x;
+  }
+
+  const Params& p;
+  const Sequence sequence;
+  const int64_t head;
+  const Visibility visibility;
+  const ScoreFormula<Real> formula;
+  const Dropout dropout;
+  const uint8_t* const keep_keys;  // see keys_to_keep
+  Rows<E> k;
+  Unit* q;                // [unit][query]
+  Real* scores;           // [key][query]
+  Real* slope = nullptr;  // where to keep the derivative of the softcap, [key][query]
+
+  int64_t i = 0;
+  int rows = 0;
+  int groups = 0;
+  int64_t j = 0;
+  TileMap map;
+
+ private:
+  HeadBuffers& buffers_;
+  const int64_t units_;  // of head_dim
+  Real* bias_ = nullptr;
+};
+
+}  // namespace fused_attn::attention::FUSED_ATTN_LEVEL
