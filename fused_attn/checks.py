@@ -65,7 +65,7 @@ def expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def expect_finite(name: str, value: object) -> float:
     number = _number(name, value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"`{name}` must be finite, got {number}")
     return number
 

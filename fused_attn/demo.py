@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 import sysconfig
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,8 +145,8 @@ def _memory(device: torch.device) -> int:
 def _train_apart(kind: str, precision: str, text: Tensor, steps: int) -> Result:
     """`train` in a process of its own: peak memory is a process's, and runs stay independent."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(train, (kind, precision, text, steps))
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(train, kind, precision, text, steps).result()
 
 
 def drift(a: Result, b: Result) -> float:

@@ -7,10 +7,12 @@ let autograd do the work: slower, never silently wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Formula = Callable[..., Sequence[Tensor | None]]
 
@@ -72,6 +74,15 @@ def tangents_through(
             )
             result.append(pushed[0].detach())
     return result
+
+
+def derivative_wanted(tensors: Iterable[Any]) -> bool:
+    """True if a backward pass may follow, or a forward-mode derivative is being taken."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(
+        [getattr(tensor, "requires_grad", False) for tensor in tensors]
+    )
 
 
 def inside_functorch() -> bool:

@@ -46,7 +46,7 @@ FAULTS: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]], dict
         RuntimeError, f"`key` must have {E} features",
         lambda: {"key": x(N, L, 6), "value": x(N, L, 6)}, {}),
     "features of key, own dims": (
-        AssertionError, "`key` must have 6 features", lambda: {}, {"kdim": 6, "vdim": 5}),
+        AssertionError, "`key` must have 6 features", dict, {"kdim": 6, "vdim": 5}),
     "dtype of query": (
         RuntimeError, "`query` must have the dtype of the module's weights, torch.float32",
         lambda: dict.fromkeys(("query", "key", "value"), x(dtype=torch.float64)), {}),

@@ -6,7 +6,6 @@
 // delta = rowsum(dO * O) - dlse + rowsum(weights * dweights). Compiled once per instruction set.
 #include "attention/cpu_kernels.h"
 #include "attention/gradient.h"
-#include "attention/head.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 namespace {
@@ -48,7 +47,7 @@ class BackwardHead {
 
  public:
   BackwardHead(const BackwardParams& p, const Sequence& sequence, int64_t head)
-      : p_(p), tile_(p, sequence, head, scratch().head), units_v_(units<E>(p.head_dim_v)) {
+      : p_(p), tile_(p, sequence, head, scratch().head, true), units_v_(units<E>(p.head_dim_v)) {
     Scratch& s = scratch();
     constexpr int64_t kTile = kTileKeys * kBlockQ;
     const KeyRange range = tile_.visibility.keys();
@@ -106,44 +105,18 @@ class BackwardHead {
     const HeadView dlse = tile_.queries(p_.dlse, 1);
     for (int q = 0; q < kBlockQ; ++q) {
       row.delta[q] = 0;
-      if (q >= tile_.rows || is_dead(row, q)) continue;
+      if (q >= tile_.rows || row.dead(q)) continue;
       row.delta[q] = dot_rows<Real>(dout, out, q);
       if (p_.dlse.data != nullptr) row.delta[q] -= *dlse.row<const Real>(q);
     }
     if (coarse || p_.dweights.data != nullptr) {
       tile_.select_queries(tile_.i, tile_.rows);
-      if (coarse) refine(row);
+      if (coarse) refine(tile_, visible_keys(), row);
       if (p_.dweights.data != nullptr) add_weights_to_delta(row);
     }
   }
 
-  static bool is_dead(const RowStatistics<Real>& row, int q) {
-    return row.shift[q] == Real(0x1p100);
-  }
-
   KeyRange visible_keys() const { return tile_.visibility.keys(tile_.i, tile_.i + tile_.rows); }
-
-  // Where lse is too coarse: largest score and sum of exponentials again, from the scores.
-  void refine(RowStatistics<Real>& row) {
-    alignas(64) Real largest[kBlockQ];
-    alignas(64) Real total[kBlockQ] = {};
-    for (Real& x : largest) x = std::numeric_limits<Real>::lowest();
-    tile_.for_each_tile(visible_keys(), kTileKeys, [&] { tile_.compute(largest); });
-    const Real scale = tile_.formula.plain ? tile_.formula.scale : Real(1);
-    for (int q = 0; q < kBlockQ; ++q) {
-      if (!is_dead(row, q)) row.shift[q] = largest[q] * scale;
-    }
-    tile_.for_each_tile(visible_keys(), kTileKeys, [&] {
-      tile_.compute(largest);
-      probability_tile<E>(tile_.map, tile_.formula, row, tile_.scores);
-      for_each_visible(tile_.map, [&](int c, int g) {
-        const auto p = Vec<Real>::load(tile_.scores + c * kBlockQ + g * kLanes);
-        (Vec<Real>::load(total + g * kLanes) + p).store(total + g * kLanes);
-      });
-    });
-    for (int q = 0; q < kBlockQ; ++q) row.weight[q] = total[q] == 0 ? Real(0) : 1 / total[q];
-    row.refined = true;
-  }
 
   void add_weights_to_delta(RowStatistics<Real>& row) {
     alignas(64) Real unused[kBlockQ] = {};
@@ -186,7 +159,7 @@ class BackwardHead {
     uint8_t keep[kBlockQ];
     bool all = true;
     for (int q = 0; q < tile_.rows; ++q) {
-      keep[q] = !is_dead(row, q);
+      keep[q] = !row.dead(q);
       all &= keep[q] != 0;
     }
     const uint8_t* keep_rows = all ? nullptr : keep;

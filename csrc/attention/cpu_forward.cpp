@@ -24,7 +24,7 @@ class ForwardHead {
 
  public:
   ForwardHead(const Params& p, const Sequence& sequence, int64_t head)
-      : p_(p), tile_(p, sequence, head, scratch().head) {
+      : p_(p), tile_(p, sequence, head, scratch().head, true) {
     Scratch& s = scratch();
     v_ = prepare_pairs<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
                           tile_.keep_keys, p.head_dim_v, s.v, s.v_rows);

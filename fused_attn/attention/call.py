@@ -142,9 +142,7 @@ def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
 
 
 def _needs_grad(operands: Operands) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(getattr(x, "requires_grad", False) for x in operands[:4])
+    return higher_order.derivative_wanted(operands[:4])
 
 
 def _autocast(operands: Operands) -> Operands:

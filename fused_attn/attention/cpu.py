@@ -23,6 +23,8 @@ def why_not(problem: AttentionProblem) -> list[str]:
 
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     native.module().attention_forward(*operands, out, lse, *options, torch.get_num_threads())
+    if operands.cu_seqlens_q is not None:
+        _clear_past_the_end(operands.cu_seqlens_q, (out, 0.0), (lse, -torch.inf))
 
 
 def weights(
@@ -52,3 +54,14 @@ def backward(
         *options,
         torch.get_num_threads(),
     )
+    if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
+        _clear_past_the_end(operands.cu_seqlens_q, (dq, 0.0))
+        _clear_past_the_end(operands.cu_seqlens_k, (dk, 0.0), (dv, 0.0))
+
+
+def _clear_past_the_end(cu_seqlens: Tensor, *results: tuple[Tensor | None, float]) -> None:
+    """Rows past the last packed sequence belong to nobody, and the kernels do not visit them."""
+    end = int(cu_seqlens[-1])
+    for result, value in results:
+        if result is not None and end < result.shape[2]:
+            result[:, :, end:] = value
