@@ -7,7 +7,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALLED := $(VENV)/installed
 
-.PHONY: test demo style format bench venv clean
+.PHONY: test demo style format gates venv clean
 
 test: style
 	python -m pytest -n 2
@@ -26,9 +26,8 @@ format: $(INSTALLED)
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-bench: $(INSTALLED)
-	python -m pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
-	python -m fused_attn bench
+gates: $(INSTALLED)
+	python benchmarks/cpu_gates.py
 
 venv: $(INSTALLED)
 
