@@ -10,8 +10,11 @@ from .. import autocast
 from ..attention import call
 from ..attention.call import Scalars
 from ..attention.problem import Operands, Weights
+from ..functional import attention_varlen
 from . import attention_arguments as arguments
+from . import nested_attention
 from .attention_arguments import Sizes
+from .packing import Sequences
 from .scripting import NotScriptable
 
 
@@ -46,7 +49,8 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         """Attention of `query` over `key` and `value`; as `torch.nn.MultiheadAttention.forward`.
 
         Args:
-            query: (L, N, E), or (N, L, E) if batch_first; unbatched (L, E).
+            query: (L, N, E), or (N, L, E) if batch_first; unbatched (L, E). All three may be
+                NestedTensors (N, *, E) of either layout if batch_first, in training too.
             key: (S, N, kdim), (N, S, kdim) or (S, kdim).
             value: (S, N, vdim), (N, S, vdim) or (S, vdim).
             key_padding_mask: (N, S), or (S) if unbatched; bool, True = ignored, or floating, added
@@ -69,6 +73,19 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
 
         Shape legend: N batch, L queries, S keys, E embed_dim, H num_heads.
         """
+        arguments.check_types(query, key, value)
+        if query.is_nested or key.is_nested or value.is_nested:
+            return nested_attention.forward(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         sizes = arguments.check_tensors(
             query,
             key,
@@ -101,6 +118,42 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         out, _, weights = call.run(operands, scalars)
         out = self.out_proj(self._merge_heads(out, sizes))
         return out, _torch_weights(weights, wanted, sizes.batched)
+
+    def attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_sequences: Sequences,
+        key_sequences: Sequences,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attention of sequences packed one after the other, out-projection included.
+
+        Args:
+            query: (T, E). key: (Tk, kdim). value: (Tk, vdim).
+            is_causal: each query sees the keys up to its own position in its sequence.
+
+        Returns:
+            (T, E).
+        """
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, self.head_dim))
+            for x in self._project(query, key, value)
+        )
+        out = attention_varlen(
+            q,
+            k,
+            v,
+            query_sequences.cu_seqlens,
+            key_sequences.cu_seqlens,
+            query_sequences.max_seqlen,
+            key_sequences.max_seqlen,
+            causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.out_proj(out.reshape(query.shape[0], self.embed_dim))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The three in-projections, in the layout of their inputs; last dimension embed_dim."""

@@ -37,6 +37,13 @@ class Masks(NamedTuple):
     causal: bool
 
 
+def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise TypeError if an input is no tensor."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type_name(tensor)}")
+
+
 def check_tensors(
     query: Tensor,
     key: Tensor,
@@ -52,14 +59,10 @@ def check_tensors(
     """Check the three inputs against each other and the module.
 
     Raises:
-        TypeError: an input is no tensor.
         AssertionError: wrong rank, wrong embedding size, key and value do not fit each other.
         RuntimeError: another batch size or feature size.
         UnsupportedError: complex numbers.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {type_name(tensor)}")
     rank = query.dim()
     if rank not in (2, 3):
         raise AssertionError(

@@ -8,19 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packing
+from .packing import Sequences
 from .scripting import NotScriptable
 from .transformer import (
     Activation,
     FusedTransformerDecoderLayer,
     FusedTransformerEncoderLayer,
     fuse_children,
+    refuse_masks_of_nested,
 )
 
 
 class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
-    """`torch.nn.TransformerEncoder` without its nested-tensor detour and its look into the mask.
+    """`torch.nn.TransformerEncoder` that packs a padded batch once for all layers.
 
-    `enable_nested_tensor` and `mask_check` are kept for torch.nn's sake and change nothing here.
+    A batch padded at its ends runs without work on its padding, as `FusedTransformerEncoderLayer`
+    describes, in training as in inference; the last layer's output is 0 there. The constructor's
+    `enable_nested_tensor` and `mask_check` steer torch.nn's own way to that and change nothing here.
     """
 
     def forward(
@@ -33,11 +38,22 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         """The layers in turn, then the norm; as `torch.nn.TransformerEncoder.forward`.
 
         Args:
-            src: (L, N, E), or (N, L, E) if the layers are batch_first; unbatched (L, E).
+            src: (L, N, E), or (N, L, E) if the layers are batch_first; unbatched (L, E). May be a
+                NestedTensor (N, *, E) of either layout if they are batch_first; the output is then
+                nested likewise.
             mask, src_key_padding_mask: as of `FusedTransformerEncoderLayer`.
             is_causal: no position sees a later one. None is False: the mask says it all, and is
                 not read back to find out whether it is causal.
         """
+        if src.is_nested:
+            return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
+        if mask is None and self._is_packable():
+            batch_first = self.layers[0].self_attn.batch_first
+            found = packing.find_padding(src, src_key_padding_mask, batch_first)
+            if found is not None:
+                padding, sequences = found
+                output = self._layers_packed(padding.gather(src), sequences, bool(is_causal))
+                return self._finish(padding.scatter(output))
         output = src
         for layer in self.layers:
             ours = isinstance(layer, nn.TransformerEncoderLayer)
@@ -49,6 +65,40 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
                     src_key_padding_mask if ours else _as_torch_passes_it(src_key_padding_mask, src)
                 ),
             )
+        return self._finish(output)
+
+    def _is_packable(self) -> bool:
+        layers = self.layers
+        return len(layers) > 0 and all(
+            isinstance(layer, FusedTransformerEncoderLayer)
+            and layer.is_packable()
+            and layer.self_attn.batch_first == layers[0].self_attn.batch_first
+            for layer in layers
+        )
+
+    def _layers_packed(self, tokens: Tensor, sequences: Sequences, is_causal: bool) -> Tensor:
+        for layer in self.layers:
+            tokens = layer.forward_packed(tokens, sequences, is_causal)
+        return tokens
+
+    def _forward_nested(
+        self,
+        src: Tensor,
+        mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        batch_first = self.layers[0].self_attn.batch_first if len(self.layers) else True
+        refuse_masks_of_nested(mask, src_key_padding_mask, batch_first)
+        if self._is_packable() and (self.norm is None or packing.is_token_wise([self.norm])):
+            tokens, sequences = packing.from_nested(src)
+            output = self._layers_packed(tokens, sequences, is_causal)
+            return packing.to_nested(self._finish(output), src)
+        padded, padding = packing.pad_nested(src)
+        output = self.forward(padded, src_key_padding_mask=padding, is_causal=is_causal)
+        return packing.unpad_nested(output, padding, src)
+
+    def _finish(self, output: Tensor) -> Tensor:
         return output if self.norm is None else self.norm(output)
 
 
@@ -130,6 +180,7 @@ class FusedTransformer(NotScriptable, nn.Transformer):
 
 def _fuse_stack(stack: Any, stack_class: Any, layer_class: Any) -> None:
     stack.__class__ = stack_class
+    fuse_children(stack)
     for layer in stack.layers:
         layer.__class__ = layer_class
         fuse_children(layer)

@@ -8,12 +8,17 @@ inference fast path, which calls none of the layer's modules, is never taken.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packing
 from .attention import FusedMultiheadAttention
+from .layer_norm import FusedLayerNorm
+from .packing import Sequences
+from .residual import add_norm, add_norm_sum, has_hooks
 from .scripting import NotScriptable
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -23,8 +28,19 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on fused kernels: same constructor, children, state_dict.
 
     Any activation callable runs as it is given. Sub-modules are called as modules, so that hooks,
-    adapters, quantized and sharded replacements work in inference as in training.
+    adapters, quantized and sharded replacements work in inference as in training; residual,
+    dropout and norm run as one operation where the two modules are plain.
+
+    A batch padded at its ends (`src_key_padding_mask` bool, no `src_mask`) runs packed, without
+    work on its padding, in training too; the output is 0 there. Under torch.compile and in captured
+    CUDA graphs, whose shapes cannot depend on data, and where a sub-module has hooks or is another
+    than torch.nn's constructor makes, padding is computed and its output is any number.
+
+    Attributes:
+        pack_padding: False to never run packed.
     """
+
+    pack_padding: bool = True
 
     def __init__(
         self,
@@ -76,13 +92,84 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
-        x = src
-        masks = (src_mask, src_key_padding_mask, is_causal)
+        if src.is_nested:
+            return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
+        if src_mask is None and self.is_packable():
+            found = packing.find_padding(src, src_key_padding_mask, self.self_attn.batch_first)
+            if found is not None:
+                padding, sequences = found
+                tokens = self.forward_packed(padding.gather(src), sequences, is_causal)
+                return padding.scatter(tokens)
+        return self._blocks(
+            src,
+            lambda x: self.self_attn(
+                x,
+                x,
+                x,
+                key_padding_mask=src_key_padding_mask,
+                need_weights=False,
+                attn_mask=src_mask,
+                is_causal=is_causal,
+            )[0],
+        )
+
+    def is_packable(self) -> bool:
+        """True if `forward_packed` computes what the sub-modules say, and calls all that hooks."""
+        return (
+            self.pack_padding
+            and type(self) is FusedTransformerEncoderLayer
+            and type(self.self_attn) is FusedMultiheadAttention
+            and not has_hooks(self)
+            and not has_hooks(self.self_attn)
+            and packing.is_token_wise(
+                (
+                    self.self_attn.out_proj,
+                    self.linear1,
+                    self.dropout,
+                    self.linear2,
+                    self.norm1,
+                    self.norm2,
+                    self.dropout1,
+                    self.dropout2,
+                )
+            )
+        )
+
+    def forward_packed(
+        self, tokens: Tensor, sequences: Sequences, is_causal: bool = False
+    ) -> Tensor:
+        """The layer on sequences packed one after the other; (T, E) -> (T, E)."""
+        attention: Any = self.self_attn
+        return self._blocks(
+            tokens, lambda x: attention.attend_packed(x, x, x, sequences, sequences, is_causal)
+        )
+
+    def _forward_nested(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        refuse_masks_of_nested(src_mask, src_key_padding_mask, self.self_attn.batch_first)
+        if self.is_packable():
+            tokens, sequences = packing.from_nested(src)
+            return packing.to_nested(self.forward_packed(tokens, sequences, is_causal), src)
+        padded, padding = packing.pad_nested(src)
+        out = self.forward(padded, src_key_padding_mask=padding, is_causal=is_causal)
+        return packing.unpad_nested(out, padding, src)
+
+    def _blocks(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Both sub-layers on x (..., E), the attention being `attend`."""
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), *masks)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, *masks))
-        return self.norm2(x + self._ff_block(x))
+            h, x = add_norm_sum(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            return x + self.dropout2(self._feed_forward(h))
+        x = add_norm(attend(x), x, self.dropout1, self.norm1)
+        return add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        activation: Callable[[Tensor], Tensor] = self.activation
+        return self.linear2(self.dropout(activation(self.linear1(x))))
 
 
 class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
@@ -117,9 +204,79 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         )
         fuse_children(self)
 
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Self-attention, attention over `memory`, feed-forward, each with residual and norm.
 
-def fuse_children(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
+        Args:
+            tgt: (L, N, E), or (N, L, E) if batch_first; unbatched (L, E).
+            memory: (S, N, E), (N, S, E) or (S, E).
+            tgt_mask, memory_mask: as `attn_mask` of `FusedMultiheadAttention`.
+            tgt_key_padding_mask, memory_key_padding_mask: as its `key_padding_mask`.
+            tgt_is_causal, memory_is_causal: as its `is_causal`.
+
+        Returns:
+            A new tensor in the shape of `tgt`.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
+        """
+
+        def attend(attention: nn.Module, x: Tensor, source: Tensor, *masks: Any) -> Tensor:
+            mask, padding, causal = masks
+            return attention(
+                x,
+                source,
+                source,
+                key_padding_mask=padding,
+                need_weights=False,
+                attn_mask=mask,
+                is_causal=causal,
+            )[0]
+
+        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
+        x = tgt
+        if self.norm_first:
+            h = self.norm1(x)
+            h = attend(self.self_attn, h, h, *own)
+            h, x = add_norm_sum(h, x, self.dropout1, self.norm2)
+            h = attend(self.multihead_attn, h, memory, *cross)
+            h, x = add_norm_sum(h, x, self.dropout2, self.norm3)
+            return x + self.dropout3(self._feed_forward(h))
+        x = add_norm(attend(self.self_attn, x, x, *own), x, self.dropout1, self.norm1)
+        x = add_norm(attend(self.multihead_attn, x, memory, *cross), x, self.dropout2, self.norm2)
+        return add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
+def fuse_children(layer: nn.Module) -> None:
     """Turn the modules that torch.nn's constructor made into ours; their parameters stay."""
     for child in layer.children():
         if type(child) is nn.MultiheadAttention:
             child.__class__ = FusedMultiheadAttention
+        elif type(child) is nn.LayerNorm:
+            child.__class__ = FusedLayerNorm
+
+
+def refuse_masks_of_nested(
+    mask: Tensor | None, key_padding_mask: Tensor | None, batch_first: bool
+) -> None:
+    """Raise AssertionError if something comes with a NestedTensor that cannot go with it."""
+    if mask is not None or key_padding_mask is not None:
+        raise AssertionError(
+            "a NestedTensor `src` must come without masks: its lengths say what is padding"
+        )
+    if not batch_first:
+        raise AssertionError("a NestedTensor `src` needs batch_first=True, got False")

@@ -26,7 +26,9 @@ INFOS = {info.name: info for info in common_modules.module_db if info.module_cls
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def cases(name: str, dtype: torch.dtype, training: bool) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
+def cases(
+    name: str, dtype: torch.dtype, training: bool
+) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
     """Each input with torch's module and ours, of equal parameters."""
     info = INFOS[name]
     inputs = info.module_inputs_func(
