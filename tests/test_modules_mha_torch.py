@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fused_attn import FusedMultiheadAttention, last_backend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def built(**settings) -> tuple[FusedMultiheadAttention, Tensor]:
     _, ours = pair(E, H, batch_first=True, **settings)
@@ -302,6 +304,7 @@ def test_exports_with_dynamic_batch_and_length() -> None:
 def test_trace_follows_the_module() -> None:
     ours, x = built()
     memory = torch.randn(N, S, E)
+    ours.requires_grad_(False)  # torch.jit traces no autograd.Function into its graph
     traced = torch.jit.trace(ours, (x, memory, memory))
     torch.testing.assert_close(traced(x, memory, memory), ours(x, memory, memory))
 
