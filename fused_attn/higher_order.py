@@ -85,6 +85,13 @@ def derivative_wanted(tensors: Iterable[Any]) -> bool:
     )
 
 
-def inside_functorch() -> bool:
-    """True inside torch.func transforms (grad, vmap, jvp, ...), which cannot see into kernels."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def needs_formula() -> bool:
+    """True where somebody must see the formula itself, and not a kernel.
+
+    That is inside torch.func transforms (grad, vmap, jvp, ...), which differentiate what they see,
+    and under torch.jit.trace, whose graphs could not differentiate an operator.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )

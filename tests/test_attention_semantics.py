@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fused_attn
 from fused_attn import attention, attention_varlen, merge_attention
+from fused_attn.testing import assert_within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -23,7 +24,8 @@ def qkv(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> 
 def test_one_key_gives_its_value(attention_backend: str, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 2, n, 5).to(dtype) for n in (3, 1, 1))
     out = attention(q, k, v, backend=attention_backend)
-    assert torch.equal(out, v.expand(1, 2, 3, 5))
+    expected = v.expand(1, 2, 3, 5)
+    assert_within_budget("out", out, expected, expected.double())
 
 
 @each_dtype

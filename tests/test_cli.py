@@ -71,9 +71,7 @@ def test_demo_reads_a_folder(tmp_path: Path) -> None:
     assert bytes(demo.load_text(tmp_path)[998:1002].tolist()) == b"aabb"
 
 
-def test_demo_says_what_is_wrong_with_a_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_demo_says_what_is_wrong_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")
     assert main(["demo", "--text", str(short)]) == 2

@@ -107,6 +107,7 @@ void forward_binding(py::handle x_, py::handle residual_, py::handle weight_, py
   params.h = rows(h, dims);
   check_same_shape(h, y);
   if (h && !residual) fail_check("h", "be None where nothing is added to x", "a tensor");
+  if (params.rng != nullptr && !residual) check_present(residual);
   params.mean = statistics(tensor_view(mean_, "mean"), params);
   params.rstd = statistics(tensor_view(rstd_, "rstd"), params);
   const py::gil_scoped_release release;

@@ -23,7 +23,7 @@ constexpr int64_t kGroupRows = 32 * kBlockRows;
 
 template <class A>
 void add_to(A* sums, const A* more, int64_t width) {
-  for_columns(width, [&](int64_t j, auto lanes) {
+  for_columns(width, [=](int64_t j, auto lanes) FUSED_ATTN_BODY {
     put(sums + j, load(sums + j, lanes) + load(more + j, lanes), lanes, false);
   });
 }
@@ -40,6 +40,23 @@ struct Row {
   T* dresidual;  // null unless it differs from dx
   A mean, rstd;
   A mean_g, mean_g_xhat;  // the two averages
+};
+
+// The operands' rows of the block that comes next.
+template <class T>
+struct Ahead {
+  const T* row[4 * kBlockRows];
+  int count = 0;
+
+  // Below this size of an operand the next rows are in a cache anyway.
+  static constexpr int64_t kMinBytes = int64_t{1} << 20;
+
+  // Twice a cache line's worth of loads would be wasted on 16-bit types.
+  FUSED_ATTN_INLINE void touch(int64_t column) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (column % kLine != 0) return;
+    for (int i = 0; i < count; ++i) prefetch(row[i] + column);
+  }
 };
 
 template <class T, class H>
@@ -113,9 +130,9 @@ class Backward {
         averages(i, row);
       }
       if (count == kBlockRows) {
-        gradients<kBlockRows>(rows, dweight, dbias);
+        gradients<kBlockRows>(rows, rows_after(first, end), dweight, dbias);
       } else {
-        for (int r = 0; r < count; ++r) gradients<1>(rows + r, dweight, dbias);
+        for (int r = 0; r < count; ++r) gradients<1>(rows + r, Ahead<T>(), dweight, dbias);
       }
       for (int r = 0; r < count; ++r) {
         dx_.put(first + r, rows[r].dx);
@@ -132,14 +149,14 @@ class Backward {
       if (!h_.absent()) return h_.get(i, reinterpret_cast<T*>(values));
     }
     const T* x = x_.get(i, scratch_x);
-    const T* residual = residual_.absent() ? nullptr : residual_.get(i, scratch_residual);
+    const T* residual = residual_.get(i, scratch_residual);
     if constexpr (std::is_same_v<H, A>) {
       const V factor =
           V::set1(keep == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
-      for_columns(p_.width, [&](int64_t j, auto lanes) {
+      for_columns(p_.width, [=](int64_t j, auto lanes) FUSED_ATTN_BODY {
         V v = load(x + j, lanes);
         if (keep != nullptr) v = select(keep[j / kLanes], v * factor, V::zero());
-        if (residual != nullptr) v = v + load(residual + j, lanes);
+        v = v + load(residual + j, lanes);
         put(values + j, rounded<T>(v), lanes, false);
       });
     }
@@ -150,10 +167,13 @@ class Backward {
     row.mean = p_.mean == nullptr ? A(0) : static_cast<const A*>(p_.mean)[i];
     row.rstd = static_cast<const A*>(p_.rstd)[i];
     const V mean = V::set1(row.mean), rstd = V::set1(row.rstd);
+    const T* dy = row.dy;
+    const H* h = row.h;
+    const A* weight = weight_;
     double sums[2];
-    sum_columns<A>(p_.width, sums, [&](int64_t j, auto lanes, V(&acc)[2]) {
-      const V g = load(row.dy + j, lanes) * load(weight_ + j, lanes);
-      const V xhat = (load(row.h + j, lanes) - mean) * rstd;
+    sum_columns<A>(p_.width, sums, [=](int64_t j, auto lanes, V(&acc)[2]) FUSED_ATTN_BODY {
+      const V g = load(dy + j, lanes) * load(weight + j, lanes);
+      const V xhat = (load(h + j, lanes) - mean) * rstd;
       acc[0] = acc[0] + g;
       acc[1] = fma(g, xhat, acc[1]);
     });
@@ -162,17 +182,30 @@ class Backward {
     row.mean_g_xhat = static_cast<A>(sums[1] / width);
   }
 
+  Ahead<T> rows_after(int64_t first, int64_t end) const {
+    Ahead<T> ahead;
+    if (p_.rows * p_.width * static_cast<int64_t>(sizeof(T)) < Ahead<T>::kMinBytes) return ahead;
+    const int64_t from = first + kBlockRows, to = std::min(end, from + kBlockRows);
+    for (const Reader<T>* reader : {&dy_, &dh_, h_.absent() ? &x_ : &h_, &residual_}) {
+      if (reader->absent()) continue;
+      for (int64_t i = from; i < to; ++i) {
+        if (const T* row = reader->direct(i)) ahead.row[ahead.count++] = row;
+      }
+    }
+    return ahead;
+  }
+
   template <int kRows>
-  void gradients(const Row<T, H, A>* rows, A* dweight, A* dbias) const {
+  void gradients(const Row<T, H, A>* rows, const Ahead<T>& ahead, A* dweight, A* dbias) const {
     if (parameters_) {
-      gradients<kRows, true>(rows, dweight, dbias);
+      gradients<kRows, true>(rows, ahead, dweight, dbias);
     } else {
-      gradients<kRows, false>(rows, dweight, dbias);
+      gradients<kRows, false>(rows, ahead, dweight, dbias);
     }
   }
 
   template <int kRows, bool kParameters>
-  void gradients(const Row<T, H, A>* rows, A* dweight, A* dbias) const {
+  void gradients(const Row<T, H, A>* rows, const Ahead<T>& ahead, A* dweight, A* dbias) const {
     const bool streamed = stream_dx_;
     const V factor =
         V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
@@ -183,9 +216,11 @@ class Backward {
       mean_g[r] = V::set1(rows[r].mean_g);
       mean_g_xhat[r] = V::set1(rows[r].mean_g_xhat);
     }
-    for_columns(p_.width, [&](int64_t j, auto lanes) {
-      const V w = load(weight_ + j, lanes);
+    const A* weight = weight_;
+    for_columns(p_.width, [&](int64_t j, auto lanes) FUSED_ATTN_BODY {
+      const V w = load(weight + j, lanes);
       V dw = V::zero(), db = V::zero();
+      ahead.touch(j);
       FUSED_ATTN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const Row<T, H, A>& row = rows[r];
@@ -266,8 +301,7 @@ void layer_norm_backward(const BackwardParams& p) {
   if (p.width == 0) return;
   // x is h where nothing was added to it.
   BackwardParams q = p;
-  const bool computed = p.residual.data != nullptr || p.rng != nullptr;
-  if (q.h.data == nullptr && !computed) q.h = p.x;
+  if (q.h.data == nullptr && p.residual.data == nullptr) q.h = p.x;
   with_type(q.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (q.h.data != nullptr) {

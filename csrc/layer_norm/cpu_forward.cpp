@@ -77,12 +77,12 @@ class Forward {
   void normalize(int64_t i, const Row<T>& row, A* values) const {
     double sum[1];
     const A* h = values;
-    if (row.residual == nullptr && row.keep == nullptr) {
+    if (row.residual == nullptr) {
       h = read(row, values, sum);
     } else if (row.keep == nullptr) {
-      add<false>(row, values, sum);
+      row.h == nullptr ? add<false, false>(row, values, sum) : add<false, true>(row, values, sum);
     } else {
-      add<true>(row, values, sum);
+      row.h == nullptr ? add<true, false>(row, values, sum) : add<true, true>(row, values, sum);
     }
     const double width = static_cast<double>(p_.width);
     const A mean = p_.rms ? A(0) : static_cast<A>(sum[0] / width);
@@ -102,13 +102,13 @@ class Forward {
     const T* x = row.x;
     if constexpr (std::is_same_v<T, A>) {
       if (!p_.rms) {
-        sum_columns<A>(p_.width, sum, [&](int64_t i, auto lanes, V(&acc)[1]) {
+        sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
           acc[0] = acc[0] + load(x + i, lanes);
         });
       }
       values = const_cast<A*>(x);
     } else {
-      sum_columns<A>(p_.width, sum, [&](int64_t i, auto lanes, V(&acc)[1]) {
+      sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
         const V v = load(x + i, lanes);
         put(values + i, v, lanes, false);
         acc[0] = acc[0] + v;
@@ -117,17 +117,25 @@ class Forward {
     return values;
   }
 
-  template <bool kDropout>
+  template <bool kDropout, bool kStore>
   void add(const Row<T>& row, A* values, double (&sum)[1]) const {
-    const V factor =
-        V::set1(kDropout ? static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()) : A(1));
+    V factor = V::zero();
+    if constexpr (kDropout) {
+      factor = V::set1(static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
+    }
     const bool streamed = stream_h_;
-    sum_columns<A>(p_.width, sum, [&](int64_t i, auto lanes, V(&acc)[1]) {
-      V v = load(row.x + i, lanes);
-      if constexpr (kDropout) v = select(row.keep[i / kLanes], v * factor, V::zero());
-      if (row.residual != nullptr) v = v + load(row.residual + i, lanes);
-      v = rounded<T>(v);
-      if (row.h != nullptr) put(row.h + i, v, lanes, streamed);
+    const T *x = row.x, *residual = row.residual;
+    const Mask* keep = row.keep;
+    T* h = row.h;
+    sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
+      V v = load(x + i, lanes);
+      if constexpr (kDropout) v = select(keep[i / kLanes], v * factor, V::zero());
+      v = v + load(residual + i, lanes);
+      if constexpr (kStore) {
+        v = put_rounded(h + i, v, lanes, streamed);
+      } else {
+        v = rounded<T>(v);
+      }
       put(values + i, v, lanes, false);
       acc[0] = acc[0] + v;
     });
@@ -136,7 +144,7 @@ class Forward {
   double sum_of_squares(const A* h, A mean) const {
     double sum[1];
     const V m = V::set1(mean);
-    sum_columns<A>(p_.width, sum, [&](int64_t i, auto lanes, V(&acc)[1]) {
+    sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
       const V centred = first(load(h + i, lanes) - m, lanes);
       acc[0] = fma(centred, centred, acc[0]);
     });
@@ -147,12 +155,13 @@ class Forward {
   void scale(const A* h, A mean, A rstd, T* y) const {
     const V m = V::set1(mean), r = V::set1(rstd);
     const bool streamed = stream_y_;
-    for_columns(p_.width, [&](int64_t i, auto lanes) {
+    const A *weight = weight_, *bias = bias_;
+    for_columns(p_.width, [=](int64_t i, auto lanes) FUSED_ATTN_BODY {
       const V normalized = (load(h + i, lanes) - m) * r;
-      const V w = load(weight_ + i, lanes);
+      const V w = load(weight + i, lanes);
       V v;
       if constexpr (kBias) {
-        v = fma(normalized, w, load(bias_ + i, lanes));
+        v = fma(normalized, w, load(bias + i, lanes));
       } else {
         v = normalized * w;
       }

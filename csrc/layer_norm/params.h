@@ -1,6 +1,6 @@
 // What one norm call is, in raw pointers, sizes and strides (elements).
 //
-//   h = dropout(x) + residual          rounded to `dtype`; both parts are optional
+//   h = dropout(x) + residual          rounded to `dtype`; no dropout without residual
 //   y = (h - mean) * rstd * weight + bias         mean = 0 for RMSNorm
 //
 // A row is what one pair of statistics covers: `width` elements of the last dimensions. Statistics

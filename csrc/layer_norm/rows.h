@@ -81,6 +81,11 @@ class Reader {
   bool absent() const { return rows_->data == nullptr; }
   int64_t scratch_size() const { return direct_ || absent() ? 0 : width_; }
 
+  // Where get() finds the row; null if it has to be converted.
+  const T* direct(int64_t row) const {
+    return direct_ ? static_cast<const T*>(rows_->data) + rows_->outer.offset(row) : nullptr;
+  }
+
   const T* get(int64_t row, T* scratch) const {
     const int64_t offset = rows_->outer.offset(row);
     if (direct_) return static_cast<const T*>(rows_->data) + offset;
@@ -176,6 +181,15 @@ FUSED_ATTN_INLINE void stream_fence() {
 #endif
 }
 
+// After the parameters of a lambda that is a loop's body: without it the body may become a function
+// that is called for every 16 columns. Such lambdas capture by value, so that pointers and
+// constants stay in registers whatever the body stores.
+#if defined(__GNUC__)
+#define FUSED_ATTN_BODY __attribute__((always_inline))
+#else
+#define FUSED_ATTN_BODY
+#endif
+
 // How many lanes a step of a loop over columns covers: all of them, or those that are left.
 struct AllLanes {};
 struct SomeLanes {
@@ -202,16 +216,40 @@ FUSED_ATTN_INLINE void put(T* to, const V& v, SomeLanes lanes, bool) {
   store(to, v, lanes.count);
 }
 
-// v as it would come back from memory of type T.
-template <class T, class V>
-FUSED_ATTN_INLINE V rounded(const V& v) {
+// Stores v to memory of type T and returns it as it would come back.
+template <class T>
+FUSED_ATTN_INLINE Vec<Compute<T>> put_rounded(T* to, const Vec<Compute<T>>& v, AllLanes,
+                                              bool streamed) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
+    put(to, v, AllLanes{}, streamed);
     return v;
   } else {
+    // Through memory that is surely in the first cache, mostly optimised to registers.
     alignas(64) T memory[kLanes];
     store(memory, v);
+#if FUSED_ATTN_LEVEL_ID >= 1
+    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(memory));
+    if (streamed) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+    }
+#else
+    std::memcpy(to, memory, sizeof(memory));
+#endif
     return load(memory);
   }
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<Compute<T>> put_rounded(T* to, const Vec<Compute<T>>& v, SomeLanes lanes,
+                                              bool) {
+  store(to, v, lanes.count);
+  return load(to, lanes.count);
+}
+template <class T>
+FUSED_ATTN_INLINE Vec<Compute<T>> rounded(const Vec<Compute<T>>& v) {
+  alignas(64) T memory[kLanes];
+  return put_rounded(memory, v, AllLanes{}, false);
 }
 
 // Accumulators in flight: enough to hide the latency of an addition.
@@ -265,6 +303,13 @@ const A* parameter_row(const layer_norm::Rows& rows, int64_t width, A absent, Bu
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerialElements = int64_t{1} << 15;
+
+// Asks for a cache line that is read soon.
+FUSED_ATTN_INLINE void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#endif
+}
 
 inline int threads_for(const layer_norm::Problem& problem) {
   return problem.rows * problem.width < kSerialElements ? 1 : std::max(1, problem.threads);

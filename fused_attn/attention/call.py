@@ -121,8 +121,7 @@ def _max_seqlen(name: str, value: Any) -> Any:
 
 
 def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> fused.Result:
-    # torch.func's transforms cannot see into a kernel, but they can into the formula.
-    if plan.backend is not reference and not higher_order.inside_functorch():
+    if plan.backend is not reference and not higher_order.needs_formula():
         result, lse, weights = fused.attention(
             operands, plan.options, plan.settings, plan.needs_grad, plan.plain, out
         )

@@ -80,11 +80,7 @@ def attention(
 
 
 def _is_traced() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _call_forward(operands: Operands, options: Options, settings: Settings) -> Result:

@@ -79,8 +79,7 @@ def run(
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:
             _check_out(name, tensor, operands, needs_grad)
-    # torch.func's transforms cannot see into a kernel, but they can into the formula.
-    if plan.backend is not reference and not higher_order.inside_functorch():
+    if plan.backend is not reference and not higher_order.needs_formula():
         y, h = fused.layer_norm(
             operands, plan.options, plan.settings, plan.needs_grad, plan.plain, out, sum_out
         )

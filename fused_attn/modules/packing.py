@@ -126,10 +126,9 @@ def _is_traced(x: Tensor) -> bool:
     return (
         x.is_meta
         or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) not in (Tensor, nn.Parameter)
-        or higher_order.inside_functorch()
+        or higher_order.needs_formula()
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
