@@ -25,7 +25,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
 
     A batch padded at its ends runs without work on its padding, as `FusedTransformerEncoderLayer`
     describes, in training as in inference; the last layer's output is 0 there. The constructor's
-    `enable_nested_tensor` and `mask_check` steer torch.nn's own way to that and change nothing here.
+    `enable_nested_tensor` and `mask_check` steer torch.nn's own way to that and do nothing here.
     """
 
     def forward(

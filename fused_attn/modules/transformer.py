@@ -173,7 +173,11 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
 
 
 class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
-    """`torch.nn.TransformerDecoderLayer` on fused kernels: same constructor, children, state_dict."""
+    """`torch.nn.TransformerDecoderLayer` on fused kernels.
+
+    Same constructor, children and state_dict. Sub-modules are called as modules; residual, dropout
+    and norm run as one operation where the two modules are plain.
+    """
 
     def __init__(
         self,
