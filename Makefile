@@ -7,7 +7,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALLED := $(VENV)/installed
 
-.PHONY: test demo style format bench venv clean
+.PHONY: test demo style format gates sanitize venv clean
 
 test: style
 	python -m pytest -n 2
@@ -26,9 +26,26 @@ format: $(INSTALLED)
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-bench: $(INSTALLED)
-	python -m pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
-	python -m fused_attn bench
+gates: $(INSTALLED)
+	python benchmarks/cpu_gates.py
+
+# The kernels' tests with AddressSanitizer and UBSan, on a copy of the package with its own `_C`.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(INSTALLED)
+	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSED_ATTN_VERSION=sanitized \
+	  -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
+	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
+	cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site
+	cp $(SANITIZED)/_C.*.so $(SANITIZED)/site/fused_attn
+	for level in $$(python -c 'from fused_attn import native; \
+	    print(*native.module().available_cpu_levels())'); do \
+	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not level and not compile' \
+	    tests/test_attention*.py tests/test_layer_norm.py || exit 1; \
+	done
 
 venv: $(INSTALLED)
 

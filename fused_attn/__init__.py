@@ -1,5 +1,6 @@
 """Fused attention for PyTorch: drop-in modules and the functions behind them."""
 
+from ._version import __version__
 from .convert import fuse, unfuse
 from .dispatch import UnsupportedError
 from .functional import (
@@ -37,6 +38,7 @@ __all__ = [
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
     "UnsupportedError",
+    "__version__",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
