@@ -303,6 +303,8 @@ def test_script_is_refused_with_a_way_out() -> None:
     model, _ = transformer_and_inputs()
     with pytest.raises(NotImplementedError, match=r"fused_attn.unfuse\(model\)"):
         torch.jit.script(model)
+    with pytest.raises(NotImplementedError, match="FusedRMSNorm"):
+        torch.jit.script(nn.Sequential(fused_attn.FusedRMSNorm(E)))
     fused_attn.unfuse(model)
     torch.jit.script(model)
 
