@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import warnings
@@ -89,7 +90,8 @@ def test_custom_encoder_and_decoder_are_left_as_given() -> None:
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers_within_the_error_budget(kind: str, norm_first: bool, dtype: torch.dtype) -> None:
-    stock, ours = pair(kind, norm_first=norm_first, dtype=dtype)
+    # Not relu: a rounding error that crosses its kink makes a gradient jump.
+    stock, ours = pair(kind, norm_first=norm_first, dtype=dtype, activation="gelu")
     outputs, grads = [], []
     for module, double in ((ours, False), (stock, False), (copy.deepcopy(stock).double(), True)):
         x = [t.double() if double else t for t in inputs(kind, dtype)]
@@ -301,6 +303,8 @@ def test_script_is_refused_with_a_way_out() -> None:
     model, _ = transformer_and_inputs()
     with pytest.raises(NotImplementedError, match=r"fused_attn.unfuse\(model\)"):
         torch.jit.script(model)
+    with pytest.raises(NotImplementedError, match="FusedRMSNorm"):
+        torch.jit.script(nn.Sequential(fused_attn.FusedRMSNorm(E)))
     fused_attn.unfuse(model)
     torch.jit.script(model)
 
@@ -312,10 +316,8 @@ def test_checkpointing_repeats_every_dropout() -> None:
     for wrap in (False, True):
         torch.manual_seed(4)
         ours.zero_grad()
-        if wrap:
-            out = torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
-        else:
-            out = ours(x)
+        run = functools.partial(torch.utils.checkpoint.checkpoint, ours, use_reentrant=False)
+        out = (run if wrap else ours)(x)
         out.sin().sum().backward()
         grads.append([p.grad.clone() for p in ours.parameters()])
     torch.testing.assert_close(*grads)
