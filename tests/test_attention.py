@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Case, run_backend, run_plain, skip_unless_supported
 
-from fused_attn.testing import check_against_oracle
+from fused_attn.testing import attention_noise, check_against_oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -102,6 +102,7 @@ def test_agrees_with_the_oracle(attention_backend: str, name: str, dtype: torch.
         functools.partial(run_plain, case),
         tensors,
         ("out", "lse", "weights"),
+        attention_noise,
     )
 
 
@@ -115,6 +116,7 @@ def test_bias_may_be_float32(attention_backend: str, dtype: torch.dtype) -> None
         functools.partial(run_plain, case),
         tensors,
         ("out", "lse", "weights"),
+        attention_noise,
     )
 
 

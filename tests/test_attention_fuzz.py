@@ -13,7 +13,7 @@ import sys
 import torch
 from cases import Case, run_backend, run_plain, skip_unless_supported
 
-from fused_attn.testing import check_against_oracle
+from fused_attn.testing import attention_noise, check_against_oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 260)
@@ -66,6 +66,7 @@ def check(backend: str, seed: int) -> None:
             functools.partial(run_plain, case),
             tensors,
             ("out", "lse", "weights"),
+            attention_noise,
         )
     except Exception as error:
         error.add_note(f"repeat: python {__file__} {backend} {seed}\n{case} {dtype}")

@@ -47,7 +47,9 @@ def _forward(dtype: torch.dtype, rows: int, width: int) -> dict[str, Side]:
 
     def theirs() -> None:
         torch.add(x, residual, out=h)
-        torch.ops.aten.native_layer_norm.out(h, (width,), weight, bias, EPS, out0=y, out1=mean, out2=rstd)
+        torch.ops.aten.native_layer_norm.out(
+            h, (width,), weight, bias, EPS, out0=y, out1=mean, out2=rstd
+        )
 
     correct = check(functools.partial(_compare, x, residual, weight, bias))
     return {"ours": Side(ours, correct), "add + norm": Side(theirs)}
