@@ -93,6 +93,7 @@ def _worker(rank: int, port: int, run: Callable[[int], None]) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         run(rank)
+        dist.barrier()  # a rank that leaves early breaks the other's connection
     finally:
         dist.destroy_process_group()
 
