@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-import cpu_classes
 import torch
-from harness import RESULTS, Timing, machine_name, save_rows, time_in_turn
+from cpu import ROWS
+from cpu.row import SHORT_NAMES, Row
+from harness import RESULTS, Timing, machine_name, peak_flops, save_rows, time_in_turn
 
 HEADER = (
     f"{'class':<44} {'ours ms':>9} {'peer ms':>9} {'peer':<12} {'ratio':>6} {'gate':>5} {'goal':>5}"
 )
 
 
-def measure(row: cpu_classes.Row, threads: int) -> dict[str, object]:
+def measure(row: Row, threads: int) -> dict[str, object]:
     sides = row.build()
     ours = sides["ours"]
     error = ours.check()
@@ -31,7 +32,7 @@ def measure(row: cpu_classes.Row, threads: int) -> dict[str, object]:
     return {"class": row.name, "threads": threads, **_figures(row, times, threads)}
 
 
-def _figures(row: cpu_classes.Row, times: dict[str, Timing], threads: int) -> dict[str, object]:
+def _figures(row: Row, times: dict[str, Timing], threads: int) -> dict[str, object]:
     # Wall times of several threads on a shared machine are only worth their minimum.
     seconds = {name: t.median if threads == 1 else t.minimum for name, t in times.items()}
     ours = times["ours"]
@@ -47,18 +48,25 @@ def _figures(row: cpu_classes.Row, times: dict[str, Timing], threads: int) -> di
         "gate": row.gate,
         "goal": row.goal,
         "gflops": round(row.flops / seconds["ours"] / 1e9, 1),
+        "gbytes": round(row.bytes / seconds["ours"] / 1e9, 1),
+        "share_of_peak": round(row.flops / seconds["ours"] / (threads * peak_flops(row.dtype)), 3),
         "verdict": verdict,
     }
 
 
 def _print(result: dict[str, object]) -> None:
     if "ratio" not in result:
-        print(f"{result['class']:<44} {result['verdict']}", flush=True)
+        print(f"{result['class']:<40} {result['verdict']}", flush=True)
         return
+    rate = share = ""
+    if result["gflops"]:
+        rate, share = f"{result['gflops']} GF/s", f"{result['share_of_peak']:.0%}"
+    elif result["gbytes"]:
+        rate = f"{result['gbytes']} GB/s"
     print(
-        f"{result['class']:<44} {result['ours_ms']:9.3f} {result['peer_ms']:9.3f} "
-        f"{result['peer']:<12} {result['ratio']:6.2f} {result['gate']:5.2f} {result['goal']:5.2f} "
-        f"{result['gflops']:8.1f} GF/s  {result['verdict']}",
+        f"{result['class']:<40} {result['ours_ms']:9.3f} {result['peer_ms']:9.3f} "
+        f"{result['peer']:<11} {result['ratio']:6.2f} {result['gate']:5.2f} {result['goal']:5.2f} "
+        f"{rate:>12} {share:>7}  {result['verdict']}",
         flush=True,
     )
 
@@ -69,11 +77,13 @@ def main() -> int:
     parser.add_argument("--two-threads", action="store_true", help="also wall times, two threads")
     parser.add_argument("--save", action="store_true", help="record under benchmarks/results/")
     arguments = parser.parse_args()
-    rows = [row for row in cpu_classes.ROWS if arguments.only in row.name]
+    rows = [row for row in ROWS if arguments.only in row.name]
     if not rows:
-        names = "\n  ".join(row.name for row in cpu_classes.ROWS)
+        names = "\n  ".join(row.name for row in ROWS)
         parser.error(f"no class contains {arguments.only!r}; the classes are\n  {names}")
     torch.manual_seed(0)
+    for dtype, name in SHORT_NAMES.items():
+        print(f"peak of {name}: {peak_flops(dtype) / 1e9:.0f} GF/s a thread")
     results = []
     for threads in (1, 2) if arguments.two_threads else (1,):
         clock = "one thread, CPU time" if threads == 1 else "two threads, wall time"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import platform
 import statistics
 import subprocess
@@ -79,6 +80,22 @@ def _repeats(function: Callable[[], object], clock: Callable[[], float]) -> int:
         function()
         count += 1
     return max(1, count)
+
+
+@functools.cache
+def peak_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of one thread doing nothing but multiply-adds in the arithmetic of `dtype`.
+
+    The best of a few measurements: a ceiling, not a typical speed.
+    """
+    multiply_adds, name = native.module().multiply_adds, str(dtype)[6:]
+    repeats, rates = 1_000_000, []
+    multiply_adds(name, repeats)
+    for _ in range(ROUNDS):
+        start = time.thread_time()
+        operations = multiply_adds(name, repeats)
+        rates.append(operations / (time.thread_time() - start))
+    return max(rates)
 
 
 def environment() -> dict[str, str]:

@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+
 #include "common/cpu_level.h"
+#include "common/peak.h"
 #include "common/tensor.h"
 #include "layer_norm/bindings.h"
 
@@ -31,6 +34,11 @@ py::dict build_info() {
                   py::arg("openmp") = kOpenMP, py::arg("cuda") = false);
 }
 
+double multiply_adds_of(const std::string& dtype, int64_t repeats) {
+  if (dtype == "bfloat16") return multiply_adds(DType::kBFloat16, repeats);
+  return multiply_adds(dtype == "float64" ? DType::kFloat64 : DType::kFloat32, repeats);
+}
+
 }  // namespace
 }  // namespace fused_attn
 
@@ -42,6 +50,9 @@ PYBIND11_MODULE(_C, m) {
         "that the environment variable FUSED_ATTN_CPU names.");
   m.def("available_cpu_levels", &fused_attn::available_levels,
         "Levels that this machine and this build can run, lowest first.");
+  m.def("multiply_adds", &fused_attn::multiply_adds_of, py::arg("dtype"), py::arg("repeats"),
+        "Multiply-adds in registers, in the arithmetic of a dtype ('float32', 'bfloat16', "
+        "'float64'); returns the floating-point operations done. The ceiling of benchmarks.");
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);

@@ -63,10 +63,10 @@ def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Rep
     """Put our modules in the place of torch.nn's, in place.
 
     Swapped are modules whose class is exactly one of `fused_attn.modules.DROP_INS`, parametrized
-    ones included. Left alone, with a reason, are subclasses (they may rely on torch.nn's internals),
-    scripted and quantized modules, and instances whose `forward` was replaced. If a module left
-    alone is an encoder layer or an encoder whose inference fast path would bypass fused modules
-    inside it, that path is switched off.
+    ones included. Left alone, with a reason, are subclasses (they may rely on torch.nn's
+    internals), scripted and quantized modules, and instances whose `forward` was replaced. If a
+    module left alone is an encoder layer or an encoder whose inference fast path would bypass fused
+    modules inside it, that path is switched off.
 
     Args:
         model: changed in place. May itself be one of the modules.

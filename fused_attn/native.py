@@ -32,8 +32,8 @@ def why_not() -> str | None:
     return _load()[1]
 
 
-# The compiler cannot trace an import. This is torch.compiler.assume_constant_result(why_not) spelled
-# out: calling that would load the compiler, and with it Triton.
+# The compiler cannot trace an import. This is torch.compiler.assume_constant_result(why_not)
+# spelled out: calling that would load the compiler, and with it Triton.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -71,3 +73,12 @@ def fixed_seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=200, help="random cases a backend")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of many tiny operations: threads that wait for each other take all the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

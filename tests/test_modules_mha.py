@@ -17,6 +17,8 @@ from torch import nn
 from fused_attn import FusedMultiheadAttention
 from fused_attn.testing import assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYOUTS = {
     "default": {},
     "kdim": {"kdim": 6},

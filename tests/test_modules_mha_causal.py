@@ -11,6 +11,8 @@ import torch
 from mha_cases import Call, E, H, L, N, S, check, formula, pair
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 APPENDED = [{}, {"add_bias_kv": True}, {"add_zero_attn": True}]
 APPENDED.append({"add_bias_kv": True, "add_zero_attn": True})
 

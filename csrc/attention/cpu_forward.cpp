@@ -1,14 +1,15 @@
 // Forward attention on the CPU: out = softmax(scores) v, block of queries by block of queries, with
 // the running softmax over tiles of keys. Compiled once per instruction-set level.
 #include "attention/cpu_kernels.h"
+#include "attention/few_queries.h"
 #include "attention/head.h"
-#include "attention/softmax.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 namespace {
 
 struct Scratch {
   HeadBuffers head;
+  FewBuffers few;
   Buffer v, v_rows, acc;
 };
 
@@ -98,19 +99,9 @@ class ForwardHead {
   }
 
   void write() {
-    alignas(64) Real factor[kBlockQ] = {};
+    alignas(64) Real factor[kBlockQ];
     alignas(64) Real lse[kBlockQ];
-    const bool plain = tile_.formula.plain;
-    const Real drop = static_cast<Real>(tile_.dropout.factor());
-    const Real scale = plain ? tile_.formula.scale : Real(1);
-    for (int q = 0; q < tile_.rows; ++q) {
-      const bool hidden = plain && state_.largest[q] <= hidden_score<Real>(true);
-      const Real sum = hidden ? Real(0) : state_.sum[q];
-      // Not `sum > 0`: a NaN must reach the output.
-      factor[q] = sum == 0 ? Real(0) : drop / sum;
-      lse[q] = sum == 0 ? -std::numeric_limits<Real>::infinity()
-                        : state_.largest[q] * scale + std::log(sum);
-    }
+    finish(state_, tile_.formula, tile_.dropout, tile_.rows, factor, lse);
     if (fresh_) correct_output();
     write_columns(acc_, factor, tile_.rows, tile_.queries(p_.out, p_.head_dim_v));
     if (p_.lse.data == nullptr) return;
@@ -125,6 +116,28 @@ class ForwardHead {
   bool fresh_ = true;  // nothing accumulated yet
   RunningSoftmax<Real> state_;
 };
+
+// The engine does not matter where memory is the limit, so 16-bit types are all converted.
+template <class T>
+bool run_few_queries(const Params& p, const Sequence& sequence, int64_t head) {
+  using E = std::conditional_t<sizeof(T) == 8, EngineF64, EngineF32>;
+  if (!FewQueries<E, T>::fits(p, sequence)) return false;
+  FewQueries<E, T>(p, sequence, head, scratch().few).run();
+  return true;
+}
+
+template <class E>
+void run_head(const Params& p, const Sequence& sequence, int64_t head, int64_t begin, int64_t end) {
+  bool done = false;
+  with_dtype(p.dtype, [&](auto* tag) {
+    done = run_few_queries<std::remove_pointer_t<decltype(tag)>>(p, sequence, head);
+  });
+  if (done) return;
+  ForwardHead<E> work(p, sequence, head);
+  for (int64_t i = begin; i < end; i += kBlockQ) {
+    work.block(i, static_cast<int>(smaller<int64_t>(end - i, kBlockQ)));
+  }
+}
 
 }  // namespace
 
@@ -144,12 +157,8 @@ void forward(const Params& p) {
       const int64_t part = parts - 1 - task % parts;  // the longest first
       const Sequence sequence(p, head / p.num_heads);
       const int64_t end = smaller(sequence.seqlen_q, (part + 1) * blocks / parts * kBlockQ);
-      int64_t i = part * blocks / parts * kBlockQ;
-      if (i >= end) return;
-      ForwardHead<E> work(p, sequence, head % p.num_heads);
-      for (; i < end; i += kBlockQ) {
-        work.block(i, static_cast<int>(smaller<int64_t>(end - i, kBlockQ)));
-      }
+      const int64_t begin = part * blocks / parts * kBlockQ;
+      if (begin < end) run_head<E>(p, sequence, head % p.num_heads, begin, end);
     });
   });
 }

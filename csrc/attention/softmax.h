@@ -72,4 +72,20 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
   }
 }
 
+// What the accumulated output is to be multiplied with, and lse.
+template <class Real>
+inline void finish(const RunningSoftmax<Real>& state, const ScoreFormula<Real>& formula,
+                   const Dropout& dropout, int rows, Real* factor, Real* lse) {
+  const Real scale = formula.plain ? formula.scale : Real(1);
+  for (int q = 0; q < kBlockQ; ++q) {
+    const bool hidden =
+        q >= rows || (formula.plain && state.largest[q] <= hidden_score<Real>(true));
+    const Real sum = hidden ? Real(0) : state.sum[q];
+    // Not `sum > 0`: a NaN must reach the output.
+    factor[q] = sum == 0 ? Real(0) : static_cast<Real>(dropout.factor()) / sum;
+    lse[q] = sum == 0 ? -std::numeric_limits<Real>::infinity()
+                      : state.largest[q] * scale + std::log(sum);
+  }
+}
+
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import norms
+from .scripting import NotScriptable
 
 
-class FusedLayerNorm(torch.nn.LayerNorm):
+class FusedLayerNorm(NotScriptable, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on fused kernels: same arguments, parameters, results and errors."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -20,14 +21,14 @@ class FusedLayerNorm(torch.nn.LayerNorm):
         )
 
 
-class FusedRMSNorm(torch.nn.RMSNorm):
+class FusedRMSNorm(NotScriptable, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on fused kernels: same arguments, parameters, results and errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _as_torch_raises(norms.rms_norm, x, self.normalized_shape, self.weight, self.eps)
 
 
-class FusedAddLayerNorm(torch.nn.LayerNorm):
+class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
     """Dropout, residual connection and layer norm in one pass, with torch.nn.LayerNorm's state.
 
     In plain PyTorch::
@@ -94,7 +95,7 @@ class FusedAddLayerNorm(torch.nn.LayerNorm):
         return f"{super().extra_repr()}, dropout={self.dropout}, return_sum={self.return_sum}"
 
 
-class FusedAddRMSNorm(torch.nn.RMSNorm):
+class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
     """Dropout, residual connection and RMSNorm in one pass, with torch.nn.RMSNorm's state.
 
     As `FusedAddLayerNorm`, with the norm of torch.nn.RMSNorm.

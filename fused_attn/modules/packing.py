@@ -30,16 +30,16 @@ class Padding(NamedTuple):
     """A padded batch: which of its rows are tokens."""
 
     rows: Tensor  # (T,) int64, row of each token in the flattened batch
-    shape: torch.Size  # (N, L, E) or (L, N, E)
+    shape: torch.Size  # (N, L), (L, N) or (L,)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(N, L, E) or (L, N, E) -> (T, E)."""
+        """(N, L, E), (L, N, E) or (L, E) -> (T, E)."""
         return _Gather.apply(x.reshape(-1, x.shape[-1]), self.rows)
 
     def scatter(self, tokens: Tensor) -> Tensor:
-        """(T, E) -> (N, L, E) or (L, N, E), 0 where there is padding."""
-        padded = _Scatter.apply(tokens, self.rows, self.shape[0] * self.shape[1])
-        return padded.view(*self.shape[:2], tokens.shape[-1])
+        """(T, E) -> (N, L, E), (L, N, E) or (L, E), 0 where there is padding."""
+        padded = _Scatter.apply(tokens, self.rows, self.shape.numel())
+        return padded.view(*self.shape, tokens.shape[-1])
 
 
 def find_padding(
@@ -51,11 +51,14 @@ def find_padding(
     captures, and inside torch.func's transforms.
 
     Args:
-        x: (N, L, E), or (L, N, E) if not batch_first.
-        key_padding_mask: (N, L) bool, True = padding.
+        x: (N, L, E), or (L, N, E) if not batch_first; unbatched (L, E).
+        key_padding_mask: (N, L) or (L,) bool, True = padding.
     """
-    if key_padding_mask is None or x.dim() != 3 or _is_traced(x):
+    if key_padding_mask is None or x.dim() not in (2, 3) or _is_traced(x):
         return None
+    if x.dim() == 2 and key_padding_mask.dim() == 1:
+        found = find_padding(x[None], key_padding_mask[None], batch_first=True)
+        return found and (found[0]._replace(shape=x.shape[:1]), found[1])
     length, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     if key_padding_mask.dtype != torch.bool or tuple(key_padding_mask.shape) != (batch, length):
         return None
@@ -66,7 +69,7 @@ def find_padding(
         return None
     sequence, position = torch.nonzero(~key_padding_mask, as_tuple=True)
     rows = sequence * length + position if batch_first else position * batch + sequence
-    return Padding(rows, x.shape), Sequences(_cumulative(lengths), length)
+    return Padding(rows, x.shape[:2]), Sequences(_cumulative(lengths), length)
 
 
 def is_token_wise(modules: Iterable[nn.Module]) -> bool:
@@ -95,18 +98,17 @@ def to_nested(tokens: Tensor, like: Any) -> Tensor:
 
 
 def pad_nested(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A NestedTensor as a padded batch (N, L, E) and its key padding mask (N, L), True = padding."""
+    """A NestedTensor as a padded batch (N, L, E) and its key padding mask (N, L)."""
     tokens, sequences = from_nested(x)
     padding = nested_padding(sequences)
     rows = torch.nonzero(~padding.flatten()).squeeze(1)
-    shape = torch.Size((*padding.shape, tokens.shape[-1]))
-    return Padding(rows, shape).scatter(tokens), padding
+    return Padding(rows, padding.shape).scatter(tokens), padding
 
 
 def unpad_nested(x: Tensor, padding: Tensor, like: Any) -> Tensor:
     """The reverse of `pad_nested`."""
     rows = torch.nonzero(~padding.flatten()).squeeze(1)
-    return to_nested(Padding(rows, x.shape).gather(x), like)
+    return to_nested(Padding(rows, padding.shape).gather(x), like)
 
 
 def nested_padding(sequences: Sequences) -> Tensor:

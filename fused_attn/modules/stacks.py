@@ -25,7 +25,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
 
     A batch padded at its ends runs without work on its padding, as `FusedTransformerEncoderLayer`
     describes, in training as in inference; the last layer's output is 0 there. The constructor's
-    `enable_nested_tensor` and `mask_check` steer torch.nn's own way to that and change nothing here.
+    `enable_nested_tensor` and `mask_check` steer torch.nn's own way to that and do nothing here.
     """
 
     def forward(
@@ -47,7 +47,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         """
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
-        if mask is None and self._is_packable():
+        if src_key_padding_mask is not None and mask is None and self._is_packable():
             batch_first = self.layers[0].self_attn.batch_first
             found = packing.find_padding(src, src_key_padding_mask, batch_first)
             if found is not None:

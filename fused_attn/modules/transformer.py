@@ -94,7 +94,7 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         """
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
-        if src_mask is None and self.is_packable():
+        if src_key_padding_mask is not None and src_mask is None and self.is_packable():
             found = packing.find_padding(src, src_key_padding_mask, self.self_attn.batch_first)
             if found is not None:
                 padding, sequences = found
@@ -173,7 +173,11 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
 
 
 class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
-    """`torch.nn.TransformerDecoderLayer` on fused kernels: same constructor, children, state_dict."""
+    """`torch.nn.TransformerDecoderLayer` on fused kernels.
+
+    Same constructor, children and state_dict. Sub-modules are called as modules; residual, dropout
+    and norm run as one operation where the two modules are plain.
+    """
 
     def __init__(
         self,

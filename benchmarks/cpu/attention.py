@@ -1,13 +1,9 @@
-"""The classes of problems that the CPU gates time, with the peers of each.
-
-A row builds its tensors once and gives one function a side: `ours` and the peers. Before anything
-is timed, ours is held against float64 by the error budget of the tests.
-"""
+"""Attention against torch's scaled_dot_product_attention, its flash and its math path."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,27 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import fused_attn
 from fused_attn.testing import FORWARD_FACTOR, assert_within_budget
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SHORT_NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
-
-
-@dataclass
-class Side:
-    """One contender: a function to time, and for ours a check (None, or what is wrong)."""
-
-    run: Callable[[], Any]
-    check: Callable[[], str | None] = lambda: None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A class: name, gate and goal as ratios, FLOPs of a call, and the sides."""
-
-    name: str
-    gate: float
-    goal: float
-    flops: float
-    build: Callable[[], dict[str, Side]] = field(repr=False)
+from .row import BF16, FP16, FP32, SHORT_NAMES, Row, Side
 
 
 @dataclass(frozen=True)
@@ -144,15 +120,15 @@ class Attention:
         return None
 
 
-def _attention_rows() -> list[Row]:
-    rows = []
+def rows() -> list[Row]:
+    result = []
 
     def add(label: str, gate: float, goal: float, *args: Any, **kwargs: Any) -> None:
         problem = Attention(*args, **kwargs)
         size = "x".join(str(n) for n in args[1:5])
         direction = "fwd+bwd" if problem.backward else "fwd"
         name = f"{SHORT_NAMES[problem.dtype]} {direction} {size}{label}"
-        rows.append(Row(name, gate, goal, problem.flops, problem.build))
+        result.append(Row(name, gate, goal, problem.dtype, problem.build, problem.flops))
 
     for dtype, full, wide, causal512, causal2048, short, short_causal in (
         (FP32, (1.20, 1.35), (1.15, 1.28), (2.0, 2.3), (1.45, 1.7), (1.25, 1.45), (1.6, 1.95)),
@@ -193,7 +169,4 @@ def _attention_rows() -> list[Row]:
         add(" causal", *causal, dtype, 2, 8, 512, 64, causal=True, backward=True)
         add("", *short, dtype, 8, 12, 128, 64, backward=True)
         add("", *short, dtype, 32, 8, 100, 64, backward=True)
-    return rows
-
-
-ROWS = _attention_rows()
+    return result
