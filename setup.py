@@ -67,7 +67,10 @@ class CMakeBuild(build_ext):
         if ninja is None:
             build += ["--parallel", str(os.cpu_count())]
         try:
-            subprocess.run(configure, check=True)
+            if subprocess.run(configure).returncode:
+                # What CMake remembers of this machine (a broken compiler, say) must not last.
+                shutil.rmtree(folder)
+                raise subprocess.CalledProcessError(1, configure)
             subprocess.run(build, check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from norm_cases import RNG, Case, random_case
 
-import fused_attn
-from fused_attn import add_layer_norm, add_rms_norm, layer_norm, native, rms_norm
+from fused_attn import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -252,47 +248,3 @@ def test_results_repeat_bit_by_bit(layer_norm_backend: str) -> None:
 
     for first, second in zip(results(), results(), strict=True):
         assert torch.equal(first, second)
-
-
-def lower_levels() -> list[str]:
-    if native.why_not() is not None:
-        return []
-    return native.module().available_cpu_levels()[:-1]
-
-
-@pytest.mark.parametrize("level", lower_levels())
-def test_every_instruction_set_level(level: str) -> None:
-    """The tests above again, with the kernels of an older processor."""
-    selection = "cpu and (oracle or strides or mixed or fuzz or optional or dropout)"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    done = subprocess.run(
-        [*command, "--fuzz", "50", "-k", selection, __file__],
-        env={**os.environ, "FUSED_ATTN_CPU": level},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-def test_an_unknown_level_is_refused_by_name() -> None:
-    if native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
-    code = "import torch, fused_attn; fused_attn.layer_norm(torch.ones(2, 2), 2, backend='cpu')"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FUSED_ATTN_CPU": "sse9"},
-        capture_output=True,
-        text=True,
-    )
-    assert "FUSED_ATTN_CPU must be one of" in done.stderr
-    assert fused_attn.native.module().cpu_level() in native.module().available_cpu_levels()

@@ -76,18 +76,14 @@ class Backward {
         // Without dropout both gradients are the same numbers: one of them is computed.
         dx_(p.dx.data == nullptr && p.rng == nullptr ? p.dresidual : p.dx, p.width),
         dresidual_(p.dresidual, p.width),
-        split_(p.dresidual.data != nullptr && (p.rng != nullptr || p.dx.data != nullptr)),
-        parameters_(p.dweight.data != nullptr || p.dbias.data != nullptr) {
+        split_(p.dresidual.data != nullptr && (p.rng != nullptr || p.dx.data != nullptr)) {
     const int64_t outputs = split_ ? 2 : 1;
     const bool large = p.rows * p.width * outputs * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
     stream_dx_ = large && dx_.aligned() && (!split_ || dresidual_.aligned());
   }
 
-  bool parameters() const { return parameters_; }
-
   // Adds the parameters' gradients of these rows to dweight and dbias (width elements).
   void run(int64_t begin, int64_t end, A* dweight, A* dbias) const {
-    if (!parameters_) return run_group(begin, end, nullptr, nullptr);
     static thread_local Buffer buffer;
     A* group = buffer.get<A>(2 * p_.width);
     for (int64_t first = begin; first < end; first += kGroupRows) {
@@ -101,7 +97,7 @@ class Backward {
  private:
   void run_group(int64_t begin, int64_t end, A* dweight, A* dbias) const {
     const int64_t width = p_.width, masks = Dropout::masks(width);
-    static thread_local Buffer buffers[9];
+    static thread_local Buffer buffers[11];
     T* scratch_dy = buffers[0].get<T>(kBlockRows * dy_.scratch_size());
     T* scratch_dh = buffers[1].get<T>(kBlockRows * dh_.scratch_size());
     H* scratch_h = buffers[2].get<H>(kBlockRows * width);
@@ -110,6 +106,13 @@ class Backward {
     T* scratch_dx = buffers[5].get<T>(kBlockRows * dx_.scratch_size());
     T* scratch_dresidual = buffers[6].get<T>(kBlockRows * dresidual_.scratch_size());
     Mask* keep = buffers[7].get<Mask>(kBlockRows * masks);
+    // Stands in for the rows that the last block lacks: it adds 0 to every sum.
+    Row<T, H, A> missing = {};
+    if ((end - begin) % kBlockRows != 0) {
+      missing.dy = std::fill_n(buffers[8].get<T>(width), width, T{}) - width;
+      missing.h = std::fill_n(buffers[9].get<H>(width), width, H{}) - width;
+      missing.dx = buffers[10].get<T>(width);
+    }
     for (int64_t first = begin; first < end; first += kBlockRows) {
       const int count = static_cast<int>(std::min<int64_t>(kBlockRows, end - first));
       Row<T, H, A> rows[kBlockRows];
@@ -129,11 +132,8 @@ class Backward {
             split_ ? dresidual_.get(i, scratch_dresidual + r * dresidual_.scratch_size()) : nullptr;
         averages(i, row);
       }
-      if (count == kBlockRows) {
-        gradients<kBlockRows>(rows, rows_after(first, end), dweight, dbias);
-      } else {
-        for (int r = 0; r < count; ++r) gradients<1>(rows + r, Ahead<T>(), dweight, dbias);
-      }
+      std::fill(rows + count, rows + kBlockRows, missing);
+      gradients(rows, rows_after(first, end), dweight, dbias);
       for (int r = 0; r < count; ++r) {
         dx_.put(first + r, rows[r].dx);
         if (split_) dresidual_.put(first + r, rows[r].dresidual);
@@ -195,22 +195,12 @@ class Backward {
     return ahead;
   }
 
-  template <int kRows>
-  void gradients(const Row<T, H, A>* rows, const Ahead<T>& ahead, A* dweight, A* dbias) const {
-    if (parameters_) {
-      gradients<kRows, true>(rows, ahead, dweight, dbias);
-    } else {
-      gradients<kRows, false>(rows, ahead, dweight, dbias);
-    }
-  }
-
-  template <int kRows, bool kParameters>
   void gradients(const Row<T, H, A>* rows, const Ahead<T>& ahead, A* dweight, A* dbias) const {
     const bool streamed = stream_dx_;
     const V factor =
         V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
-    V mean[kRows], rstd[kRows], mean_g[kRows], mean_g_xhat[kRows];
-    for (int r = 0; r < kRows; ++r) {
+    V mean[kBlockRows], rstd[kBlockRows], mean_g[kBlockRows], mean_g_xhat[kBlockRows];
+    for (int r = 0; r < kBlockRows; ++r) {
       mean[r] = V::set1(rows[r].mean);
       rstd[r] = V::set1(rows[r].rstd);
       mean_g[r] = V::set1(rows[r].mean_g);
@@ -222,14 +212,12 @@ class Backward {
       V dw = V::zero(), db = V::zero();
       ahead.touch(j);
       FUSED_ATTN_UNROLL
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kBlockRows; ++r) {
         const Row<T, H, A>& row = rows[r];
         const V dy = load(row.dy + j, lanes);
         const V xhat = (load(row.h + j, lanes) - mean[r]) * rstd[r];
-        if constexpr (kParameters) {
-          dw = fma(dy, xhat, dw);
-          db = db + dy;
-        }
+        dw = fma(dy, xhat, dw);
+        db = db + dy;
         // The difference first: it is exactly 0 where all of a row's g are equal.
         const V centred = dy * w - mean_g[r];
         V dh = fma(V::zero() - xhat, mean_g_xhat[r], centred) * rstd[r];
@@ -238,10 +226,8 @@ class Backward {
         if (row.keep != nullptr) dh = select(row.keep[j / kLanes], dh * factor, V::zero());
         put(row.dx + j, dh, lanes, streamed);
       }
-      if constexpr (kParameters) {
-        put(dweight + j, load(dweight + j, lanes) + dw, lanes, false);
-        put(dbias + j, load(dbias + j, lanes) + db, lanes, false);
-      }
+      put(dweight + j, load(dweight + j, lanes) + dw, lanes, false);
+      put(dbias + j, load(dbias + j, lanes) + db, lanes, false);
     });
   }
 
@@ -249,8 +235,7 @@ class Backward {
   const A* weight_;
   Reader<T> dy_, dh_, h_, x_, residual_;
   Writer<T> dx_, dresidual_;
-  bool split_;       // dx and dresidual are two outputs
-  bool parameters_;  // dweight or dbias is wanted
+  bool split_;  // dx and dresidual are two outputs
   bool stream_dx_ = false;
 };
 
@@ -278,19 +263,16 @@ void backward(const BackwardParams& p) {
   const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(blocks, threads));
   // Whole cache lines for each task, and none shared.
   const int64_t stride = (p.width + 63) / 64 * 64;
-  A* sums = sums_buffer.get<A>(kernel.parameters() ? 2 * tasks * stride : 0);
+  A* sums = sums_buffer.get<A>(2 * tasks * stride);
   A* bias_sums = sums + tasks * stride;
   parallel_for(threads, tasks, [&](int64_t t) {
     A* dweight = sums + t * stride;
     A* dbias = bias_sums + t * stride;
-    if (kernel.parameters()) {
-      std::fill_n(dweight, stride, A(0));
-      std::fill_n(dbias, stride, A(0));
-    }
+    std::fill_n(dweight, stride, A(0));
+    std::fill_n(dbias, stride, A(0));
     kernel.run(blocks * t / tasks * kBlockRows,
                std::min(p.rows, blocks * (t + 1) / tasks * kBlockRows), dweight, dbias);
   });
-  if (!kernel.parameters()) return;
   write_parameter_gradient(p.dweight, p.width, sums, tasks, stride);
   write_parameter_gradient(p.dbias, p.width, bias_sums, tasks, stride);
 }

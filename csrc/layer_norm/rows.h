@@ -60,7 +60,9 @@ To convert(From from) {
 template <class To, class From>
 void convert_dense(const From* from, To* to, int64_t count) {
   int64_t i = 0;
-  if constexpr (!std::is_same_v<To, double> && !std::is_same_v<From, double>) {
+  // Operands differ from the sum's type only where one of the two is float32.
+  if constexpr (std::is_same_v<To, float> != std::is_same_v<From, float> &&
+                !std::is_same_v<To, double> && !std::is_same_v<From, double>) {
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     if (i < count)
       store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
