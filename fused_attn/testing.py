@@ -143,6 +143,11 @@ def pull_back(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
+def gradients(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of `inputs` under the fixed gradients of `outputs`."""
+    return pull_back(outputs, output_gradients(outputs), inputs)
+
+
 def attention_noise(
     outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], dtype: torch.dtype
 ) -> list[float]:
@@ -214,8 +219,7 @@ def check_against_oracle(
     ) -> list[Tensor | None]:
         outputs = function(**arguments)
         inputs = [arguments[name] for name in wanted]
-        grads = pull_back(outputs, output_gradients(outputs), inputs)
-        return [*outputs[: len(output_names)], *grads]
+        return [*outputs[: len(output_names)], *gradients(outputs, inputs)]
 
     dtype = next(x.dtype for x in tensors.values() if x.is_floating_point())
     plain_dtype = torch.float32 if dtype == torch.float64 else dtype
