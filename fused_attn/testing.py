@@ -153,11 +153,11 @@ def attention_noise(
 ) -> list[float]:
     """What rounding out, lse and weights once, as they are stored, does to what is made of them.
 
-    Weights and the backward start from lse: an error d in lse turns p into p (1 - d), and with it
-    every gradient. The backward also starts from delta = rowsum(dout * out) + rowsum(dweights *
-    weights) (Dao 2023, "FlashAttention-2", section 3.1; torch's own does as well): an error in delta
-    acts as a gradient of lse would. Plain PyTorch stores neither, and is exact by luck where a row
-    sees one key.
+    Weights and the backward recompute p = exp(s - lse) from the stored lse and a score that is
+    rounded anew: an error d in either turns p into p (1 - d), and with it every gradient. The
+    backward also starts from delta = rowsum(dout * out) + rowsum(dweights * weights) (Dao 2023,
+    "FlashAttention-2", section 3.1; torch's own does as well): an error in delta acts as a gradient
+    of lse would. Plain PyTorch stores neither, and is exact by luck where a row sees one key.
 
     Args:
         outputs: the float64 oracle's out (B, H, Lq, Dv), lse (B, H, Lq) and weights, or None.
@@ -180,7 +180,8 @@ def attention_noise(
     empty = lse.detach().isinf()
     of_delta = torch.where(empty, 0.0, torch.finfo(dtype).eps * delta.detach() * sign)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    of_lse = torch.where(empty, 0.0, torch.finfo(lse_dtype).eps * lse.detach().abs() * sign)
+    # Twice: lse, and the score that it is taken from.
+    of_lse = torch.where(empty, 0.0, 2 * torch.finfo(lse_dtype).eps * lse.detach().abs() * sign)
     from_delta = pull_back([lse], [of_delta], inputs)
     from_lse = pull_back([out, lse], [dout * of_lse[..., None], dlse * of_lse], inputs)
     changes = [0.0, 0.0, 0.0 if weights is None else _largest(weights) * _largest(of_lse)]
