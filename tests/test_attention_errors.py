@@ -150,6 +150,31 @@ def test_packed_mistake_is_named(name: str) -> None:
         attention_varlen(**{**arguments, **changes})
 
 
+SEQUENCE_MISTAKES = {
+    "past the end": ([0, 9], r"`cu_seqlens_q` must end within the 5 rows of the tensor, got 9"),
+    "falls": ([0, 4, 2], r"`cu_seqlens_q` must rise by 0 to 9 .*got -2 for sequence 1"),
+    "too long": ([0, 5], r"`cu_seqlens_q` must rise by 0 to 3 .*got 5 for sequence 0"),
+    "late start": ([1, 5], r"`cu_seqlens_q` must start at 0, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCE_MISTAKES)
+def test_sequences_that_leave_the_tensor_are_refused_on_the_cpu(name: str) -> None:
+    if "cpu" not in usable_backends():
+        pytest.skip("no compiled part")
+    offsets, message = SEQUENCE_MISTAKES[name]
+    starts = torch.tensor(offsets, dtype=torch.int32)
+    q = torch.randn(5, 2, 4)
+    longest = 3 if name == "too long" else 9
+    with pytest.raises(ValueError, match=message):
+        attention_varlen(q, q, q, starts, starts, longest, longest)
+
+
+def usable_backends() -> list[str]:
+    q = torch.zeros(1, 1, 1, 1)
+    return [name for name, reasons in explain(q, q, q).reasons if not reasons]
+
+
 def test_merging_different_shapes_is_refused() -> None:
     out, lse = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3)
     with pytest.raises(ValueError, match="`out2` must have shape"):

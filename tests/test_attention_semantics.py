@@ -296,6 +296,20 @@ def test_probability_zero_is_no_dropout(attention_backend: str) -> None:
     assert torch.equal(actual, expected)
 
 
+def test_vectors_may_have_any_strides(attention_backend: str) -> None:
+    q, k, v = qkv(4, 2, 20, 8)
+    lengths = torch.tensor([15])
+    slopes = torch.tensor([0.5, 9.0, 0.25, 9.0])[::2]
+    expected = attention(
+        q, k, v, key_lengths=torch.full((4,), 15), alibi_slopes=torch.tensor([0.5, 0.25]),
+        backend=attention_backend,
+    )  # fmt: skip
+    actual = attention(
+        q, k, v, key_lengths=lengths.expand(4), alibi_slopes=slopes, backend=attention_backend
+    )
+    assert torch.equal(actual, expected)
+
+
 def test_outputs_are_new_and_contiguous(attention_backend: str) -> None:
     q, k, v = (x.transpose(1, 2) for x in qkv(2, 40, 3, 8))
     outputs = attention(

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <string>
 
 #include "attention/cpu.h"
 #include "common/cpu_level.h"
@@ -97,11 +98,34 @@ void read_operands(Arguments& args, Params& p) {
   p.rng = rng.as<int64_t>();
 }
 
+// The values are the user's data, and a kernel that believed wrong ones would leave the tensors.
+void check_sequences(const char* name, const int32_t* cu_seqlens, int64_t batch, int64_t rows,
+                     int64_t max_seqlen) {
+  if (batch >= 0 && cu_seqlens[0] != 0) {
+    fail_check(name, "start at 0", std::to_string(cu_seqlens[0]));
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = int64_t{cu_seqlens[b + 1]} - cu_seqlens[b];
+    if (length < 0 || length > max_seqlen) {
+      fail_check(name, "rise by 0 to " + std::to_string(max_seqlen) + " (the maximum length)",
+                 std::to_string(length) + " for sequence " + std::to_string(b));
+    }
+  }
+  if (cu_seqlens[batch] > rows) {
+    fail_check(name, "end within the " + std::to_string(rows) + " rows of the tensor",
+               std::to_string(cu_seqlens[batch]));
+  }
+}
+
 // The scalars that all three functions take last, but for `threads`.
 void read_scalars(Arguments& args, Params& p) {
   const int64_t max_seqlen_q = args.integer(), max_seqlen_k = args.integer();
-  if (p.cu_seqlens_q != nullptr) p.seqlen_q = max_seqlen_q;
-  if (p.cu_seqlens_k != nullptr) p.seqlen_k = max_seqlen_k;
+  if (p.cu_seqlens_q != nullptr) {
+    check_sequences("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.seqlen_q, max_seqlen_q);
+    check_sequences("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.seqlen_k, max_seqlen_k);
+    p.seqlen_q = max_seqlen_q;
+    p.seqlen_k = max_seqlen_k;
+  }
   p.causal = static_cast<Causal>(args.integer());
   p.window_left = args.integer();
   p.window_right = args.integer();

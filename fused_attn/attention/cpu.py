@@ -21,8 +21,22 @@ def why_not(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
+# Small vectors that the kernels read densely; the tensors before them go by their strides.
+_FIRST_VECTOR = Operands._fields.index("key_lengths")
+
+
+def _dense_vectors(operands: Operands) -> tuple[Tensor | None, ...]:
+    vectors = operands[_FIRST_VECTOR:]
+    if all(x is None for x in vectors):
+        return operands
+    return operands[:_FIRST_VECTOR] + tuple(
+        [None if x is None else x.contiguous() for x in vectors]
+    )
+
+
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
-    native.module().attention_forward(*operands, out, lse, *options, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    native.module().attention_forward(*_dense_vectors(operands), out, lse, *options, threads)
     if operands.cu_seqlens_q is not None:
         _clear_past_the_end(operands.cu_seqlens_q, (out, 0.0), (lse, -torch.inf))
 
@@ -31,7 +45,9 @@ def weights(
     operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
 ) -> None:
     threads = torch.get_num_threads()
-    native.module().attention_weights(*operands, lse, weights, *options, average, threads)
+    native.module().attention_weights(
+        *_dense_vectors(operands), lse, weights, *options, average, threads
+    )
 
 
 def backward(
@@ -48,7 +64,7 @@ def backward(
     dbias: Tensor | None,
 ) -> None:
     native.module().attention_backward(
-        *operands,
+        *_dense_vectors(operands),
         *(out, lse, dout, dlse, dweights),
         *(dq, dk, dv, dbias),
         *options,
