@@ -69,8 +69,8 @@ def check(backend: str, seed: int) -> None:
             attention_noise,
         )
     except Exception as error:
-        error.add_note(f"repeat: python {__file__} {backend} {seed}\n{case} {dtype}")
-        raise
+        repeat = f"repeat: python {__file__} {backend} {seed}"
+        raise AssertionError(f"{error}\n{repeat}\n{case} {dtype}") from error
 
 
 def test_random_calls_agree_with_the_oracle(attention_backend: str, fuzz_seed: int) -> None:
