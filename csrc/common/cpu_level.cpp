@@ -1,7 +1,10 @@
 #include "common/cpu_level.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+
+#include "common/kernel_dtypes.h"
 
 namespace fused_attn {
 namespace {
@@ -68,6 +71,11 @@ CpuLevel cpu_level() {
   static const Choice choice = choose();
   if (!choice.error.empty()) throw std::runtime_error(choice.error);
   return choice.level;
+}
+
+CpuLevel kernel_level(DType dtype) {
+  return static_cast<CpuLevel>(
+      std::min(static_cast<int>(cpu_level()), highest_kernel_level(dtype)));
 }
 
 const char* level_name(CpuLevel level) {
