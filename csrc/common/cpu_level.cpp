@@ -1,6 +1,5 @@
 #include "common/cpu_level.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -74,8 +73,9 @@ CpuLevel cpu_level() {
 }
 
 CpuLevel kernel_level(DType dtype) {
-  return static_cast<CpuLevel>(
-      std::min(static_cast<int>(cpu_level()), highest_kernel_level(dtype)));
+  int level = static_cast<int>(cpu_level());
+  while (!level_has_kernels(level, dtype)) --level;
+  return static_cast<CpuLevel>(level);
 }
 
 const char* level_name(CpuLevel level) {

@@ -7,17 +7,19 @@
 
 namespace fused_attn {
 
-// The highest level (its number in cpu_level.h) with kernels for problems of this dtype. float64
-// gains little beyond avx2; only bfloat16 has instructions that avx512 lacks.
-FUSED_ATTN_INLINE constexpr int highest_kernel_level(DType dtype) {
-  return dtype == DType::kFloat64 ? 1 : dtype == DType::kBFloat16 ? 3 : 2;
+// Does this level (its number in cpu_level.h) have kernels for problems of this dtype? In float64
+// the portable ones beat avx2's; only bfloat16 has instructions that avx512 lacks.
+FUSED_ATTN_INLINE constexpr bool level_has_kernels(int level, DType dtype) {
+  if (level == 1) return dtype != DType::kFloat64;
+  if (level == 3) return dtype == DType::kBFloat16;
+  return true;
 }
 
 #if defined(FUSED_ATTN_LEVEL)
 namespace FUSED_ATTN_LEVEL {
 // Does this level have kernels for problems of this dtype?
 FUSED_ATTN_INLINE constexpr bool has_kernels(DType dtype) {
-  return FUSED_ATTN_LEVEL_ID <= highest_kernel_level(dtype);
+  return level_has_kernels(FUSED_ATTN_LEVEL_ID, dtype);
 }
 }  // namespace FUSED_ATTN_LEVEL
 #endif
