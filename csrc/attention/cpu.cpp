@@ -21,20 +21,20 @@ constexpr Kernels kKernels[] = {
 #endif
 };
 
-const Kernels& kernels() {
-  return kKernels[static_cast<int>(cpu_level())];
+const Kernels& kernels(const Params& p) {
+  return kKernels[static_cast<int>(kernel_level(p.dtype))];
 }
 
 }  // namespace
 
 void forward_cpu(const Params& p) {
-  kernels().forward(p);
+  kernels(p).forward(p);
 }
 void backward_cpu(const BackwardParams& p) {
-  kernels().backward(p);
+  kernels(p).backward(p);
 }
 void weights_cpu(const WeightsParams& p) {
-  kernels().weights(p);
+  kernels(p).weights(p);
 }
 
 }  // namespace fused_attn::attention

@@ -310,8 +310,8 @@ class BackwardGroup {
   }
 
   void clear_hidden(KeyRange keys) {
-    if (p_.dk.data != nullptr) zero_rows(view(p_.dk, p_.head_dim), keys);
-    if (p_.dv.data != nullptr) zero_rows(view(p_.dv, p_.head_dim_v), keys);
+    if (p_.dk.data != nullptr) zero_rows<Real>(view(p_.dk, p_.head_dim), keys);
+    if (p_.dv.data != nullptr) zero_rows<Real>(view(p_.dv, p_.head_dim_v), keys);
   }
 
   void clear(KeyRange chunk) {

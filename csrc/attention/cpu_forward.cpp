@@ -129,7 +129,7 @@ bool run_few_queries(const Params& p, const Sequence& sequence, int64_t head) {
 template <class E>
 void run_head(const Params& p, const Sequence& sequence, int64_t head, int64_t begin, int64_t end) {
   bool done = false;
-  with_dtype(p.dtype, [&](auto* tag) {
+  with_dtype<typename E::Real>(p.dtype, [&](auto* tag) {
     done = run_few_queries<std::remove_pointer_t<decltype(tag)>>(p, sequence, head);
   });
   if (done) return;

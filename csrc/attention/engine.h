@@ -4,6 +4,7 @@
 
 #include "attention/params.h"
 #include "common/float16.h"
+#include "common/kernel_dtypes.h"
 #include "common/vec.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
@@ -66,14 +67,18 @@ FUSED_ATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Runs `call` with the engine that computes problems of this dtype best.
+// Runs `call` with the engine of problems of this dtype, which this level has kernels for.
 template <class Call>
 FUSED_ATTN_INLINE void with_engine(DType dtype, const Call& call) {
-  if (dtype == DType::kFloat64) return call(EngineF64{});
+  if constexpr (has_kernels(DType::kFloat64)) {
+    if (dtype == DType::kFloat64) return call(EngineF64{});
+  }
 #if FUSED_ATTN_LEVEL_ID >= 3
-  if (dtype == DType::kBFloat16) return call(EngineBF16{});
-#endif
+  static_assert(!has_kernels(DType::kFloat32) && !has_kernels(DType::kFloat16));
+  call(EngineBF16{});
+#else
   call(EngineF32{});
+#endif
 }
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

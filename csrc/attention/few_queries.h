@@ -41,7 +41,7 @@ class FewQueries {
         width_v_(ceil_div(p.head_dim_v, kLanes) * kLanes) {
     // A mask needs no look at the keys: those that nobody sees are left out below.
     if (p.bias.data != nullptr) {
-      keep_ = keys_to_keep(p, sequence, head, visibility_, buffers.keep);
+      keep_ = keys_to_keep<Real>(p, sequence, head, visibility_, buffers.keep);
       bias_ = buffers.bias.get<Real>(kBlockK * kBlockQ);
     }
     q_ = buffers.q.get<Real>(kFewQueries * width_);

@@ -158,7 +158,7 @@ inline void add_to_bias_gradient(const Tile& t, const View4& view, const Real* d
 template <class Real>
 inline Real dot_rows(const HeadView& a, const HeadView& b, int64_t i) {
   Real result = 0;
-  with_dtype(a.view.dtype, [&](auto* tag) {
+  with_dtype<Real>(a.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* x = a.row<const T>(i);
     const T* y = b.row<const T>(i);

@@ -26,8 +26,9 @@ class HeadScores {
         visibility(params, sequence_of, head_index),
         formula(params),
         dropout(params),
-        keep_keys(sanitize ? keys_to_keep(params, sequence_of, head_index, visibility, buffers.keep)
-                           : nullptr),
+        keep_keys(
+            sanitize ? keys_to_keep<Real>(params, sequence_of, head_index, visibility, buffers.keep)
+                     : nullptr),
         buffers_(buffers),
         units_(units<E>(params.head_dim)) {
     constexpr int64_t kTile = int64_t{kBlockK} * kBlockQ;

@@ -44,16 +44,12 @@ FUSED_ATTN_INLINE HeadView key_view(const Params& p, const View4& view, const Se
           s.first_k, columns};
 }
 
-template <class T>
-inline bool is_type(DType dtype) {
-  bool same = false;
-  with_dtype(dtype, [&](auto* tag) { same = std::is_same_v<decltype(tag), T*>; });
-  return same;
-}
-
 template <class E>
 inline bool in_place(const HeadView& x) {
-  return is_type<typename E::Element>(x.view.dtype) && (x.stride_column() == 1 || x.columns == 1) &&
+  bool same = false;
+  with_dtype<typename E::Real>(
+      x.view.dtype, [&](auto* tag) { same = std::is_same_v<decltype(tag), typename E::Element*>; });
+  return same && (x.stride_column() == 1 || x.columns == 1) &&
          (E::kPair == 1 || (x.columns % E::kPair == 0 && x.stride_row() % E::kPair == 0));
 }
 
@@ -62,7 +58,7 @@ template <class E>
 inline void copy_row(const HeadView& x, int64_t i, int64_t width, typename E::Element* to) {
   using Element = typename E::Element;
   using Real = typename E::Real;
-  with_dtype(x.view.dtype, [&](auto* tag) {
+  with_dtype<Real>(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* from = x.row<const T>(i);
     const int64_t stride = x.stride_column();
@@ -179,7 +175,7 @@ inline void pack_columns(Rows<E> rows, int n, int64_t columns, typename E::Unit*
 // Writes from[column][query] * factor[query] to the first n rows of x.
 template <class Real>
 inline void write_columns(const Real* from, const Real* factor, int n, const HeadView& x) {
-  with_dtype(x.view.dtype, [&](auto* tag) {
+  with_dtype<Real>(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int64_t stride = x.stride_column();
     for (int q = 0; q < n; q += kLanes) {
@@ -213,7 +209,7 @@ inline void write_columns(const Real* from, const Real* factor, int n, const Hea
 template <class Real>
 inline void write_rows(const Real* from, int64_t width, Real factor, const HeadView& x,
                        KeyRange range) {
-  with_dtype(x.view.dtype, [&](auto* tag) {
+  with_dtype<Real>(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto scale = Vec<Real>::set1(factor);
     const int64_t stride = x.stride_column();
@@ -233,8 +229,9 @@ inline void write_rows(const Real* from, int64_t width, Real factor, const HeadV
   });
 }
 
+template <class Real>
 inline void zero_rows(const HeadView& x, KeyRange range) {
-  with_dtype(x.view.dtype, [&](auto* tag) {
+  with_dtype<Real>(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for (int64_t i = range.begin; i < range.end; ++i) {
       for (int64_t d = 0; d < x.columns; ++d) x.row<T>(i)[d * x.stride_column()] = T{};
@@ -243,9 +240,10 @@ inline void zero_rows(const HeadView& x, KeyRange range) {
 }
 
 // Is any number in these rows infinite or NaN?
+template <class Real>
 inline bool any_nonfinite(const HeadView& x, KeyRange range) {
   bool found = false;
-  with_dtype(x.view.dtype, [&](auto* tag) {
+  with_dtype<Real>(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
                                     std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
@@ -274,19 +272,20 @@ inline bool any_nonfinite(const HeadView& x, KeyRange range) {
 
 // Which keys does any query of this head see, the bias's -inf included? nullptr if it does not
 // matter: a probability of 0 wipes out what a hidden key holds, unless that is infinite or NaN.
+template <class Real>
 inline const uint8_t* keys_to_keep(const Params& p, const Sequence& s, int64_t head,
                                    const Visibility& visibility, Buffer& buffer) {
   if (!visibility.has_holes() && p.bias.data == nullptr) return nullptr;
   const KeyRange range = visibility.keys();
-  if (!any_nonfinite(key_view(p, p.k, s, head, p.head_dim), range) &&
-      !any_nonfinite(key_view(p, p.v, s, head, p.head_dim_v), range)) {
+  if (!any_nonfinite<Real>(key_view(p, p.k, s, head, p.head_dim), range) &&
+      !any_nonfinite<Real>(key_view(p, p.v, s, head, p.head_dim_v), range)) {
     return nullptr;
   }
   uint8_t* keep = buffer.get<uint8_t>(range.end);
   auto hidden_by_bias = [&](int64_t i, int64_t j) {
     bool hidden = false;
     if (p.bias.data == nullptr) return hidden;
-    with_dtype(p.bias.dtype, [&](auto* tag) {
+    with_bias_dtype<Real>(p.bias.dtype, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       hidden = to_real<double>(*at<const T>(p.bias, s.batch, head, i, j)) == -HUGE_VAL;
     });

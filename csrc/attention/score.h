@@ -100,7 +100,7 @@ inline void shape_scores(const Tile& t, const ScoreFormula<Real>& formula, Real*
 // The bias of a tile, transposed: to[key][query].
 template <class Real>
 inline void load_bias(const Tile& t, const View4& view, Real* to) {
-  with_dtype(view.dtype, [&](auto* tag) {
+  with_bias_dtype<Real>(view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* corner = at<const T>(view, t.sequence.batch, t.head, t.i, t.j);
     const int64_t stride_q = view.stride[2], stride_k = view.stride[3];

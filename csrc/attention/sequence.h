@@ -33,21 +33,28 @@ FUSED_ATTN_INLINE T* at(const View4& view, int64_t b, int64_t h, int64_t row, in
          row * view.stride[2] + column * view.stride[3];
 }
 
-// Calls `call` with a null pointer to the type of the elements.
-template <class Call>
+// Calls `call` with a null pointer to the type of the elements of q, k, v, out or their gradients,
+// in a problem that is computed in Real.
+template <class Real, class Call>
 FUSED_ATTN_INLINE void with_dtype(DType dtype, const Call& call) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return call(static_cast<float*>(nullptr));
-    case DType::kBFloat16:
-      return call(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return call(static_cast<Float16*>(nullptr));
-    case DType::kFloat64:
-      return call(static_cast<double*>(nullptr));
-    default:
-      return;
+  if constexpr (sizeof(Real) == 8) {
+    call(static_cast<double*>(nullptr));
+  } else {
+    if constexpr (has_kernels(DType::kFloat32)) {
+      if (dtype == DType::kFloat32) return call(static_cast<float*>(nullptr));
+    }
+    if constexpr (has_kernels(DType::kFloat16)) {
+      if (dtype == DType::kFloat16) return call(static_cast<Float16*>(nullptr));
+    }
+    if (dtype == DType::kBFloat16) call(static_cast<BFloat16*>(nullptr));
   }
+}
+
+// The same for the elements of the bias: float32, or the dtype of q.
+template <class Real, class Call>
+FUSED_ATTN_INLINE void with_bias_dtype(DType dtype, const Call& call) {
+  if (dtype == DType::kFloat32) return call(static_cast<float*>(nullptr));
+  with_dtype<Real>(dtype, call);
 }
 
 // One number of any floating type.

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "common/kernel_dtypes.h"
+
 namespace fused_attn {
 namespace {
 
@@ -68,6 +70,12 @@ CpuLevel cpu_level() {
   static const Choice choice = choose();
   if (!choice.error.empty()) throw std::runtime_error(choice.error);
   return choice.level;
+}
+
+CpuLevel kernel_level(DType dtype) {
+  int level = static_cast<int>(cpu_level());
+  while (!level_has_kernels(level, dtype)) --level;
+  return static_cast<CpuLevel>(level);
 }
 
 const char* level_name(CpuLevel level) {

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "common/types.h"
+
 namespace fused_attn {
 
 enum class CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
@@ -16,6 +18,9 @@ constexpr int kNumCpuLevels = 4;
 // The best level of this machine, or the one that the environment variable FUSED_ATTN_CPU names.
 // Throws std::runtime_error (once for each call) if that level is unknown or not available.
 CpuLevel cpu_level();
+
+// The level whose kernels run problems of this dtype (see kernel_dtypes.h): cpu_level() or lower.
+CpuLevel kernel_level(DType dtype);
 
 const char* level_name(CpuLevel level);
 std::string current_level_name();

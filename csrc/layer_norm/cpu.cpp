@@ -32,18 +32,18 @@ constexpr Kernels kKernels[] = {
 #endif
 };
 
-const Kernels& kernels() {
-  return kKernels[static_cast<int>(cpu_level())];
+const Kernels& kernels(const Problem& problem) {
+  return kKernels[static_cast<int>(kernel_level(problem.dtype))];
 }
 
 }  // namespace
 
 void forward(const Params& params) {
-  kernels().forward(params);
+  kernels(params).forward(params);
 }
 
 void backward(const BackwardParams& params) {
-  kernels().backward(params);
+  kernels(params).backward(params);
 }
 
 }  // namespace fused_attn::layer_norm

@@ -284,7 +284,7 @@ void layer_norm_backward(const BackwardParams& p) {
   // x is h where nothing was added to it.
   BackwardParams q = p;
   if (q.h.data == nullptr && p.residual.data == nullptr) q.h = p.x;
-  with_type(q.dtype, [&](auto* type) {
+  with_problem_type(q.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (q.h.data != nullptr) {
       backward<T, T>(q);

@@ -198,7 +198,8 @@ void forward(const Params& p) {
 
 void layer_norm_forward(const Params& p) {
   if (p.rows == 0 || p.width == 0) return;
-  with_type(p.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
+  with_problem_type(p.dtype,
+                    [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
 }  // namespace fused_attn::FUSED_ATTN_LEVEL

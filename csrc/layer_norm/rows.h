@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/kernel_dtypes.h"
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "layer_norm/params.h"
@@ -39,6 +40,25 @@ void with_type(DType dtype, const Function& function) {
       return function(static_cast<Float16*>(nullptr));
     default:
       return;  // the binding lets floating dtypes through only
+  }
+}
+
+// The same for the dtype of a problem, which this level has kernels for.
+template <class Function>
+void with_problem_type(DType dtype, const Function& function) {
+  with_type(dtype, [&](auto* type) {
+    if constexpr (has_kernels(kDTypeOf<std::remove_pointer_t<decltype(type)>>)) function(type);
+  });
+}
+
+// The same for an operand that is read or written as T. No operand of a 16-bit problem is of
+// another type, but for the parameters, which are read as what the arithmetic is in.
+template <class T, class Function>
+void with_operand_type(DType dtype, const Function& function) {
+  if constexpr (sizeof(T) == 2) {
+    function(static_cast<T*>(nullptr));
+  } else {
+    with_type(dtype, function);
   }
 }
 
@@ -91,7 +111,7 @@ class Reader {
   const T* get(int64_t row, T* scratch) const {
     const int64_t offset = rows_->outer.offset(row);
     if (direct_) return static_cast<const T*>(rows_->data) + offset;
-    with_type(rows_->dtype, [&](auto* type) {
+    with_operand_type<T>(rows_->dtype, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       const S* from = static_cast<const S*>(rows_->data) + offset;
       if (rows_->inner.dense()) return convert_dense(from, scratch, width_);
@@ -126,7 +146,7 @@ class Writer {
 
   void put(int64_t row, const T* scratch) const {
     if (direct_ || absent()) return;
-    with_type(rows_->dtype, [&](auto* type) {
+    with_operand_type<T>(rows_->dtype, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       S* to = static_cast<S*>(rows_->data) + rows_->outer.offset(row);
       if (rows_->inner.dense()) return convert_dense(scratch, to, width_);
