@@ -46,7 +46,8 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
       const V largest = V::load(state.largest + g * kLanes);
       const V offset = V::load(state.previous + g * kLanes);
-      V sum = V::load(state.sum + g * kLanes);
+      // Of this segment alone: one running sum over all keys would lose twice as many bits.
+      V sum = V::zero();
       auto exponential = [&](int c) {
         const V score = V::load(scores + c * kBlockQ + g * kLanes);
         const V p = exp2<E::kPrecision>(kPlain ? fma(score, scale, offset)
@@ -67,7 +68,7 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
         }
 #endif
       }
-      sum.store(state.sum + g * kLanes);
+      (V::load(state.sum + g * kLanes) + sum).store(state.sum + g * kLanes);
     }
   }
 }

@@ -20,7 +20,7 @@ constexpr Run kRuns[] = {
 }  // namespace
 
 double multiply_adds(DType dtype, int64_t repeats) {
-  return kRuns[static_cast<int>(cpu_level())](dtype, repeats);
+  return kRuns[static_cast<int>(kernel_level(dtype))](dtype, repeats);
 }
 
 }  // namespace fused_attn
