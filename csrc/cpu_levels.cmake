@@ -59,15 +59,3 @@ function(fused_attn_add_cpu_kernel target source)
     math(EXPR id "${id} + 1")
   endforeach()
 endfunction()
-
-# Sources of the attention operation; the binding and the dispatch are compiled once.
-function(fused_attn_add_cpu_attention target)
-  target_sources(${target} PRIVATE
-    ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/common/cpu_level.cpp
-    ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/attention/cpu.cpp
-    ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/attention/bindings.cpp)
-  foreach(stem cpu_forward cpu_backward cpu_weights)
-    fused_attn_add_cpu_kernel(${target}
-      ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/attention/${stem}.cpp)
-  endforeach()
-endfunction()

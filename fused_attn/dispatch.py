@@ -142,3 +142,8 @@ def is_plain(operands: Iterable[Any]) -> bool:
     """True if all are torch's own tensors: no subclass that would want to see the operators."""
     plain = (Tensor, torch.nn.Parameter)
     return all(type(x) in plain for x in operands if x is not None)
+
+
+def is_traced() -> bool:
+    """True while somebody compiles, exports or watches operators: they must see the operators."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -9,6 +9,21 @@
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 
+// The ten rounds on a counter of four words, which become the result.
+FUSED_ATTN_INLINE void philox_rounds(uint32_t key0, uint32_t key1, VecU (&word)[4]) {
+  for (int round = 0; round < 10; ++round) {
+    VecU low0, high0, low1, high1;
+    multiply_wide(word[0], 0xD2511F53u, low0, high0);
+    multiply_wide(word[2], 0xCD9E8D57u, low1, high1);
+    word[0] = high1 ^ word[1] ^ VecU::set1(key0);
+    word[2] = high0 ^ word[3] ^ VecU::set1(key1);
+    word[1] = low1;
+    word[3] = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
 struct Philox {
   uint32_t key[2];
   uint32_t offset;
@@ -23,18 +38,7 @@ struct Philox {
     word[1] = position;
     word[2] = VecU::set1(head);
     word[3] = VecU::set1(offset);
-    uint32_t key0 = key[0], key1 = key[1];
-    for (int round = 0; round < 10; ++round) {
-      VecU low0, high0, low1, high1;
-      multiply_wide(word[0], 0xD2511F53u, low0, high0);
-      multiply_wide(word[2], 0xCD9E8D57u, low1, high1);
-      word[0] = high1 ^ word[1] ^ VecU::set1(key0);
-      word[2] = high0 ^ word[3] ^ VecU::set1(key1);
-      word[1] = low1;
-      word[3] = low0;
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
+    philox_rounds(key[0], key[1], word);
   }
 };
 

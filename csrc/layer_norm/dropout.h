@@ -5,6 +5,7 @@
 // i, low word of the offset) and key (low, high word of the seed), on every backend.
 #pragma once
 
+#include "common/philox.h"
 #include "common/vec.h"
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
@@ -34,7 +35,7 @@ class Dropout {
     for (int64_t m = 0; m < masks(width); m += 4) {
       VecU word[4] = {lanes + VecU::set1(static_cast<uint32_t>(m) * 4), row_low, row_high,
                       VecU::set1(offset_)};
-      mix(word);
+      philox_rounds(key_[0], key_[1], word);
       uint64_t bits = 0;
       FUSED_ATTN_UNROLL
       for (int w = 0; w < 4; ++w) bits |= spread(not_below(word[w], threshold)) << w;
@@ -44,21 +45,6 @@ class Dropout {
   }
 
  private:
-  FUSED_ATTN_INLINE void mix(VecU (&word)[4]) const {
-    uint32_t key0 = key_[0], key1 = key_[1];
-    for (int round = 0; round < 10; ++round) {
-      VecU low0, high0, low1, high1;
-      multiply_wide(word[0], 0xD2511F53u, low0, high0);
-      multiply_wide(word[2], 0xCD9E8D57u, low1, high1);
-      word[0] = high1 ^ word[1] ^ VecU::set1(key0);
-      word[2] = high0 ^ word[3] ^ VecU::set1(key1);
-      word[1] = low1;
-      word[3] = low0;
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
-  }
-
   // Bit i of `mask` to bit 4 * i: lane i of word w is column 4 * i + w.
   static FUSED_ATTN_INLINE uint64_t spread(Mask mask) {
     uint64_t bits = mask;

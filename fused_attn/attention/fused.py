@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import higher_order
+from .. import dispatch, higher_order
 from . import reference
 from .problem import AVERAGE, NO_WEIGHTS, Operands, Options
 
@@ -70,17 +70,13 @@ def attention(
         plain: no operand is a tensor subclass.
         out: the tensor to write to, if no gradient is wanted; a new one if None.
     """
-    traced = not plain or _is_traced()
+    traced = not plain or dispatch.is_traced()
     if needs_grad:
         settings = settings._replace(need_lse=True)  # the backward starts from it
         return _Attention.apply(*operands[:4], operands[4:], options, settings, traced)
     if not traced:
         return _run_forward(operands, options, settings, out)
     return _call_forward(operands, options, settings)
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _call_forward(operands: Operands, options: Options, settings: Settings) -> Result:
@@ -270,7 +266,7 @@ class _Attention(torch.autograd.Function):
         dout, dlse, dweights = grad_outputs
         needs = tuple(ctx.needs_input_grad[:4])
         tail = (out, lse, dout, dlse, dweights, needs)
-        if not ctx.traced and not _is_traced():
+        if not ctx.traced and not dispatch.is_traced():
             found = _run_backward(operands, options, settings, *tail)
             return (*found, None, None, None, None)
         found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)

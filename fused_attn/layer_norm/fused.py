@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import higher_order
+from .. import dispatch, higher_order
 from . import reference
 from .problem import Operands, Options, compute_dtype, sum_dtype
 
@@ -67,17 +67,13 @@ def layer_norm(
         out, sum_out: the tensors to write y and the sum to, if no gradient is wanted; new ones if
             None.
     """
-    traced = not plain or _is_traced()
+    traced = not plain or dispatch.is_traced()
     if needs_grad:
         settings = settings._replace(need_statistics=True)
         return _LayerNorm.apply(*operands, options, settings, traced)
     if not traced:
         return _run_forward(operands, options, settings, out, sum_out)[0]
     return _call_forward(operands, options, settings)[0]
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _call_forward(
@@ -261,7 +257,7 @@ class _LayerNorm(torch.autograd.Function):
         shared = needs[0] and needs[1] and operands.rng is None and ctx.dtypes[0] == ctx.dtypes[1]
         wanted = (needs[0], needs[1] and not shared, *needs[2:])
         tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
-        if not ctx.traced and not _is_traced():
+        if not ctx.traced and not dispatch.is_traced():
             grads = _run_backward(operands, options, settings, *tail)
         else:
             found = torch.ops.fused_attn.layer_norm_backward(*operands, *options, *settings, *tail)
