@@ -3,141 +3,11 @@
 // the kernel of a small problem.
 #include "attention/bindings.h"
 
-#include <pybind11/pybind11.h>
-
-#include <algorithm>
-#include <string>
-
+#include "attention/arguments.h"
 #include "attention/cpu.h"
-#include "common/cpu_level.h"
-#include "common/tensor.h"
-
-namespace py = pybind11;
 
 namespace fused_attn::attention {
 namespace {
-
-// Reads positional arguments one after the other.
-class Arguments {
- public:
-  Arguments(PyObject* const* values, Py_ssize_t count) : next_(values), end_(values + count) {}
-
-  TensorView tensor(const char* name) {
-    const TensorView view = tensor_view(take(), name);
-    check_device(view, DeviceType::kCPU);
-    return view;
-  }
-  View4 view(const char* name) { return view4(tensor(name)); }
-  int64_t integer() { return checked(PyLong_AsLongLong(take())); }
-  double number() { return checked(PyFloat_AsDouble(take())); }
-  bool boolean() { return checked(PyObject_IsTrue(take())) != 0; }
-  void finish() const {
-    if (next_ != end_) throw py::type_error("too many arguments");
-  }
-
- private:
-  PyObject* take() {
-    if (next_ == end_) throw py::type_error("too few arguments");
-    return *next_++;
-  }
-  template <class T>
-  static T checked(T value) {
-    if (value == T(-1) && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return value;
-  }
-
-  PyObject* const* next_;
-  PyObject* const* end_;
-};
-
-// A key padding mask, key lengths and the rest of what all three functions take first.
-void read_operands(Arguments& args, Params& p) {
-  const TensorView q = args.tensor("q"), k = args.tensor("k"), v = args.tensor("v");
-  check_present(q);
-  check_present(k);
-  check_present(v);
-  p.dtype = q.dtype;
-  check_dtype(k, {q.dtype});
-  check_dtype(v, {q.dtype});
-  p.batch = q.shape[0];
-  p.num_heads = q.shape[1];
-  p.seqlen_q = q.shape[2];
-  p.head_dim = q.shape[3];
-  p.num_heads_kv = k.shape[1];
-  p.seqlen_k = k.shape[2];
-  p.head_dim_v = v.shape[3];
-  p.q = view4(q);
-  p.k = view4(k);
-  p.v = view4(v);
-  p.bias = args.view("bias");
-  p.mask = args.view("mask");
-  const TensorView padding = args.tensor("key_padding_mask");
-  const View4 padding_view = view4(padding);
-  p.key_padding_mask = padding.as<uint8_t>();
-  p.key_padding_stride[0] = padding_view.stride[0];
-  p.key_padding_stride[1] = padding_view.stride[1];
-  const TensorView lengths = args.tensor("key_lengths");
-  check_dtype(lengths, {DType::kInt64});
-  check_contiguous(lengths);
-  p.key_lengths = lengths.as<int64_t>();
-  const TensorView slopes = args.tensor("alibi_slopes");
-  check_dtype(slopes, {DType::kFloat32});
-  check_contiguous(slopes);
-  p.alibi_slopes = slopes.as<float>();
-  const TensorView cu_q = args.tensor("cu_seqlens_q"), cu_k = args.tensor("cu_seqlens_k");
-  for (const TensorView& cu : {cu_q, cu_k}) {
-    check_dtype(cu, {DType::kInt32});
-    check_contiguous(cu);
-    if (cu) p.batch = cu.shape[0] - 1;
-  }
-  p.cu_seqlens_q = cu_q.as<int32_t>();
-  p.cu_seqlens_k = cu_k.as<int32_t>();
-  const TensorView rng = args.tensor("rng");
-  check_dtype(rng, {DType::kInt64});
-  check_contiguous(rng);
-  p.rng = rng.as<int64_t>();
-}
-
-// The values are the user's data, and a kernel that believed wrong ones would leave the tensors.
-void check_sequences(const char* name, const int32_t* cu_seqlens, int64_t batch, int64_t rows,
-                     int64_t max_seqlen) {
-  if (batch >= 0 && cu_seqlens[0] != 0) {
-    fail_check(name, "start at 0", std::to_string(cu_seqlens[0]));
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = int64_t{cu_seqlens[b + 1]} - cu_seqlens[b];
-    if (length < 0 || length > max_seqlen) {
-      fail_check(name, "rise by 0 to " + std::to_string(max_seqlen) + " (the maximum length)",
-                 std::to_string(length) + " for sequence " + std::to_string(b));
-    }
-  }
-  if (cu_seqlens[batch] > rows) {
-    fail_check(name, "end within the " + std::to_string(rows) + " rows of the tensor",
-               std::to_string(cu_seqlens[batch]));
-  }
-}
-
-// The scalars that all three functions take last, but for `threads`.
-void read_scalars(Arguments& args, Params& p) {
-  const int64_t max_seqlen_q = args.integer(), max_seqlen_k = args.integer();
-  if (p.cu_seqlens_q != nullptr) {
-    check_sequences("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.seqlen_q, max_seqlen_q);
-    check_sequences("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.seqlen_k, max_seqlen_k);
-    p.seqlen_q = max_seqlen_q;
-    p.seqlen_k = max_seqlen_k;
-  }
-  p.causal = static_cast<Causal>(args.integer());
-  p.window_left = args.integer();
-  p.window_right = args.integer();
-  p.scale = args.number();
-  p.softcap = args.number();
-  p.dropout_p = args.number();
-}
-
-void read_threads(Arguments& args, Params& p) {
-  p.threads = static_cast<int>(std::clamp<int64_t>(args.integer(), 1, 1024));
-  args.finish();
-}
 
 void attention_forward(Arguments& args) {
   Params p;
@@ -178,29 +48,6 @@ void attention_backward(Arguments& args) {
   read_threads(args, p);
   const py::gil_scoped_release release;
   backward_cpu(p);
-}
-
-template <void (*function)(Arguments&)>
-PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  try {
-    Arguments args(values, count);
-    function(args);
-    Py_RETURN_NONE;
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-template <void (*function)(Arguments&)>
-constexpr PyCFunction method() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<function>));
 }
 
 PyMethodDef kMethods[] = {

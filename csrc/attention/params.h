@@ -28,6 +28,8 @@ struct Params {
   int64_t num_heads_kv = 0;  // divides num_heads; query head h reads h / (num_heads / num_heads_kv)
   int64_t seqlen_q = 0;
   int64_t seqlen_k = 0;
+  int64_t rows_q = 0;  // rows of the tensors: those of all sequences when packed
+  int64_t rows_k = 0;
   int64_t head_dim = 0;
   int64_t head_dim_v = 0;
 

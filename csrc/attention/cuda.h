@@ -1,0 +1,11 @@
+// Attention on NVIDIA GPUs of compute capability 9.0 (`cuda_*`), and on the emulator.
+#pragma once
+
+#include "attention/params.h"
+
+namespace fused_attn::attention {
+
+// Launches on `stream` of the current device. Throws std::runtime_error if a launch fails.
+void forward_cuda(const Params& p, void* stream);
+
+}  // namespace fused_attn::attention

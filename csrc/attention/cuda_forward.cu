@@ -1,0 +1,69 @@
+// Chooses a forward kernel for a problem and launches it.
+#include "attention/cuda_forward.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "attention/cuda.h"
+#include "attention/cuda_host.h"
+
+namespace fused_attn::attention {
+namespace {
+
+template <class Element, int kHeadDim>
+struct ForwardTileOf;
+template <class Element>
+struct ForwardTileOf<Element, 64> : ForwardTile<Element, 64, 3, 128, true> {};
+template <class Element>
+struct ForwardTileOf<Element, 96> : ForwardTile<Element, 96, 2, 128, true> {};
+template <class Element>
+struct ForwardTileOf<Element, 128> : ForwardTile<Element, 128, 2, 128, true> {};
+template <class Element>
+struct ForwardTileOf<Element, 192> : ForwardTile<Element, 192, 2, 96, false> {};
+template <class Element>
+struct ForwardTileOf<Element, 256> : ForwardTile<Element, 256, 2, 64, false> {};
+
+template <class Tile, bool kGeneral>
+void launch_forward(const Params& p, const DeviceProblem& problem, device::Stream stream) {
+  ForwardMaps maps;
+  maps.q = query_map(p, p.q, p.head_dim, Tile::kBlockM);
+  maps.k = key_map(p, p.k, p.head_dim, Tile::kBlockN);
+  maps.v = key_map(p, p.v, p.head_dim_v, Tile::kBlockN);
+  maps.out = problem.out_by_tile ? query_map(p, p.out, p.head_dim_v, 64) : maps.q;
+  const int64_t row_blocks = (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
+  const device::LaunchShape shape{"attention_forward", row_blocks * p.num_heads * p.batch,
+                                  Tile::kThreads, Tile::kSharedBytes, Tile::kLaunchRegisters};
+  device::launch(&forward_kernel<Tile, kGeneral>, shape, stream, maps, problem);
+}
+
+template <class Element, int kHeadDim>
+void forward_of(const Params& p, const DeviceProblem& problem, device::Stream stream) {
+  using Tile = ForwardTileOf<Element, kHeadDim>;
+  if (problem.general) {
+    launch_forward<Tile, true>(p, problem, stream);
+  } else {
+    launch_forward<Tile, false>(p, problem, stream);
+  }
+}
+
+template <class Element>
+void forward_in(const Params& p, const DeviceProblem& problem, device::Stream stream) {
+  const int64_t head_dim = std::max(p.head_dim, p.head_dim_v);
+  if (head_dim <= 64) return forward_of<Element, 64>(p, problem, stream);
+  if (head_dim <= 96) return forward_of<Element, 96>(p, problem, stream);
+  if (head_dim <= 128) return forward_of<Element, 128>(p, problem, stream);
+  if (head_dim <= 192) return forward_of<Element, 192>(p, problem, stream);
+  if (head_dim <= 256) return forward_of<Element, 256>(p, problem, stream);
+  throw std::runtime_error("attention_forward: head sizes above 256 have no kernel");
+}
+
+}  // namespace
+
+void forward_cuda(const Params& p, void* stream) {
+  if (p.batch * p.num_heads * p.seqlen_q == 0) return;
+  const DeviceProblem problem = device_problem(p);
+  if (p.dtype == DType::kBFloat16) return forward_in<device::BFloat16>(p, problem, stream);
+  return forward_in<device::Float16>(p, problem, stream);
+}
+
+}  // namespace fused_attn::attention

@@ -1,0 +1,399 @@
+// Attention forward for sm_90: one block computes kBlockM rows of one head.
+//
+// A producer warpgroup copies tiles of K and V into a ring of stages; each of the consumer
+// warpgroups holds 64 queries, and their running softmax and output in registers (Shah et al.,
+// "FlashAttention-3", 2024, whose structure this is).
+#pragma once
+
+#include "attention/cuda_block.h"
+#include "attention/cuda_score.h"
+#include "attention/cuda_softmax.h"
+
+namespace fused_attn::attention {
+
+struct ForwardMaps {
+  TensorMap q, k, v, out;
+};
+
+// Row `row` of a sequence in a ragged tensor map (tensor_map.h) of a window of `window` rows.
+FUSED_ATTN_DEVICE TileAt ragged(int column, int row, int start, int length, int window, int head,
+                                int batch) {
+  return {column, window - length + row, start + length, head, batch};
+}
+
+template <class Tile>
+class ForwardProducer {
+ public:
+  FUSED_ATTN_DEVICE ForwardProducer(const ForwardMaps& maps, const DeviceProblem& p,
+                                    const Block<Tile>& block, const SharedMap<Tile>& shared)
+      : maps_(maps), p_(p), block_(block), shared_(shared) {}
+
+  // One thread: loads everything that the consumers will ask for, in their order.
+  FUSED_ATTN_DEVICE void load() const {
+    load_q();
+    Ring<Tile::kStages> ring;
+    FUSED_ATTN_KEEP_LOOP
+    for (int tile = block_.next(block_.tiles.end); tile >= block_.tiles.begin;
+         tile = block_.next(tile)) {
+      const int stage = ring.stage;
+      device::barrier_wait(shared_.k_empty(stage), ring.phase ^ 1);
+      load_kv(maps_.k, shared_.k(stage), shared_.k_full(stage), tile);
+      device::barrier_wait(shared_.v_empty(stage), ring.phase ^ 1);
+      load_kv(maps_.v, shared_.v(stage),
+              block_.hides_keys(tile) ? shared_.v_raw(stage) : shared_.v_full(stage), tile);
+      ring.advance();
+    }
+  }
+
+  // One warp: zeroes the values of hidden keys, then passes the tile on. 0 * NaN is NaN, and what
+  // is stored where nobody looks must not matter.
+  FUSED_ATTN_DEVICE void clean() const {
+    const int lane = device::thread_index() % device::kWarpThreads;
+    Ring<Tile::kStages> ring;
+    uint32_t phase[Tile::kStages] = {};
+    FUSED_ATTN_KEEP_LOOP
+    for (int tile = block_.next(block_.tiles.end); tile >= block_.tiles.begin;
+         tile = block_.next(tile)) {
+      const int stage = ring.stage;
+      ring.advance();
+      if (!block_.hides_keys(tile)) continue;
+      device::barrier_wait(shared_.v_raw(stage), stage == 0 ? phase[0] : phase[1]);
+      (stage == 0 ? phase[0] : phase[1]) ^= 1;
+      for (int row = 0; row < Tile::kBlockN; ++row) {
+        if (!block_.hides_key(tile * Tile::kBlockN + row)) continue;
+        for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
+          const SharedAddress line = shared_.v(stage) + panel * Tile::KvTile::kPanelBytes +
+                                     row * kTileRowBytes;
+          device::shared_store(line + 4 * lane, 0u);
+        }
+      }
+      device::fence_async();
+      device::sync_warp();
+      if (lane == 0) device::barrier_arrive(shared_.v_full(stage));
+    }
+  }
+
+ private:
+  FUSED_ATTN_DEVICE void load_q() const {
+    const Sequence& s = block_.sequence;
+    device::barrier_expect(shared_.q_full(), Tile::QTile::kBytes);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int panel = 0; panel < Tile::QTile::kPanels; ++panel) {
+      device::load_tile<Keep::kBriefly>(
+          shared_.q() + panel * Tile::QTile::kPanelBytes, maps_.q, shared_.q_full(),
+          ragged(panel * kTileColumns, block_.query_begin, s.start_q, s.seqlen_q, p_.seqlen_q,
+                 block_.head, s.tensor_batch));
+    }
+  }
+  FUSED_ATTN_DEVICE void load_kv(const TensorMap& map, SharedAddress to, SharedAddress barrier,
+                                 int tile) const {
+    const Sequence& s = block_.sequence;
+    device::barrier_expect(barrier, Tile::KvTile::kBytes);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
+      device::load_tile<Keep::kLong>(
+          to + panel * Tile::KvTile::kPanelBytes, map, barrier,
+          ragged(panel * kTileColumns, tile * Tile::kBlockN, s.start_k, block_.band.key_end(),
+                 p_.seqlen_k, block_.head / p_.group, s.tensor_batch));
+    }
+  }
+
+  const ForwardMaps& maps_;
+  const DeviceProblem& p_;
+  const Block<Tile>& block_;
+  const SharedMap<Tile>& shared_;
+};
+
+// 64 queries. `kGeneral`: scores are modified, masked by element or dropped; these kernels keep
+// one product in flight at a time, which leaves registers for the rest.
+template <class Tile, bool kGeneral>
+class ForwardConsumer {
+ public:
+  FUSED_ATTN_DEVICE ForwardConsumer(const ForwardMaps& maps, const DeviceProblem& p,
+                                    const Block<Tile>& block, const SharedMap<Tile>& shared,
+                                    int group)
+      : maps_(maps),
+        p_(p),
+        block_(block),
+        shared_(shared),
+        group_(group),
+        thread_(device::thread_index() % device::kWarpgroupThreads),
+        fragment_(thread_),
+        multiplier_(kGeneral ? 1.0f : p.scale * kLog2E) {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < Tile::kHeadDim / 2; ++i) out_[i] = 0.0f;
+  }
+
+  FUSED_ATTN_DEVICE void run() {
+    device::barrier_wait(shared_.q_full(), 0);
+    if constexpr (kGeneral) {
+      run_in_turn();
+    } else {
+      run_overlapped();
+    }
+    finish();
+  }
+
+ private:
+  static constexpr int kBlockN = Tile::kBlockN;
+  using QTile = typename Tile::QTile;
+  using KvTile = typename Tile::KvTile;
+  using ScoreProduct = device::Mma<typename Tile::Element, kBlockN, false, false>;
+  using OutProduct = device::Mma<typename Tile::Element, Tile::kHeadDim, false, true>;
+
+  // One product after the other.
+  FUSED_ATTN_DEVICE void run_in_turn() {
+    FUSED_ATTN_KEEP_LOOP
+    for (int tile = block_.next(block_.tiles.end); tile >= block_.tiles.begin;
+         tile = block_.next(tile)) {
+      device::barrier_wait(shared_.k_full(ring_.stage), ring_.phase);
+      issue_scores(ring_.stage);
+      device::mma_wait<0>();
+      device::pin(scores_);
+      release(shared_.k_empty(ring_.stage));
+      float shrink[2];
+      soften<true>(tile, shrink);
+      pack();
+      rescale(shrink);
+      device::barrier_wait(shared_.v_full(ring_.stage), ring_.phase);
+      issue_out(ring_.stage);
+      device::mma_wait<0>();
+      device::pin(out_);
+      device::pin(packed_);
+      release(shared_.v_empty(ring_.stage));
+      ring_.advance();
+    }
+  }
+
+  // The softmax of one tile runs while the output product of the tile before it does, and, with
+  // ping-pong, while the other warpgroup has the matrix unit.
+  FUSED_ATTN_DEVICE void run_overlapped() {
+    int tile = block_.next(block_.tiles.end);
+    if (tile < block_.tiles.begin) return;
+    if (Tile::kPingPong && group_ == 0) device::named_arrive(turn(0), kTurnThreads);
+    float shrink[2];
+    device::barrier_wait(shared_.k_full(0), 0);
+    issue_scores(0);
+    device::mma_wait<0>();
+    device::pin(scores_);
+    release(shared_.k_empty(0));
+    soften<true>(tile, shrink);
+    pack();
+    FUSED_ATTN_KEEP_LOOP
+    for (tile = block_.next(tile); tile >= block_.tiles.begin; tile = block_.next(tile)) {
+      if (block_.kind(tile) == TileKind::kPlain) {
+        overlapped_step<false>(tile);
+      } else {
+        overlapped_step<true>(tile);
+      }
+    }
+    device::barrier_wait(shared_.v_full(ring_.stage), ring_.phase);
+    issue_out(ring_.stage);
+    device::mma_wait<0>();
+    device::pin(out_);
+    device::pin(packed_);
+  }
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void overlapped_step(int tile) {
+    const Ring<Tile::kStages> before = ring_;
+    ring_.advance();
+    device::barrier_wait(shared_.k_full(ring_.stage), ring_.phase);
+    if (Tile::kPingPong) device::named_sync(turn(group_), kTurnThreads);
+    issue_scores(ring_.stage);
+    device::barrier_wait(shared_.v_full(before.stage), before.phase);
+    issue_out(before.stage);
+    if (Tile::kPingPong) device::named_arrive(turn((group_ + 1) % Tile::kGroups), kTurnThreads);
+    device::mma_wait<1>();
+    device::pin(scores_);
+    release(shared_.k_empty(ring_.stage));
+    float shrink[2];
+    soften<kMasked>(tile, shrink);
+    device::mma_wait<0>();
+    device::pin(out_);
+    device::pin(packed_);
+    release(shared_.v_empty(before.stage));
+    pack();
+    rescale(shrink);
+  }
+
+  // scores = q k^T
+  FUSED_ATTN_DEVICE void issue_scores(int stage) {
+    const uint64_t q = QTile::by_rows(shared_.q() + group_ * 64 * kTileRowBytes);
+    const uint64_t k = KvTile::by_rows(shared_.k(stage));
+    device::mma_fence();
+    FUSED_ATTN_UNROLL_LOOP
+    for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
+      ScoreProduct::from_shared(scores_, q + QTile::row_step(step), k + KvTile::row_step(step),
+                                step != 0);
+    }
+    device::mma_commit();
+  }
+
+  // out += probabilities v
+  FUSED_ATTN_DEVICE void issue_out(int stage) {
+    const uint64_t v = KvTile::by_columns(shared_.v(stage));
+    device::pin(packed_);
+    device::mma_fence();
+    FUSED_ATTN_UNROLL_LOOP
+    for (int step = 0; step < kBlockN / 16; ++step) {
+      OutProduct::from_registers(out_, packed_[4 * step], packed_[4 * step + 1],
+                                 packed_[4 * step + 2], packed_[4 * step + 3],
+                                 v + KvTile::column_step(step), true);
+    }
+    device::mma_commit();
+  }
+
+  // scores -> probabilities that lack the division by their sum.
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void soften(int tile, float (&shrink)[2]) {
+    const ScoreAt at{block_.sequence.batch, block_.head, query(),
+                     tile * kBlockN + fragment_.column};
+    if constexpr (kGeneral) {
+      modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence);
+      hide_by_mask(scores_, p_, at, block_.band, block_.sequence);
+    }
+    if constexpr (kMasked) hide(scores_, at, block_.band, block_.padding, tile, fragment_.column);
+    softmax_.template step<kMasked>(scores_, multiplier_, shrink);
+    if constexpr (kGeneral) {
+      const int n = block_.sequence.batch * p_.num_heads + block_.head;
+      if (p_.rng != nullptr) drop(scores_, p_, n, at);
+    }
+  }
+
+  // An accumulator fragment, in pairs of 16 bits, is an operand fragment.
+  FUSED_ATTN_DEVICE void pack() {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockN / 4; ++i) {
+      packed_[i] = Tile::Element::pack(scores_[2 * i], scores_[2 * i + 1]);
+    }
+  }
+
+  FUSED_ATTN_DEVICE void rescale(const float (&factor)[2]) {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < Tile::kHeadDim / 2; ++i) out_[i] *= factor[i >> 1 & 1];
+  }
+
+  FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
+    if (thread_ == 0) device::barrier_arrive(empty);
+  }
+
+  FUSED_ATTN_DEVICE void finish() {
+    softmax_.finish();
+    const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
+    float factor[2];
+    FUSED_ATTN_UNROLL_LOOP
+    for (int row = 0; row < 2; ++row) {
+      factor[row] = softmax_.sum[row] == 0.0f ? 0.0f : keep_scale / softmax_.sum[row];
+    }
+    rescale(factor);
+    if (p_.lse != nullptr && thread_ % 4 == 0) {
+      store_lse(0);
+      store_lse(1);
+    }
+    if (p_.out_by_tile) {
+      store_out_tile();
+    } else {
+      store_out_elements();
+    }
+  }
+
+  FUSED_ATTN_DEVICE void store_lse(int row) const {
+    const int i = query() + 8 * row;
+    if (i >= block_.sequence.seqlen_q || block_.sequence.start_q + i >= p_.rows_q) return;
+    p_.lse[block_.sequence.tensor_batch * p_.lse_stride[0] + block_.head * p_.lse_stride[1] +
+           (block_.sequence.start_q + i) * p_.lse_stride[2]] = softmax_.lse(row, multiplier_);
+  }
+
+  // Through the queries' own place in shared memory: this warpgroup has read them for good.
+  FUSED_ATTN_DEVICE void store_out_tile() {
+    const int lane = thread_ % device::kWarpThreads, warp = thread_ / device::kWarpThreads;
+    const int row = group_ * 64 + warp * 16 + lane % 16;
+    FUSED_ATTN_UNROLL_LOOP
+    for (int j = 0; j < Tile::kHeadDim / 16; ++j) {
+      const int column = j * 16 + lane / 16 * 8;
+      device::store_matrices(QTile::chunk(shared_.q(), row, column), pair(8 * j), pair(8 * j + 2),
+                             pair(8 * j + 4), pair(8 * j + 6));
+    }
+    device::fence_async();
+    device::named_sync(kGroupBarrier + group_, device::kWarpgroupThreads);
+    if (thread_ != 0) return;
+    const Sequence& s = block_.sequence;
+    FUSED_ATTN_UNROLL_LOOP
+    for (int panel = 0; panel < QTile::kPanels; ++panel) {
+      device::store_tile(
+          maps_.out, shared_.q() + panel * QTile::kPanelBytes + group_ * 64 * kTileRowBytes,
+          ragged(panel * kTileColumns, block_.query_begin + group_ * 64, s.start_q, s.seqlen_q,
+                 p_.seqlen_q, block_.head, s.tensor_batch));
+    }
+    device::commit_stores();
+    device::wait_stores();
+  }
+
+  FUSED_ATTN_DEVICE void store_out_elements() const {
+    uint16_t* out = static_cast<uint16_t*>(const_cast<void*>(p_.out.data)) +
+                    block_.sequence.tensor_batch * p_.out.stride[0] +
+                    block_.head * p_.out.stride[1];
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < Tile::kHeadDim / 2; i += 2) {
+      const int row = query() + (i & 2) * 4, column = fragment_.column + i / 4 * 8;
+      if (row >= block_.sequence.seqlen_q || block_.sequence.start_q + row >= p_.rows_q) continue;
+      uint16_t* to = out + (block_.sequence.start_q + row) * p_.out.stride[2];
+      const uint32_t both = pair(i);
+      if (column < p_.head_dim_v) to[column * p_.out.stride[3]] = static_cast<uint16_t>(both);
+      if (column + 1 < p_.head_dim_v) {
+        to[(column + 1) * p_.out.stride[3]] = static_cast<uint16_t>(both >> 16);
+      }
+    }
+  }
+
+  FUSED_ATTN_DEVICE uint32_t pair(int i) const {
+    return Tile::Element::pack(out_[i], out_[i + 1]);
+  }
+  FUSED_ATTN_DEVICE int query() const { return block_.query_begin + group_ * 64 + fragment_.row; }
+
+  // Named barriers: 1.. say whose turn the matrix unit is, the next ones gather a warpgroup.
+  static constexpr int kTurnThreads = 2 * device::kWarpgroupThreads;
+  static constexpr int kGroupBarrier = 1 + Tile::kGroups;
+  static FUSED_ATTN_DEVICE int turn(int group) { return 1 + group; }
+
+  const ForwardMaps& maps_;
+  const DeviceProblem& p_;
+  const Block<Tile>& block_;
+  const SharedMap<Tile>& shared_;
+  int group_, thread_;
+  Fragment fragment_;
+  float multiplier_;
+  Ring<Tile::kStages> ring_;
+  OnlineSoftmax softmax_;
+  float scores_[kBlockN / 2];
+  uint32_t packed_[kBlockN / 4];
+  float out_[Tile::kHeadDim / 2];
+};
+
+template <class Tile, bool kGeneral>
+FUSED_ATTN_KERNEL(Tile::kThreads)
+forward_kernel(FUSED_ATTN_GRID_CONSTANT ForwardMaps maps,
+               FUSED_ATTN_GRID_CONSTANT DeviceProblem p) {
+  const SharedMap<Tile> shared;
+  const Block<Tile> block(p, device::block_index(), shared.padding());
+  if (block.empty()) return;
+  // The same for all threads of a warp, and known to be so: branches on it are uniform.
+  const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
+  if (device::thread_index() == 0) shared.init_barriers();
+  block.padding.fill(block.tiles.begin, block.tiles.end, block.band.key_end());
+  device::sync_block();
+  if (group == 0) {
+    device::lower_registers<Tile::kProducerRegisters>();
+    const ForwardProducer<Tile> producer(maps, p, block, shared);
+    const int warp = device::thread_index() / device::kWarpThreads;
+    if (warp == 0 && device::thread_index() == 0) producer.load();
+    if (warp == 1) producer.clean();
+  } else {
+    device::raise_registers<Tile::kConsumerRegisters>();
+    ForwardConsumer<Tile, kGeneral> consumer(maps, p, block, shared, group - 1);
+    consumer.run();
+  }
+}
+
+}  // namespace fused_attn::attention

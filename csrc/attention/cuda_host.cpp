@@ -1,0 +1,96 @@
+#include "attention/cuda_host.h"
+
+#include <algorithm>
+
+namespace fused_attn::attention {
+namespace {
+
+// Larger than any length, and safe to add to one.
+constexpr int kUnbounded = 1 << 30;
+
+int bounded(int64_t value) {
+  return static_cast<int>(std::clamp<int64_t>(value, -kUnbounded, kUnbounded));
+}
+
+DeviceView device_view(const View4& view) {
+  DeviceView result;
+  result.data = view.data;
+  std::copy(view.stride, view.stride + 4, result.stride);
+  result.wide = view.dtype == DType::kFloat32;
+  return result;
+}
+
+void set_dropout(const Params& p, DeviceProblem& d) {
+  d.rng = p.dropout_p > 0 ? p.rng : nullptr;
+  d.keep_scale = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+  d.keep_from = p.dropout_p < 1 ? static_cast<uint32_t>(p.dropout_p * 0x1p32) : ~0u;
+  if (d.rng == nullptr) d.keep_scale = 1.0f;
+}
+
+struct Extent {
+  int64_t heads, rows, window;
+};
+
+TensorMap map_of(const Params& p, const View4& view, const Extent& extent, int64_t columns,
+                 int box_rows) {
+  device::MapRequest request;
+  request.data = view.data;
+  request.batch = p.cu_seqlens_q != nullptr ? 1 : p.batch;
+  request.heads = extent.heads;
+  request.rows = extent.rows;
+  request.columns = columns;
+  request.stride_batch = view.stride[0];
+  request.stride_head = view.stride[1];
+  request.stride_row = view.stride[2];
+  request.window = std::max<int64_t>(extent.window, 1);  // a map cannot be empty
+  request.box_rows = box_rows;
+  return device::make_tensor_map(request);
+}
+
+}  // namespace
+
+DeviceProblem device_problem(const Params& p) {
+  DeviceProblem d = {};
+  d.batch = static_cast<int>(p.batch);
+  d.num_heads = static_cast<int>(p.num_heads);
+  d.group = static_cast<int>(p.num_heads / p.num_heads_kv);
+  d.seqlen_q = static_cast<int>(p.seqlen_q);
+  d.seqlen_k = static_cast<int>(p.seqlen_k);
+  d.rows_q = static_cast<int>(p.rows_q);
+  d.head_dim = static_cast<int>(p.head_dim);
+  d.head_dim_v = static_cast<int>(p.head_dim_v);
+  d.low = p.window_left >= 0 ? -bounded(p.window_left) : -kUnbounded;
+  d.high = p.window_right >= 0 ? bounded(p.window_right) : kUnbounded;
+  if (p.causal != Causal::kNone) d.high = std::min(d.high, 0);
+  d.aligned_right = p.causal != Causal::kUpperLeft;
+  d.scale = static_cast<float>(p.scale);
+  d.softcap = static_cast<float>(p.softcap);
+  set_dropout(p, d);
+  d.cu_seqlens_q = p.cu_seqlens_q;
+  d.cu_seqlens_k = p.cu_seqlens_k;
+  d.key_lengths = p.key_lengths;
+  d.key_padding = p.key_padding_mask;
+  std::copy(p.key_padding_stride, p.key_padding_stride + 2, d.key_padding_stride);
+  d.alibi_slopes = p.alibi_slopes;
+  d.bias = device_view(p.bias);
+  d.mask = device_view(p.mask);
+  d.out = device_view(p.out);
+  d.out_by_tile = device::can_map(p.out.data, p.out.stride[0], p.out.stride[1], p.out.stride[2],
+                                  p.out.stride[3]);
+  d.lse = static_cast<float*>(p.lse.data);
+  std::copy(p.lse.stride, p.lse.stride + 3, d.lse_stride);
+  // The running maximum is taken of q . k itself, which a scale that is not positive would turn.
+  d.general = p.scale <= 0 || p.softcap > 0 || p.alibi_slopes != nullptr ||
+              p.bias.data != nullptr || p.mask.data != nullptr || d.rng != nullptr;
+  return d;
+}
+
+TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows) {
+  return map_of(p, view, {p.num_heads, p.rows_q, p.seqlen_q}, columns, box_rows);
+}
+
+TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows) {
+  return map_of(p, view, {p.num_heads_kv, p.rows_k, p.seqlen_k}, columns, box_rows);
+}
+
+}  // namespace fused_attn::attention

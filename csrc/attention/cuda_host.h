@@ -1,0 +1,16 @@
+// From Params to what the GPU kernels take.
+#pragma once
+
+#include "attention/cuda_problem.h"
+#include "attention/params.h"
+#include "common/device/launch.h"
+
+namespace fused_attn::attention {
+
+DeviceProblem device_problem(const Params& p);
+
+// Ragged tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of `box_rows`.
+TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows);
+TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows);
+
+}  // namespace fused_attn::attention

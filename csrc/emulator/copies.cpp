@@ -1,0 +1,171 @@
+#include "emulator/copies.h"
+
+#include <cstring>
+
+#include "emulator/machine.h"
+
+namespace fused_attn::emulator {
+namespace {
+
+uint32_t box_bytes(const TensorMap& map) {
+  return static_cast<uint32_t>(map.box_rows) * kTileRowBytes;
+}
+
+}  // namespace
+
+void Copies::check_box(const Copy& copy) {
+  // A swizzle repeats every 8 rows of 128 bytes; a tile that does not start there is read askew.
+  if (copy.shared % 1024 != 0) {
+    machine_.fault("tile at shared offset %u is not 1024-byte aligned",
+                   machine_.memory.offset(copy.shared));
+  }
+}
+
+void Copies::issue_load(Copy copy) {
+  machine_.memory.poison(copy.shared, copy.bytes);
+  const int barrier = machine_.barriers.index(copy.barrier);
+  machine_.memory.expect(copy.shared, copy.bytes, barrier, machine_.barriers.phases(barrier) + 1);
+  pending_.push_back(copy);
+  machine_.maybe_yield();
+}
+
+void Copies::issue_store(Copy copy) {
+  copy.issuer = &machine_.thread();
+  ++copy.issuer->copies.uncommitted;
+  pending_.push_back(copy);
+  machine_.maybe_yield();
+}
+
+void Copies::load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier,
+                       const Coordinates& at) {
+  Copy copy{Kind::kLoadTile, shared, box_bytes(map)};
+  copy.barrier = barrier;
+  copy.map = map;
+  copy.at = at;
+  check_box(copy);
+  issue_load(copy);
+}
+
+void Copies::store_tile(const TensorMap& map, uint32_t shared, const Coordinates& at) {
+  Copy copy{Kind::kStoreTile, shared, box_bytes(map)};
+  copy.map = map;
+  copy.at = at;
+  check_box(copy);
+  issue_store(copy);
+}
+
+void Copies::load_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  if (shared % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    machine_.fault("bulk load of %u bytes is not 16-byte aligned", bytes);
+  }
+  Copy copy{Kind::kLoadBulk, shared, bytes};
+  copy.barrier = barrier;
+  copy.global = const_cast<void*>(global);
+  issue_load(copy);
+}
+
+void Copies::add_bulk(float* global, uint32_t shared, uint32_t bytes) {
+  if (shared % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    machine_.fault("bulk reduction of %u bytes is not 16-byte aligned", bytes);
+  }
+  Copy copy{Kind::kAddBulk, shared, bytes};
+  copy.global = global;
+  issue_store(copy);
+}
+
+void Copies::commit() {
+  Thread& thread = machine_.thread();
+  for (Copy& copy : pending_) {
+    if (copy.issuer == &thread) copy.committed = true;
+  }
+  thread.copies.committed += thread.copies.uncommitted;
+  thread.copies.uncommitted = 0;
+}
+
+void Copies::wait_read() {
+  CopyGroups& groups = machine_.thread().copies;
+  bool forgotten = false;
+  for (const Copy& copy : pending_) {
+    forgotten = forgotten || (copy.issuer == &machine_.thread() && !copy.committed);
+  }
+  if (forgotten) machine_.fault("wait for bulk stores that were not committed");
+  while (groups.committed > 0) machine_.wait(groups.waiting, {"bulk stores", groups.committed});
+}
+
+void Copies::check_thread_exit() {
+  const CopyGroups& groups = machine_.thread().copies;
+  const int open = groups.uncommitted + groups.committed;
+  if (open != 0) machine_.fault("thread ends while %d bulk stores may read shared memory", open);
+}
+
+void Copies::run_one() {
+  const std::size_t which = machine_.random.below(pending_.size());
+  const Copy copy = pending_[which];
+  pending_[which] = pending_.back();
+  pending_.pop_back();
+  SharedMemory& memory = machine_.memory;
+  switch (copy.kind) {
+    case Kind::kLoadTile:
+    case Kind::kStoreTile:
+      move_tile(copy);
+      break;
+    case Kind::kLoadBulk:
+      std::memcpy(memory.bytes(copy.shared, copy.bytes, "bulk load"), copy.global, copy.bytes);
+      break;
+    case Kind::kAddBulk: {
+      const uint8_t* from = memory.bytes(copy.shared, copy.bytes, "bulk reduction");
+      float* to = static_cast<float*>(copy.global);
+      for (uint32_t i = 0; i < copy.bytes; i += 4) {
+        if (i % 16 == 0) memory.check_async_read(copy.shared + i, nullptr, "bulk reduction");
+        float value;
+        std::memcpy(&value, from + i, 4);
+        to[i / 4] += value;
+      }
+      break;
+    }
+  }
+  if (copy.issuer == nullptr) {
+    memory.landed(copy.shared, copy.bytes);
+    machine_.barriers.complete(copy.barrier, copy.bytes);
+  } else {
+    CopyGroups& groups = copy.issuer->copies;
+    --(copy.committed ? groups.committed : groups.uncommitted);
+    machine_.wake(groups.waiting);
+  }
+}
+
+// Rows of 128 bytes, swizzled; what lies outside the map is zero when read, dropped when written.
+void Copies::move_tile(const Copy& copy) {
+  const TensorMap& map = copy.map;
+  const bool store = copy.kind == Kind::kStoreTile;
+  SharedMemory& memory = machine_.memory;
+  for (int r = 0; r < map.box_rows; ++r) {
+    Coordinates at = copy.at;
+    at[1] += r;
+    bool inside = true;
+    int64_t offset = 0;
+    for (int d = 1; d < kTensorMapRank; ++d) {
+      inside = inside && at[d] >= 0 && at[d] < map.size[d];
+      offset += at[d] * map.stride_bytes[d];
+    }
+    for (uint32_t chunk = 0; chunk < kTileRowBytes; chunk += SharedMemory::kChunk) {
+      const uint32_t address = swizzle128(copy.shared + r * kTileRowBytes + chunk);
+      uint8_t* shared = memory.bytes(address, SharedMemory::kChunk, "tile copy");
+      if (store) memory.check_async_read(address, nullptr, "tile store");
+      for (uint32_t byte = 0; byte < SharedMemory::kChunk; byte += 2) {
+        const int column = at[0] + static_cast<int>(chunk + byte) / 2;
+        const bool in = inside && column >= 0 && column < map.size[0];
+        uint8_t* global = static_cast<uint8_t*>(map.base) + offset + 2 * column;
+        if (store) {
+          if (in) std::memcpy(global, shared + byte, 2);
+        } else if (in) {
+          std::memcpy(shared + byte, global, 2);
+        } else {
+          std::memset(shared + byte, 0, 2);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fused_attn::emulator

@@ -1,0 +1,13 @@
+// `_emulator`: the GPU kernels on the emulated device, for tests. It takes tensors on the CPU.
+#include <pybind11/pybind11.h>
+
+#include "attention/cuda_bindings.h"
+#include "common/tensor.h"
+#include "emulator/launch.h"
+
+PYBIND11_MODULE(_emulator, m) {
+  m.doc() = "The CUDA kernels of fused_attn on an emulated device. For tests.";
+  m.def("set_seed", &fused_attn::emulator::set_seed, "Schedule of the next launch.");
+  fused_attn::bind_tensor(m);
+  fused_attn::attention::bind_attention_cuda(m);
+}
