@@ -1,4 +1,4 @@
-// attention_forward_cuda of the compiled module, and of the emulator's.
+// attention_forward_cuda and attention_backward_cuda of the compiled module, and of the emulator's.
 #include "attention/cuda_bindings.h"
 
 #include "attention/arguments.h"
@@ -26,10 +26,41 @@ void attention_forward_cuda(Arguments& args) {
   forward_cuda(p, stream);
 }
 
+void attention_backward_cuda(Arguments& args) {
+  BackwardParams p;
+  args.expect_device(kDevice);
+  read_operands(args, p);
+  p.out = args.view("out");
+  p.lse = args.view("lse");
+  p.dout = args.view("dout");
+  p.dlse = args.view("dlse");
+  p.dq = args.view("dq");
+  p.dk = args.view("dk");
+  p.dv = args.view("dv");
+  p.dbias = args.view("dbias");
+  const TensorView workspace = args.tensor("workspace");
+  read_scalars(args, p);
+  void* stream = reinterpret_cast<void*>(args.integer());
+  args.finish();
+  check_present(workspace);
+  check_dtype(workspace, {DType::kFloat32});
+  check_contiguous(workspace);
+  if (workspace.shape[0] < backward_workspace(p)) {
+    fail_check("workspace", "hold " + std::to_string(backward_workspace(p)) + " numbers",
+               std::to_string(workspace.shape[0]));
+  }
+  const py::gil_scoped_release release;
+  backward_cuda(p, workspace.as<float>(), stream);
+}
+
 PyMethodDef kMethods[] = {
     {"attention_forward_cuda", method<attention_forward_cuda>(), METH_FASTCALL,
      "attention_forward_cuda(<operands of attention_forward>, out, lse, max_seqlen_q, "
      "max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p, stream)"},
+    {"attention_backward_cuda", method<attention_backward_cuda>(), METH_FASTCALL,
+     "attention_backward_cuda(<operands of attention_forward>, out, lse, dout, dlse, dq, dk, dv, "
+     "dbias, workspace, max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, "
+     "softcap, dropout_p, stream)"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -15,12 +15,6 @@ struct ForwardMaps {
   TensorMap q, k, v, out;
 };
 
-// Row `row` of a sequence in a ragged tensor map (tensor_map.h) of a window of `window` rows.
-FUSED_ATTN_DEVICE TileAt ragged(int column, int row, int start, int length, int window, int head,
-                                int batch) {
-  return {column, window - length + row, start + length, head, batch};
-}
-
 template <class Tile>
 class ForwardProducer {
  public:
@@ -40,62 +34,32 @@ class ForwardProducer {
       load_kv(maps_.k, shared_.k(stage), shared_.k_full(stage), tile);
       device::barrier_wait(shared_.v_empty(stage), ring.phase ^ 1);
       load_kv(maps_.v, shared_.v(stage),
-              block_.hides_keys(tile) ? shared_.v_raw(stage) : shared_.v_full(stage), tile);
+              block_.hides_keys(p_, tile) ? shared_.v_raw(stage) : shared_.v_full(stage), tile);
       ring.advance();
     }
   }
 
-  // One warp: zeroes the values of hidden keys, then passes the tile on. 0 * NaN is NaN, and what
-  // is stored where nobody looks must not matter.
+  // One warp: what is stored where nobody looks must not matter.
   FUSED_ATTN_DEVICE void clean() const {
-    const int lane = device::thread_index() % device::kWarpThreads;
-    Ring<Tile::kStages> ring;
-    uint32_t phase[Tile::kStages] = {};
-    FUSED_ATTN_KEEP_LOOP
-    for (int tile = block_.next(block_.tiles.end); tile >= block_.tiles.begin;
-         tile = block_.next(tile)) {
-      const int stage = ring.stage;
-      ring.advance();
-      if (!block_.hides_keys(tile)) continue;
-      device::barrier_wait(shared_.v_raw(stage), stage == 0 ? phase[0] : phase[1]);
-      (stage == 0 ? phase[0] : phase[1]) ^= 1;
-      for (int row = 0; row < Tile::kBlockN; ++row) {
-        if (!block_.hides_key(tile * Tile::kBlockN + row)) continue;
-        for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
-          const SharedAddress line = shared_.v(stage) + panel * Tile::KvTile::kPanelBytes +
-                                     row * kTileRowBytes;
-          device::shared_store(line + 4 * lane, 0u);
-        }
-      }
-      device::fence_async();
-      device::sync_warp();
-      if (lane == 0) device::barrier_arrive(shared_.v_full(stage));
-    }
+    const auto v = [&](int stage) { return shared_.v(stage); };
+    const auto raw = [&](int stage) { return shared_.v_raw(stage); };
+    const auto full = [&](int stage) { return shared_.v_full(stage); };
+    TileCleaner<Tile>(p_, block_).run(v, raw, full);
   }
 
  private:
   FUSED_ATTN_DEVICE void load_q() const {
-    const Sequence& s = block_.sequence;
     device::barrier_expect(shared_.q_full(), Tile::QTile::kBytes);
-    FUSED_ATTN_UNROLL_LOOP
-    for (int panel = 0; panel < Tile::QTile::kPanels; ++panel) {
-      device::load_tile<Keep::kBriefly>(
-          shared_.q() + panel * Tile::QTile::kPanelBytes, maps_.q, shared_.q_full(),
-          ragged(panel * kTileColumns, block_.query_begin, s.start_q, s.seqlen_q, p_.seqlen_q,
-                 block_.head, s.tensor_batch));
-    }
+    load_panels<typename Tile::QTile, Keep::kBriefly>(
+        shared_.q(), maps_.q, shared_.q_full(), query_rows(p_, block_.sequence, block_.head),
+        block_.query_begin);
   }
   FUSED_ATTN_DEVICE void load_kv(const TensorMap& map, SharedAddress to, SharedAddress barrier,
                                  int tile) const {
-    const Sequence& s = block_.sequence;
     device::barrier_expect(barrier, Tile::KvTile::kBytes);
-    FUSED_ATTN_UNROLL_LOOP
-    for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
-      device::load_tile<Keep::kLong>(
-          to + panel * Tile::KvTile::kPanelBytes, map, barrier,
-          ragged(panel * kTileColumns, tile * Tile::kBlockN, s.start_k, block_.band.key_end(),
-                 p_.seqlen_k, block_.head / p_.group, s.tensor_batch));
-    }
+    load_panels<typename Tile::KvTile, Keep::kLong>(
+        to, map, barrier, key_rows(p_, block_.sequence, block_.band, block_.head / p_.group),
+        tile * Tile::kBlockN);
   }
 
   const ForwardMaps& maps_;
@@ -247,17 +211,21 @@ class ForwardConsumer {
   // scores -> probabilities that lack the division by their sum.
   template <bool kMasked>
   FUSED_ATTN_DEVICE void soften(int tile, float (&shrink)[2]) {
-    const ScoreAt at{block_.sequence.batch, block_.head, query(),
-                     tile * kBlockN + fragment_.column};
+    const ScoreAt<false> at{block_.sequence.batch, block_.head, query(),
+                            tile * kBlockN + fragment_.column};
     if constexpr (kGeneral) {
-      modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence);
+      NoSlope unwanted;
+      modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence,
+                                            unwanted);
       hide_by_mask(scores_, p_, at, block_.band, block_.sequence);
     }
-    if constexpr (kMasked) hide(scores_, at, block_.band, block_.padding, tile, fragment_.column);
+    if constexpr (kMasked) {
+      hide_by_band(scores_, at, block_.band);
+      hide_by_padding(scores_, block_.padding, tile, fragment_.column);
+    }
     softmax_.template step<kMasked>(scores_, multiplier_, shrink);
     if constexpr (kGeneral) {
-      const int n = block_.sequence.batch * p_.num_heads + block_.head;
-      if (p_.rng != nullptr) drop(scores_, p_, n, at);
+      if (p_.rng != nullptr) drop<false>(scores_, p_, at);
     }
   }
 
@@ -294,7 +262,10 @@ class ForwardConsumer {
     if (p_.out_by_tile) {
       store_out_tile();
     } else {
-      store_out_elements();
+      store_elements<typename Tile::Element>(out_, p_.out,
+                                             query_rows(p_, block_.sequence, block_.head),
+                                             p_.rows_q, p_.head_dim_v,
+                                             block_.query_begin + group_ * 64);
     }
   }
 
@@ -307,49 +278,15 @@ class ForwardConsumer {
 
   // Through the queries' own place in shared memory: this warpgroup has read them for good.
   FUSED_ATTN_DEVICE void store_out_tile() {
-    const int lane = thread_ % device::kWarpThreads, warp = thread_ / device::kWarpThreads;
-    const int row = group_ * 64 + warp * 16 + lane % 16;
-    FUSED_ATTN_UNROLL_LOOP
-    for (int j = 0; j < Tile::kHeadDim / 16; ++j) {
-      const int column = j * 16 + lane / 16 * 8;
-      device::store_matrices(QTile::chunk(shared_.q(), row, column), pair(8 * j), pair(8 * j + 2),
-                             pair(8 * j + 4), pair(8 * j + 6));
-    }
+    fragment_to_tile<typename Tile::Element, QTile>(out_, shared_.q(), group_ * 64);
     device::fence_async();
     device::named_sync(kGroupBarrier + group_, device::kWarpgroupThreads);
     if (thread_ != 0) return;
-    const Sequence& s = block_.sequence;
-    FUSED_ATTN_UNROLL_LOOP
-    for (int panel = 0; panel < QTile::kPanels; ++panel) {
-      device::store_tile(
-          maps_.out, shared_.q() + panel * QTile::kPanelBytes + group_ * 64 * kTileRowBytes,
-          ragged(panel * kTileColumns, block_.query_begin + group_ * 64, s.start_q, s.seqlen_q,
-                 p_.seqlen_q, block_.head, s.tensor_batch));
-    }
-    device::commit_stores();
-    device::wait_stores();
+    store_panels<QTile>(maps_.out, shared_.q(), group_ * 64,
+                        query_rows(p_, block_.sequence, block_.head),
+                        block_.query_begin + group_ * 64);
   }
 
-  FUSED_ATTN_DEVICE void store_out_elements() const {
-    uint16_t* out = static_cast<uint16_t*>(const_cast<void*>(p_.out.data)) +
-                    block_.sequence.tensor_batch * p_.out.stride[0] +
-                    block_.head * p_.out.stride[1];
-    FUSED_ATTN_UNROLL_LOOP
-    for (int i = 0; i < Tile::kHeadDim / 2; i += 2) {
-      const int row = query() + (i & 2) * 4, column = fragment_.column + i / 4 * 8;
-      if (row >= block_.sequence.seqlen_q || block_.sequence.start_q + row >= p_.rows_q) continue;
-      uint16_t* to = out + (block_.sequence.start_q + row) * p_.out.stride[2];
-      const uint32_t both = pair(i);
-      if (column < p_.head_dim_v) to[column * p_.out.stride[3]] = static_cast<uint16_t>(both);
-      if (column + 1 < p_.head_dim_v) {
-        to[(column + 1) * p_.out.stride[3]] = static_cast<uint16_t>(both >> 16);
-      }
-    }
-  }
-
-  FUSED_ATTN_DEVICE uint32_t pair(int i) const {
-    return Tile::Element::pack(out_[i], out_[i + 1]);
-  }
   FUSED_ATTN_DEVICE int query() const { return block_.query_begin + group_ * 64 + fragment_.row; }
 
   // Named barriers: 1.. say whose turn the matrix unit is, the next ones gather a warpgroup.

@@ -20,6 +20,11 @@ DeviceView device_view(const View4& view) {
   return result;
 }
 
+bool can_map(const View4& view) {
+  return device::can_map(view.data, view.stride[0], view.stride[1], view.stride[2],
+                         view.stride[3]);
+}
+
 void set_dropout(const Params& p, DeviceProblem& d) {
   d.rng = p.dropout_p > 0 ? p.rng : nullptr;
   d.keep_scale = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
@@ -57,6 +62,7 @@ DeviceProblem device_problem(const Params& p) {
   d.seqlen_q = static_cast<int>(p.seqlen_q);
   d.seqlen_k = static_cast<int>(p.seqlen_k);
   d.rows_q = static_cast<int>(p.rows_q);
+  d.rows_k = static_cast<int>(p.rows_k);
   d.head_dim = static_cast<int>(p.head_dim);
   d.head_dim_v = static_cast<int>(p.head_dim_v);
   d.low = p.window_left >= 0 ? -bounded(p.window_left) : -kUnbounded;
@@ -75,14 +81,47 @@ DeviceProblem device_problem(const Params& p) {
   d.bias = device_view(p.bias);
   d.mask = device_view(p.mask);
   d.out = device_view(p.out);
-  d.out_by_tile = device::can_map(p.out.data, p.out.stride[0], p.out.stride[1], p.out.stride[2],
-                                  p.out.stride[3]);
+  d.out_by_tile = can_map(p.out);
   d.lse = static_cast<float*>(p.lse.data);
   std::copy(p.lse.stride, p.lse.stride + 3, d.lse_stride);
   // The running maximum is taken of q . k itself, which a scale that is not positive would turn.
   d.general = p.scale <= 0 || p.softcap > 0 || p.alibi_slopes != nullptr ||
               p.bias.data != nullptr || p.mask.data != nullptr || d.rng != nullptr;
   return d;
+}
+
+BackwardProblem backward_problem(const BackwardParams& p, const Statistics& statistics) {
+  BackwardProblem d = {};
+  static_cast<DeviceProblem&>(d) = device_problem(p);
+  d.general = d.general || p.dbias.data != nullptr;
+  d.lse2 = statistics.lse2;
+  d.delta = statistics.delta;
+  d.padded_rows = static_cast<int>(statistics.rows);
+  d.result_out = device_view(p.out);
+  d.dout = device_view(p.dout);
+  d.forward_lse = static_cast<const float*>(p.lse.data);
+  std::copy(p.lse.stride, p.lse.stride + 3, d.forward_lse_stride);
+  d.dlse = static_cast<const float*>(p.dlse.data);
+  std::copy(p.dlse.stride, p.dlse.stride + 3, d.dlse_stride);
+  d.dq = device_view(p.dq);
+  d.dk = device_view(p.dk);
+  d.dv = device_view(p.dv);
+  d.dq_by_tile = can_map(p.dq);
+  d.dk_by_tile = can_map(p.dk);
+  d.dv_by_tile = can_map(p.dv);
+  d.dbias = static_cast<float*>(p.dbias.data);
+  std::copy(p.dbias.stride, p.dbias.stride + 4, d.dbias_stride);
+  const int64_t size[] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+  for (int i = 0; i < 4; ++i) {
+    d.dbias_shared = d.dbias_shared || (d.dbias_stride[i] == 0 && size[i] > 1);
+  }
+  return d;
+}
+
+int64_t statistics_rows(const Params& p) {
+  constexpr int64_t kTile = kStatisticsTile;
+  if (p.cu_seqlens_q != nullptr) return (p.rows_q / kTile + p.batch + 1) * kTile;
+  return p.batch * ((p.seqlen_q + kTile - 1) / kTile * kTile);
 }
 
 TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows) {

@@ -1,13 +1,23 @@
 // From Params to what the GPU kernels take.
 #pragma once
 
-#include "attention/cuda_problem.h"
+#include "attention/cuda_backward.h"
 #include "attention/params.h"
 #include "common/device/launch.h"
 
 namespace fused_attn::attention {
 
 DeviceProblem device_problem(const Params& p);
+
+// Memory for the row statistics of the backward: (num_heads, rows) each.
+struct Statistics {
+  float* lse2;
+  float* delta;
+  int64_t rows;
+};
+int64_t statistics_rows(const Params& p);
+
+BackwardProblem backward_problem(const BackwardParams& p, const Statistics& statistics);
 
 // Ragged tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of `box_rows`.
 TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows);

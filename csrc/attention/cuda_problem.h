@@ -22,7 +22,7 @@ struct DeviceView {
 struct DeviceProblem {
   int batch, num_heads, group;  // `group` query heads share a key head
   int seqlen_q, seqlen_k;       // the longest of a packed problem
-  int rows_q;                   // of the tensors
+  int rows_q, rows_k;           // of the tensors
   int head_dim, head_dim_v;
 
   // Query i sees the keys j with low <= j - i - shift <= high, where shift is Lk - Lq of the
@@ -70,5 +70,12 @@ struct Sequence {
     tensor_batch = 0;
   }
 };
+
+template <class Element>
+FUSED_ATTN_DEVICE float read_bias(const DeviceProblem& p, int batch, int head, int query, int key) {
+  const int64_t offset = key * p.bias.stride[3];
+  if (p.bias.wide) return p.bias.at<float>(batch, head, query)[offset];
+  return Element::widen(p.bias.at<uint16_t>(batch, head, query)[offset]);
+}
 
 }  // namespace fused_attn::attention

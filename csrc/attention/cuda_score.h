@@ -11,21 +11,47 @@ namespace fused_attn::attention {
 
 constexpr float kLog2E = 1.44269504088896f;
 
-// The place of a fragment in the score matrix of one head.
+// The place of a fragment in the score matrix of one head. Rows of the fragment are queries, or,
+// transposed, keys.
+template <bool kTransposed>
 struct ScoreAt {
   int batch, head;
-  int query;  // of registers 4 j and 4 j + 1; the others are 8 further
-  int key;    // of register 0
+  int query, key;  // of register 0
 
-  FUSED_ATTN_DEVICE int query_of(int i) const { return query + (i & 2) * 4; }
-  FUSED_ATTN_DEVICE int key_of(int i) const { return key + (i >> 2) * 8 + (i & 1); }
+  FUSED_ATTN_DEVICE int query_of(int i) const { return query + (kTransposed ? along(i) : down(i)); }
+  FUSED_ATTN_DEVICE int key_of(int i) const { return key + (kTransposed ? down(i) : along(i)); }
+
+  static FUSED_ATTN_DEVICE constexpr int down(int i) { return (i & 2) * 4; }
+  static FUSED_ATTN_DEVICE constexpr int along(int i) { return (i >> 2) * 8 + (i & 1); }
 };
 
+// For those who do not want the derivative of the softcap.
+struct NoSlope {
+  FUSED_ATTN_DEVICE void set(int, float) {}
+};
+
+// The derivative of the softcap by element.
+template <int kCount>
+struct Slope {
+  float value[kCount];
+  FUSED_ATTN_DEVICE void set(int i, float derivative) { value[i] = derivative; }
+};
+
+// -inf hides even a key whose score is no number; a finite bias, however large, stays finite when it
+// is multiplied by log2(e).
+FUSED_ATTN_DEVICE float biased(float score, float bias) {
+  constexpr float kLimit = 2.3e38f;
+  if (bias == -device::infinity()) return bias;
+  const float sum = score + bias;
+  if (sum < -kLimit) return -kLimit;
+  return sum > kLimit ? kLimit : sum;
+}
+
 // score = scale * q . k, then softcap, ALiBi and bias, in units of log2(e). Bias is read where
-// `visible` only: elsewhere there may be none.
-template <class Element, int kCount>
-FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p, const ScoreAt& at,
-                                     const Band& band, const Sequence& sequence) {
+// the band lets see only: elsewhere there may be none.
+template <class Element, int kCount, class At, class SlopeOf>
+FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p, const At& at,
+                                     const Band& band, const Sequence& sequence, SlopeOf& slope_of) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) s[i] *= p.scale;
   if (p.softcap > 0.0f) {
@@ -33,7 +59,9 @@ FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p,
     const float factor = 2.0f * kLog2E / p.softcap;
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kCount; ++i) {
-      s[i] = p.softcap * (1.0f - 2.0f / (device::exp2_fast(s[i] * factor) + 1.0f));
+      const float t = 1.0f - 2.0f / (device::exp2_fast(s[i] * factor) + 1.0f);
+      s[i] = p.softcap * t;
+      slope_of.set(i, 1.0f - t * t);
     }
   }
   if (p.alibi_slopes != nullptr) {
@@ -50,29 +78,46 @@ FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p,
     for (int i = 0; i < kCount; ++i) {
       const int query = at.query_of(i), key = at.key_of(i);
       if (query >= sequence.seqlen_q || key >= band.end(query)) continue;
-      const int64_t offset = key * p.bias.stride[3];
-      s[i] += p.bias.wide ? p.bias.at<float>(at.batch, at.head, query)[offset]
-                          : Element::widen(p.bias.at<uint16_t>(at.batch, at.head, query)[offset]);
+      s[i] = biased(s[i], read_bias<Element>(p, at.batch, at.head, query, key));
     }
   }
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) s[i] *= kLog2E;
 }
 
-// -inf where the band or the padding hides a key.
-template <int kCount, class Padding>
-FUSED_ATTN_DEVICE void hide(float (&s)[kCount], const ScoreAt& at, const Band& band,
-                            const Padding& padding, int tile, int column) {
+// -inf in a row of the fragment but for the columns [begin, end), counted from that of register 0.
+template <int kCount>
+FUSED_ATTN_DEVICE void hide_outside(float (&s)[kCount], int row, int begin, int end) {
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount; ++i) {
+    const int column = (i >> 2) * 8 + (i & 1);
+    if ((i >> 1 & 1) == row && (column < begin || column >= end)) s[i] = -device::infinity();
+  }
+}
+
+// -inf where the band hides a key.
+template <int kCount>
+FUSED_ATTN_DEVICE void hide_by_band(float (&s)[kCount], const ScoreAt<false>& at,
+                                    const Band& band) {
   FUSED_ATTN_UNROLL_LOOP
   for (int row = 0; row < 2; ++row) {
     const int query = at.query + 8 * row;
-    const int begin = band.first(query) - at.key, end = band.end(query) - at.key;
-    FUSED_ATTN_UNROLL_LOOP
-    for (int i = 2 * row; i < kCount; i += (i & 1) != 0 ? 3 : 1) {
-      const int offset = (i >> 2) * 8 + (i & 1);
-      if (offset < begin || offset >= end) s[i] = -device::infinity();
-    }
+    hide_outside(s, row, band.first(query) - at.key, band.end(query) - at.key);
   }
+}
+template <int kCount>
+FUSED_ATTN_DEVICE void hide_by_band(float (&s)[kCount], const ScoreAt<true>& at, const Band& band) {
+  FUSED_ATTN_UNROLL_LOOP
+  for (int row = 0; row < 2; ++row) {
+    const int key = at.key + 8 * row;
+    hide_outside(s, row, band.first_query(key) - at.query, band.end_query(key) - at.query);
+  }
+}
+
+// -inf where the padding hides a key of key tile `tile`; `column` is that of register 0.
+template <int kCount, class Padding>
+FUSED_ATTN_DEVICE void hide_by_padding(float (&s)[kCount], const Padding& padding, int tile,
+                                       int column) {
   if (!padding.present()) return;
   FUSED_ATTN_UNROLL_LOOP
   for (int w = 0; w < kCount / 16; ++w) {
@@ -85,8 +130,8 @@ FUSED_ATTN_DEVICE void hide(float (&s)[kCount], const ScoreAt& at, const Band& b
 }
 
 // -inf where the bool mask hides a key.
-template <int kCount>
-FUSED_ATTN_DEVICE void hide_by_mask(float (&s)[kCount], const DeviceProblem& p, const ScoreAt& at,
+template <int kCount, class At>
+FUSED_ATTN_DEVICE void hide_by_mask(float (&s)[kCount], const DeviceProblem& p, const At& at,
                                     const Band& band, const Sequence& sequence) {
   if (p.mask.data == nullptr) return;
   FUSED_ATTN_UNROLL_LOOP
@@ -98,28 +143,62 @@ FUSED_ATTN_DEVICE void hide_by_mask(float (&s)[kCount], const DeviceProblem& p, 
   }
 }
 
-// Which elements the dropout keeps, a bit each. Key j of query i draws word j & 3 of the Philox
-// block (j >> 2, i, n, offset). Two neighbouring threads need the same two blocks, of rows i and
-// i + 8: each draws one of them and hands over the half that the other needs.
-template <int kCount>
-FUSED_ATTN_DEVICE void drop(float (&probability)[kCount], const DeviceProblem& p, int n,
-                            const ScoreAt& at) {
+// Dropout: key j of query i of head n draws word j & 3 of the Philox block (j >> 2, i, n, offset).
+// `kMark`: what is dropped becomes negative, which a backward can still read; else 0.
+template <bool kMark>
+FUSED_ATTN_DEVICE void drop_below(float& probability, uint32_t word, uint32_t keep_from) {
+  if (word < keep_from) probability = kMark ? -probability : 0.0f;
+}
+
+// Two neighbouring threads need the same two blocks, of rows i and i + 8: each draws one of them
+// and hands over the half that the other needs.
+template <bool kMark, int kCount>
+FUSED_ATTN_DEVICE void drop(float (&probability)[kCount], const DeviceProblem& p,
+                            const ScoreAt<false>& at) {
   const device::Philox philox(p.rng[0], p.rng[1]);
+  const auto n = static_cast<uint32_t>(at.batch * p.num_heads + at.head);
   const bool odd = (at.key & 2) != 0;
   FUSED_ATTN_UNROLL_LOOP
   for (int j = 0; j < kCount / 4; ++j) {
     uint32_t word[4];
     philox.draw(static_cast<uint32_t>(at.key + 8 * j) >> 2,
-                static_cast<uint32_t>(at.query + (odd ? 8 : 0)), static_cast<uint32_t>(n), word);
+                static_cast<uint32_t>(at.query + (odd ? 8 : 0)), n, word);
     const uint32_t theirs[2] = {device::shuffle_xor(odd ? word[0] : word[2], 1),
                                 device::shuffle_xor(odd ? word[1] : word[3], 1)};
     FUSED_ATTN_UNROLL_LOOP
     for (int c = 0; c < 2; ++c) {
-      const uint32_t upper = odd ? theirs[c] : word[c];
-      const uint32_t lower = odd ? word[2 + c] : theirs[c];
-      if (upper < p.keep_from) probability[4 * j + c] = 0.0f;
-      if (lower < p.keep_from) probability[4 * j + 2 + c] = 0.0f;
+      drop_below<kMark>(probability[4 * j + c], odd ? theirs[c] : word[c], p.keep_from);
+      drop_below<kMark>(probability[4 * j + 2 + c], odd ? word[2 + c] : theirs[c], p.keep_from);
     }
+  }
+}
+
+// Transposed, four threads a row apart need the same four blocks (two queries, two groups of keys)
+// and a word of each: each draws one block, then they transpose the 4 x 4 words among them.
+template <bool kMark, int kCount>
+FUSED_ATTN_DEVICE void drop(float (&probability)[kCount], const DeviceProblem& p,
+                            const ScoreAt<true>& at) {
+  const device::Philox philox(p.rng[0], p.rng[1]);
+  const auto n = static_cast<uint32_t>(at.batch * p.num_heads + at.head);
+  const int mine = at.key & 3;
+  FUSED_ATTN_UNROLL_LOOP
+  for (int j = 0; j < kCount / 4; ++j) {
+    uint32_t word[4];
+    philox.draw(static_cast<uint32_t>(at.key + (mine & 2) * 4) >> 2,
+                static_cast<uint32_t>(at.query + 8 * j + (mine & 1)), n, word);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int bit = 2; bit > 0; bit >>= 1) {
+      const bool upper = (mine & bit) != 0;
+      FUSED_ATTN_UNROLL_LOOP
+      for (int w = 0; w < 4; ++w) {
+        if ((w & bit) != 0) continue;
+        const uint32_t got = device::shuffle_xor(upper ? word[w] : word[w | bit], 4 * bit);
+        word[w] = upper ? got : word[w];
+        word[w | bit] = upper ? word[w | bit] : got;
+      }
+    }
+    FUSED_ATTN_UNROLL_LOOP
+    for (int c = 0; c < 4; ++c) drop_below<kMark>(probability[4 * j + c], word[c], p.keep_from);
   }
 }
 

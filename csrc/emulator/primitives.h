@@ -114,6 +114,12 @@ inline void fence_async() {
   machine().memory.fence_async();
 }
 
+// ---- Global memory ----
+
+inline void atomic_add(float* to, float value) {
+  *to += value;
+}
+
 // ---- mbarriers ----
 
 inline void barrier_init(SharedAddress barrier, int arrivals, const char* name) {
@@ -159,6 +165,7 @@ inline void wait_stores() {
 
 struct BFloat16 {
   using Storage = uint16_t;
+  static constexpr uint32_t kExponent = 0x7f80;  // its bits
   static uint32_t pack(float low, float high) {
     return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
   }
@@ -166,6 +173,7 @@ struct BFloat16 {
 };
 struct Float16 {
   using Storage = uint16_t;
+  static constexpr uint32_t kExponent = 0x7c00;  // its bits
   static uint32_t pack(float low, float high) {
     return to_float16(low).bits | static_cast<uint32_t>(to_float16(high).bits) << 16;
   }

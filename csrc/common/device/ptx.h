@@ -95,6 +95,12 @@ FUSED_ATTN_DEVICE void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- Global memory ----
+
+FUSED_ATTN_DEVICE void atomic_add(float* to, float value) {
+  atomicAdd(to, value);
+}
+
 // ---- mbarriers ----
 
 FUSED_ATTN_DEVICE void barrier_init(SharedAddress barrier, int arrivals, const char* /*name*/) {
@@ -173,6 +179,7 @@ FUSED_ATTN_DEVICE void wait_stores() {
 
 struct BFloat16 {
   using Storage = __nv_bfloat16;
+  static constexpr uint32_t kExponent = 0x7f80;  // its bits
   static FUSED_ATTN_DEVICE uint32_t pack(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -184,6 +191,7 @@ struct BFloat16 {
 };
 struct Float16 {
   using Storage = __half;
+  static constexpr uint32_t kExponent = 0x7c00;  // its bits
   static FUSED_ATTN_DEVICE uint32_t pack(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

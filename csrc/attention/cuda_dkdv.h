@@ -1,0 +1,492 @@
+// The gradients of k and v for sm_90: one block holds a block of keys of one key head and walks
+// over the queries of all the query heads that share it.
+//
+// Scores are computed transposed, keys by queries: the fragments of p^T and ds^T are then operands
+// of dv = p^T dout and dk = ds^T q as they are (Shah et al., "FlashAttention-3", 2024).
+#pragma once
+
+#include "attention/cuda_backward.h"
+
+namespace fused_attn::attention {
+
+// Two consumer warpgroups. Up to head size 128 each holds 64 keys, with dk and dv in registers;
+// above it both hold the same 64 keys, one dv and the other dk.
+template <class Element_, int kHeadDim_, int kBlockM_>
+struct DkDvTile {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kSplit = kHeadDim > 128;
+  static constexpr int kGroups = 2;
+  static constexpr int kBlockN = kSplit ? 64 : 128;
+  static constexpr int kBlockM = kBlockM_;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (kGroups + 1) * device::kWarpgroupThreads;
+  static constexpr int kLaunchRegisters = 168;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  using KvTile = SharedTile<kBlockN, kHeadDim>;
+  using QTile = SharedTile<kBlockM, kHeadDim>;
+  static constexpr int kStatisticsBytes = kBlockM * 4;
+  static constexpr uint32_t kK = 0;
+  static constexpr uint32_t kV = kK + KvTile::kBytes;
+  static constexpr uint32_t kQ = kV + KvTile::kBytes;
+  static constexpr uint32_t kDout = kQ + kStages * QTile::kBytes;
+  static constexpr uint32_t kLse = kDout + kStages * QTile::kBytes;
+  static constexpr uint32_t kDelta = kLse + kStages * kStatisticsBytes;
+  static constexpr uint32_t kBarriers = kDelta + kStages * kStatisticsBytes;
+  static constexpr uint32_t kSharedBytes = kBarriers + 128 + 1024;
+  static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
+};
+
+struct DkDvMaps {
+  TensorMap q, k, v, dout, dk, dv;
+};
+
+template <class Tile>
+struct DkDvShared {
+  SharedAddress base;
+  FUSED_ATTN_DEVICE DkDvShared() : base((device::shared_base() + 1023u) & ~1023u) {}
+
+  FUSED_ATTN_DEVICE SharedAddress k() const { return base + Tile::kK; }
+  FUSED_ATTN_DEVICE SharedAddress v() const { return base + Tile::kV; }
+  FUSED_ATTN_DEVICE SharedAddress q(int stage) const {
+    return base + Tile::kQ + stage * Tile::QTile::kBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress dout(int stage) const {
+    return base + Tile::kDout + stage * Tile::QTile::kBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress lse(int stage) const {
+    return base + Tile::kLse + stage * Tile::kStatisticsBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress delta(int stage) const {
+    return base + Tile::kDelta + stage * Tile::kStatisticsBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress kv_full() const { return base + Tile::kBarriers; }
+  FUSED_ATTN_DEVICE SharedAddress q_full(int stage) const { return barrier(0, stage); }
+  FUSED_ATTN_DEVICE SharedAddress q_empty(int stage) const { return barrier(1, stage); }
+  FUSED_ATTN_DEVICE SharedAddress dout_full(int stage) const { return barrier(2, stage); }
+  FUSED_ATTN_DEVICE SharedAddress dout_empty(int stage) const { return barrier(3, stage); }
+
+  FUSED_ATTN_DEVICE void init_barriers() const {
+    device::barrier_init(kv_full(), 1, "kv_full");
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      device::barrier_init(q_full(stage), 1, "q_full");
+      device::barrier_init(q_empty(stage), Tile::kGroups, "q_empty");
+      device::barrier_init(dout_full(stage), 1, "dout_full");
+      device::barrier_init(dout_empty(stage), Tile::kGroups, "dout_empty");
+    }
+    device::fence_barrier_init();
+  }
+
+ private:
+  FUSED_ATTN_DEVICE SharedAddress barrier(int kind, int stage) const {
+    return base + Tile::kBarriers + 8 * (1 + kind * Tile::kStages + stage);
+  }
+};
+
+// The keys [key_begin, key_begin + kBlockN) of one key head.
+template <class Tile>
+struct KeyBlock {
+  int head_kv, key_begin;
+  Sequence sequence;
+  Band band;
+  QueryTiles<Tile::kBlockM> tiles;
+
+  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int index)
+      : KeyBlock(p, index / key_blocks(p), index % key_blocks(p)) {}
+
+  FUSED_ATTN_DEVICE bool empty() const { return key_begin >= sequence.seqlen_k; }
+
+ private:
+  static FUSED_ATTN_DEVICE int key_blocks(const DeviceProblem& p) {
+    return (p.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
+  }
+  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int head_index, int key_block)
+      : head_kv(head_index % (p.num_heads / p.group)),
+        key_begin(key_block * Tile::kBlockN),
+        sequence(p, head_index / (p.num_heads / p.group)),
+        band(p, sequence),
+        tiles(band, key_begin, key_begin + Tile::kBlockN) {}
+};
+
+template <class Tile>
+class DkDvProducer {
+ public:
+  FUSED_ATTN_DEVICE DkDvProducer(const DkDvMaps& maps, const BackwardProblem& p,
+                                 const KeyBlock<Tile>& block, const DkDvShared<Tile>& shared)
+      : maps_(maps), p_(p), block_(block), shared_(shared) {}
+
+  FUSED_ATTN_DEVICE void load() const {
+    const RaggedRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
+    device::barrier_expect(shared_.kv_full(), 2 * Tile::KvTile::kBytes);
+    load_panels<typename Tile::KvTile, Keep::kBriefly>(shared_.k(), maps_.k, shared_.kv_full(),
+                                                       keys, block_.key_begin);
+    load_panels<typename Tile::KvTile, Keep::kBriefly>(shared_.v(), maps_.v, shared_.kv_full(),
+                                                       keys, block_.key_begin);
+    Ring<Tile::kStages> ring;
+    FUSED_ATTN_KEEP_LOOP
+    for (int g = 0; g < p_.group; ++g) {
+      FUSED_ATTN_KEEP_LOOP
+      for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
+        load_queries(block_.head_kv * p_.group + g, tile, ring);
+        ring.advance();
+      }
+    }
+  }
+
+ private:
+  FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Tile::kStages>& ring) const {
+    const RaggedRows queries = query_rows(p_, block_.sequence, head);
+    const int row = tile * Tile::kBlockM, stage = ring.stage;
+    const int64_t statistics =
+        int64_t{head} * p_.padded_rows + statistics_start(p_, block_.sequence) + row;
+    const uint32_t bytes = Tile::QTile::kBytes + Tile::kStatisticsBytes;
+    device::barrier_wait(shared_.q_empty(stage), ring.phase ^ 1);
+    device::barrier_expect(shared_.q_full(stage), bytes);
+    load_panels<typename Tile::QTile, Keep::kLong>(shared_.q(stage), maps_.q, shared_.q_full(stage),
+                                                   queries, row);
+    device::load_bulk(shared_.lse(stage), p_.lse2 + statistics, Tile::kStatisticsBytes,
+                      shared_.q_full(stage));
+    device::barrier_wait(shared_.dout_empty(stage), ring.phase ^ 1);
+    device::barrier_expect(shared_.dout_full(stage), bytes);
+    load_panels<typename Tile::QTile, Keep::kLong>(shared_.dout(stage), maps_.dout,
+                                                   shared_.dout_full(stage), queries, row);
+    device::load_bulk(shared_.delta(stage), p_.delta + statistics, Tile::kStatisticsBytes,
+                      shared_.dout_full(stage));
+  }
+
+  const DkDvMaps& maps_;
+  const BackwardProblem& p_;
+  const KeyBlock<Tile>& block_;
+  const DkDvShared<Tile>& shared_;
+};
+
+template <class Tile, bool kGeneral>
+class DkDvConsumer {
+ public:
+  FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
+                                 const KeyBlock<Tile>& block, const DkDvShared<Tile>& shared,
+                                 int group)
+      : maps_(maps),
+        p_(p),
+        block_(block),
+        shared_(shared),
+        group_(group),
+        row_(Tile::kSplit ? 0 : group * 64),
+        thread_(device::thread_index() % device::kWarpgroupThreads),
+        fragment_(thread_),
+        multiplier_(kGeneral ? 1.0f : p.scale * kLog2E) {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] = 0.0f;
+    if constexpr (!Tile::kSplit) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < Tile::kHeadDim / 2; ++i) dv_[i] = 0.0f;
+    }
+    FUSED_ATTN_UNROLL_LOOP
+    for (int row = 0; row < 2; ++row) seen_[row] = is_seen(key() + 8 * row);
+  }
+
+  FUSED_ATTN_DEVICE void run() {
+    device::barrier_wait(shared_.kv_full(), 0);
+    // Padding anywhere in the block: every tile needs masks.
+    const bool padded = p_.key_padding != nullptr;
+    FUSED_ATTN_KEEP_LOOP
+    for (int g = 0; g < p_.group; ++g) {
+      head_ = block_.head_kv * p_.group + g;
+      FUSED_ATTN_KEEP_LOOP
+      for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
+        if (!kGeneral && !padded && block_.tiles.plain(tile)) {
+          step<false>(tile);
+        } else {
+          step<true>(tile);
+        }
+        ring_.advance();
+      }
+    }
+    finish();
+  }
+
+ private:
+  static constexpr int kBlockM = Tile::kBlockM;
+  using QTile = typename Tile::QTile;
+  using KvTile = typename Tile::KvTile;
+  using RowProduct = device::Mma<typename Tile::Element, kBlockM, false, false>;
+  using GradientProduct = device::Mma<typename Tile::Element, Tile::kHeadDim, false, true>;
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step(int tile) {
+    if constexpr (Tile::kSplit) {
+      if (group_ == 0) {
+        step_dv<kMasked>(tile);
+      } else {
+        step_dk<kMasked>(tile);
+      }
+    } else {
+      step_both<kMasked>(tile);
+    }
+  }
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step_both(int tile) {
+    const int stage = ring_.stage;
+    const ScoreAt<true> at = place(tile);
+    Slope<kGeneral ? kBlockM / 2 : 1> slope;
+    issue_scores();
+    issue_dp();
+    device::mma_wait<1>();
+    device::pin(scores_);
+    recompute<kMasked>(at, slope);
+    pack_probabilities();
+    device::mma_wait<0>();
+    device::pin(dp_);
+    issue_gradient(dv_, probabilities_, shared_.dout(stage));
+    differentiate<kMasked>(slope);
+    issue_gradient(dk_, packed_, shared_.q(stage));
+    device::mma_wait<0>();
+    device::pin(dv_);
+    device::pin(dk_);
+    device::pin(probabilities_);
+    device::pin(packed_);
+    // One thread arrives for all: a product that all took part in tells that the others have read
+    // the statistics, too.
+    release(shared_.dout_empty(stage));
+    release(shared_.q_empty(stage));
+  }
+
+  // The accumulator is called dk_ in both warpgroups: this one's is dv.
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step_dv(int tile) {
+    const int stage = ring_.stage;
+    const ScoreAt<true> at = place(tile);
+    NoSlope unwanted;
+    issue_scores();
+    device::mma_wait<0>();
+    device::pin(scores_);
+    recompute<kMasked>(at, unwanted);
+    pack_probabilities();
+    device::barrier_wait(shared_.dout_full(stage), ring_.phase);
+    issue_gradient(dk_, probabilities_, shared_.dout(stage));
+    device::mma_wait<0>();
+    device::pin(dk_);
+    device::pin(probabilities_);
+    release(shared_.q_empty(stage));
+    release(shared_.dout_empty(stage));
+  }
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step_dk(int tile) {
+    const int stage = ring_.stage;
+    const ScoreAt<true> at = place(tile);
+    Slope<kGeneral ? kBlockM / 2 : 1> slope;
+    issue_scores();
+    issue_dp();
+    device::mma_wait<1>();
+    device::pin(scores_);
+    recompute<kMasked>(at, slope);
+    device::mma_wait<0>();
+    device::pin(dp_);
+    differentiate<kMasked>(slope);
+    issue_gradient(dk_, packed_, shared_.q(stage));
+    device::mma_wait<0>();
+    device::pin(dk_);
+    device::pin(packed_);
+    release(shared_.dout_empty(stage));
+    release(shared_.q_empty(stage));
+  }
+
+  FUSED_ATTN_DEVICE void issue_scores() {
+    device::barrier_wait(shared_.q_full(ring_.stage), ring_.phase);
+    issue_rows(scores_, shared_.k(), shared_.q(ring_.stage));
+  }
+  FUSED_ATTN_DEVICE void issue_dp() {
+    device::barrier_wait(shared_.dout_full(ring_.stage), ring_.phase);
+    issue_rows(dp_, shared_.v(), shared_.dout(ring_.stage));
+  }
+
+  // keys x rows^T: scores from k and q, dp from v and dout.
+  FUSED_ATTN_DEVICE void issue_rows(float (&to)[kBlockM / 2], SharedAddress keys,
+                                    SharedAddress rows) {
+    const uint64_t a = KvTile::by_rows(keys + row_ * kTileRowBytes);
+    const uint64_t b = QTile::by_rows(rows);
+    device::mma_fence();
+    FUSED_ATTN_UNROLL_LOOP
+    for (int k = 0; k < Tile::kHeadDim / 16; ++k) {
+      RowProduct::from_shared(to, a + KvTile::row_step(k), b + QTile::row_step(k), k != 0);
+    }
+    device::mma_commit();
+  }
+
+  // to += factors x rows: dv from p^T and dout, dk from ds^T and q.
+  FUSED_ATTN_DEVICE void issue_gradient(float (&to)[Tile::kHeadDim / 2],
+                                        uint32_t (&factors)[kBlockM / 4], SharedAddress rows) {
+    const uint64_t b = QTile::by_columns(rows);
+    device::pin(factors);
+    device::mma_fence();
+    FUSED_ATTN_UNROLL_LOOP
+    for (int s = 0; s < kBlockM / 16; ++s) {
+      GradientProduct::from_registers(to, factors[4 * s], factors[4 * s + 1], factors[4 * s + 2],
+                                      factors[4 * s + 3], b + QTile::column_step(s), true);
+    }
+    device::mma_commit();
+  }
+
+  // scores -> probabilities; what dropout drops is negative.
+  template <bool kMasked, class SlopeOf>
+  FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, SlopeOf& slope) {
+    if constexpr (kGeneral) {
+      modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence, slope);
+      hide_by_mask(scores_, p_, at, block_.band, block_.sequence);
+    }
+    if constexpr (kMasked) {
+      hide_by_band(scores_, at, block_.band);
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        if (!seen_[i >> 1 & 1]) scores_[i] = -device::infinity();
+      }
+    }
+    const SharedAddress lse = shared_.lse(ring_.stage);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 2; i += 4) {
+      const float lse2[2] = {statistic(lse, i), statistic(lse, i + 1)};
+      FUSED_ATTN_UNROLL_LOOP
+      for (int e = 0; e < 4; ++e) {
+        scores_[i + e] = probability(scores_[i + e], multiplier_, lse2[e & 1]);
+      }
+    }
+    if constexpr (kGeneral) {
+      if (p_.rng != nullptr) drop<true>(scores_, p_, at);
+    }
+  }
+
+  FUSED_ATTN_DEVICE void pack_probabilities() {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 4; ++i) {
+      probabilities_[i] = Tile::Element::pack(kept(scores_[2 * i]), kept(scores_[2 * i + 1]));
+    }
+  }
+  static FUSED_ATTN_DEVICE float kept(float p) { return kGeneral && p < 0.0f ? 0.0f : p; }
+
+  // probabilities -> ds, packed
+  template <bool kMasked, class SlopeOf>
+  FUSED_ATTN_DEVICE void differentiate(const SlopeOf& slope) {
+    const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
+    const SharedAddress delta = shared_.delta(ring_.stage);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 2; i += 4) {
+      const float of_query[2] = {statistic(delta, i), statistic(delta, i + 1)};
+      FUSED_ATTN_UNROLL_LOOP
+      for (int e = i; e < i + 4; ++e) {
+        scores_[e] = score_gradient<kMasked, kGeneral>(scores_[e], dp_[e], of_query[e & 1],
+                                                       keep_scale);
+      }
+    }
+    if constexpr (kGeneral) {
+      if (p_.softcap > 0.0f) {
+        FUSED_ATTN_UNROLL_LOOP
+        for (int i = 0; i < kBlockM / 2; ++i) scores_[i] *= slope.value[i];
+      }
+    }
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 4; ++i) {
+      packed_[i] = Tile::Element::pack(scores_[2 * i], scores_[2 * i + 1]);
+    }
+  }
+
+  // Of the query of register `i`.
+  FUSED_ATTN_DEVICE float statistic(SharedAddress row, int i) const {
+    return device::shared_load_float(row + 4 * (fragment_.column + ScoreAt<true>::along(i)));
+  }
+
+  FUSED_ATTN_DEVICE void finish() {
+    const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
+    if constexpr (Tile::kSplit) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] *= group_ == 0 ? keep_scale : p_.scale;
+      if (group_ == 0) {
+        store(dk_, maps_.dv, p_.dv, p_.dv_by_tile, p_.head_dim_v, shared_.v());
+      } else {
+        store(dk_, maps_.dk, p_.dk, p_.dk_by_tile, p_.head_dim, shared_.k());
+      }
+    } else {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < Tile::kHeadDim / 2; ++i) {
+        dv_[i] *= keep_scale;
+        dk_[i] *= p_.scale;
+      }
+      store(dv_, maps_.dv, p_.dv, p_.dv_by_tile, p_.head_dim_v, shared_.v());
+      store(dk_, maps_.dk, p_.dk, p_.dk_by_tile, p_.head_dim, shared_.k());
+    }
+  }
+
+  // Through the place of k or v in shared memory. Split, the other warpgroup reads k as well, so
+  // both must have read it for good.
+  FUSED_ATTN_DEVICE void store(const float (&x)[Tile::kHeadDim / 2], const TensorMap& map,
+                               const DeviceView& view, bool by_tile, int columns,
+                               SharedAddress tile) {
+    if (Tile::kSplit) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    if (view.data == nullptr) return;
+    const Sequence& s = block_.sequence;
+    // All keys, those that nobody sees too: their gradient is 0.
+    const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block_.head_kv, s.tensor_batch};
+    const int to_row = block_.key_begin + row_;
+    if (!by_tile) {
+      store_elements<typename Tile::Element>(x, view, rows, p_.rows_k, columns, to_row);
+      return;
+    }
+    fragment_to_tile<typename Tile::Element, KvTile>(x, tile, row_);
+    device::fence_async();
+    device::named_sync(1 + group_, device::kWarpgroupThreads);
+    if (thread_ == 0) store_panels<KvTile>(map, tile, row_, rows, to_row);
+  }
+
+  FUSED_ATTN_DEVICE bool is_seen(int key) const {
+    if (key >= block_.band.key_end()) return false;
+    return p_.key_padding == nullptr ||
+           p_.key_padding[block_.sequence.batch * p_.key_padding_stride[0] +
+                          key * p_.key_padding_stride[1]] != 0;
+  }
+  FUSED_ATTN_DEVICE ScoreAt<true> place(int tile) const {
+    return {block_.sequence.batch, head_, tile * kBlockM + fragment_.column, key()};
+  }
+  FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
+    if (thread_ == 0) device::barrier_arrive(empty);
+  }
+  FUSED_ATTN_DEVICE int key() const { return block_.key_begin + row_ + fragment_.row; }
+
+  static constexpr int kBothBarrier = 1 + Tile::kGroups;
+
+  const DkDvMaps& maps_;
+  const BackwardProblem& p_;
+  const KeyBlock<Tile>& block_;
+  const DkDvShared<Tile>& shared_;
+  int group_, row_, thread_, head_ = 0;
+  Fragment fragment_;
+  float multiplier_;
+  bool seen_[2];
+  Ring<Tile::kStages> ring_;
+  float scores_[kBlockM / 2], dp_[kBlockM / 2];
+  uint32_t probabilities_[kBlockM / 4], packed_[kBlockM / 4];
+  float dk_[Tile::kHeadDim / 2], dv_[Tile::kSplit ? 1 : Tile::kHeadDim / 2];
+};
+
+template <class Tile, bool kGeneral>
+FUSED_ATTN_KERNEL(Tile::kThreads)
+dkdv_kernel(FUSED_ATTN_GRID_CONSTANT DkDvMaps maps, FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
+  const DkDvShared<Tile> shared;
+  const KeyBlock<Tile> block(p, device::block_index());
+  if (block.empty()) return;
+  const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
+  if (device::thread_index() == 0) shared.init_barriers();
+  device::sync_block();
+  if (group == 0) {
+    device::lower_registers<Tile::kProducerRegisters>();
+    if (device::thread_index() == 0) DkDvProducer<Tile>(maps, p, block, shared).load();
+  } else {
+    device::raise_registers<Tile::kConsumerRegisters>();
+    DkDvConsumer<Tile, kGeneral> consumer(maps, p, block, shared, group - 1);
+    consumer.run();
+  }
+}
+
+}  // namespace fused_attn::attention

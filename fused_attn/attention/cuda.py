@@ -1,0 +1,112 @@
+"""CUDA C++ kernels for NVIDIA GPUs of compute capability 9.0 (`csrc/attention/cuda*`)."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from .. import cuda_runtime
+from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options
+
+NAME = "cuda"
+
+MAX_HEAD_DIM = 256
+MAX_PADDED_KEYS = 32 * 1024  # of which the kernels keep a bit each
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_not(problem: AttentionProblem) -> list[str]:
+    reasons = cuda_runtime.why_not(problem.device)
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"has no kernels for {problem.dtype}")
+    for name in ("head_dim", "head_dim_v"):
+        size = getattr(problem, name)
+        if size > MAX_HEAD_DIM:
+            reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
+    if problem.weights != NO_WEIGHTS:
+        reasons.append("has no kernels for attention weights")
+    if "key_padding_mask" in problem.operands and problem.seqlen_k > MAX_PADDED_KEYS:
+        reasons.append(
+            f"serves key_padding_mask up to {MAX_PADDED_KEYS} keys, got {problem.seqlen_k}; "
+            "key_lengths have no limit"
+        )
+    return reasons
+
+
+def only_by_name() -> bool:
+    """The emulator is for tests."""
+    return cuda_runtime.emulated()
+
+
+def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
+    if operands.cu_seqlens_q is not None or operands.k.shape[2] == 0:
+        # Rows that belong to no sequence, or see no key: the kernels do not visit them all.
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+    if operands.q.numel() == 0 or operands.k.shape[2] == 0:
+        return
+    with _on(out.device):
+        cuda_runtime.module().attention_forward_cuda(
+            *_readable(operands), out, lse, *options, cuda_runtime.stream(out.device)
+        )
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    assert dweights is None, "why_not refuses weights"
+    gradients = (dq, dk, dv)
+    empty = operands.q.numel() == 0 or operands.k.shape[2] == 0
+    if operands.cu_seqlens_q is not None or empty:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+    if empty:
+        return
+    workspace = torch.empty(_workspace(operands), dtype=torch.float32, device=out.device)
+    with _on(out.device):
+        cuda_runtime.module().attention_backward_cuda(
+            *_readable(operands),
+            *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
+            *(*gradients, dbias, workspace),
+            *options,
+            cuda_runtime.stream(out.device),
+        )
+
+
+def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
+    """q, k and v as the copy engine can read them, small vectors dense; the rest by strides."""
+    first_vector = Operands._fields.index("key_lengths")
+    vectors = [None if x is None else x.contiguous() for x in operands[first_vector:]]
+    tiles = [cuda_runtime.for_tiles(x) for x in operands[:3]]
+    return (*tiles, *operands[3:first_vector], *vectors)
+
+
+def _workspace(operands: Operands) -> int:
+    """Numbers that the backward wants for its row statistics: two a head and query, in tiles."""
+    tile = 64
+    _, num_heads, rows, _ = operands.q.shape
+    if operands.cu_seqlens_q is not None:
+        padded = (rows // tile + operands.cu_seqlens_q.shape[0]) * tile
+    else:
+        padded = operands.q.shape[0] * -(-rows // tile) * tile
+    return 2 * num_heads * padded
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
