@@ -2,6 +2,7 @@
 
 FUSED_ATTN_NATIVE=auto (default): build it where there is a C++ compiler, else install without it.
 FUSED_ATTN_NATIVE=on: no compiler is an error. FUSED_ATTN_NATIVE=off: install without it.
+FUSED_ATTN_CUDA=auto|on|off: the CUDA kernels, likewise. FUSED_ATTN_CUDA_ARCHS: what for (80;90a).
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
+        for option in ("FUSED_ATTN_CUDA", "FUSED_ATTN_CUDA_ARCHS"):
+            if option in os.environ:
+                configure.append(f"-D{option}={os.environ[option]}")
         ninja = shutil.which("ninja")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

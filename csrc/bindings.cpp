@@ -1,4 +1,7 @@
 #include "attention/bindings.h"
+#ifdef FUSED_ATTN_WITH_CUDA
+#include "attention/cuda_bindings.h"
+#endif
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,6 +26,12 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
+#ifdef FUSED_ATTN_WITH_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 #ifdef _OPENMP
 constexpr bool kOpenMP = true;
 #else
@@ -31,7 +40,7 @@ constexpr bool kOpenMP = false;
 
 py::dict build_info() {
   return py::dict(py::arg("version") = FUSED_ATTN_VERSION, py::arg("compiler") = kCompiler,
-                  py::arg("openmp") = kOpenMP, py::arg("cuda") = false);
+                  py::arg("openmp") = kOpenMP, py::arg("cuda") = kCuda);
 }
 
 double multiply_adds_of(const std::string& dtype, int64_t repeats) {
@@ -56,4 +65,7 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
+#ifdef FUSED_ATTN_WITH_CUDA
+  fused_attn::attention::bind_attention_cuda(m);
+#endif
 }

@@ -13,11 +13,6 @@
 namespace fused_attn::attention {
 namespace {
 
-// Modified scores need registers for their derivatives: half as many queries at a time.
-template <class Element, int kHeadDim, bool kGeneral>
-using DkDvTileOf =
-    DkDvTile<Element, kHeadDim, kGeneral && kHeadDim != 64 ? 32 : 64>;
-
 template <class Element>
 void launch_delta(const Params& p, const BackwardProblem& problem, device::Stream stream) {
   const int64_t tiles = (p.seqlen_q + kStatisticsTile - 1) / kStatisticsTile;
@@ -27,7 +22,7 @@ void launch_delta(const Params& p, const BackwardProblem& problem, device::Strea
   device::launch(&delta_kernel<Element>, shape, stream, problem);
 }
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 void launch_dq(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream) {
   DqMaps maps;
   maps.q = query_map(p, p.q, p.head_dim, Tile::kBlockM);
@@ -38,10 +33,10 @@ void launch_dq(const BackwardParams& p, const BackwardProblem& problem, device::
   const int64_t row_blocks = (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
   const device::LaunchShape shape{"attention_backward (dq)", row_blocks * p.num_heads * p.batch,
                                   Tile::kThreads, Tile::kSharedBytes, Tile::kLaunchRegisters};
-  device::launch(&dq_kernel<Tile, kGeneral>, shape, stream, maps, problem);
+  device::launch(&dq_kernel<Tile>, shape, stream, maps, problem);
 }
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 void launch_dkdv(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream) {
   DkDvMaps maps;
   maps.q = query_map(p, p.q, p.head_dim, Tile::kBlockM);
@@ -56,7 +51,7 @@ void launch_dkdv(const BackwardParams& p, const BackwardProblem& problem, device
   const device::LaunchShape shape{"attention_backward (dk, dv)",
                                   key_blocks * p.num_heads_kv * p.batch, Tile::kThreads,
                                   Tile::kSharedBytes, Tile::kLaunchRegisters};
-  device::launch(&dkdv_kernel<Tile, kGeneral>, shape, stream, maps, problem);
+  device::launch(&dkdv_kernel<Tile>, shape, stream, maps, problem);
 }
 
 template <class Element, int kHeadDim, bool kGeneral>
@@ -64,10 +59,10 @@ void backward_of(const BackwardParams& p, const BackwardProblem& problem, device
   const bool queries = p.batch * p.seqlen_q > 0, keys = p.batch * p.seqlen_k > 0;
   if (queries) launch_delta<Element>(p, problem, stream);
   if (queries && (p.dq.data != nullptr || p.dbias.data != nullptr)) {
-    launch_dq<DqTile<Element, kHeadDim>, kGeneral>(p, problem, stream);
+    launch_dq<DqTile<Element, kHeadDim, kGeneral>>(p, problem, stream);
   }
   if (keys && (p.dk.data != nullptr || p.dv.data != nullptr)) {
-    launch_dkdv<DkDvTileOf<Element, kHeadDim, kGeneral>, kGeneral>(p, problem, stream);
+    launch_dkdv<DkDvTile<Element, kHeadDim, kGeneral>>(p, problem, stream);
   }
 }
 

@@ -177,7 +177,7 @@ struct Block {
   // engine writes zeros.)
   FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p, int tile) const {
     return (padding.present() && kind(tile) == TileKind::kMasked) ||
-           tile * Tile::kBlockN < band.key_begin() || masks_elements(p);
+           tile * Tile::kBlockN < band.key_begin() || (Tile::kGeneral && masks_elements(p));
   }
   // By band or padding.
   FUSED_ATTN_DEVICE bool hides_key(int key) const {
@@ -236,7 +236,8 @@ class TileCleaner {
  private:
   FUSED_ATTN_DEVICE void clean(SharedAddress tile, int first_key) const {
     // Only numbers that are none can be hidden by elements and hurt: there are hardly ever any.
-    const bool suspect = masks_elements(p_) && any_not_finite(tile, 0, Tile::kBlockN);
+    const bool suspect =
+        Tile::kGeneral && masks_elements(p_) && any_not_finite(tile, 0, Tile::kBlockN);
     FUSED_ATTN_KEEP_LOOP
     for (int row = 0; row < Tile::kBlockN; ++row) {
       const bool hidden = block_.hides_key(first_key + row) ||

@@ -10,15 +10,17 @@
 namespace fused_attn::attention {
 
 // Two consumer warpgroups. Up to head size 128 each holds 64 keys, with dk and dv in registers;
-// above it both hold the same 64 keys, one dv and the other dk.
-template <class Element_, int kHeadDim_, int kBlockM_>
+// above it both hold the same 64 keys, one dv and the other dk. Modified scores need registers for
+// their derivatives: fewer queries at a time.
+template <class Element_, int kHeadDim_, bool kGeneral_>
 struct DkDvTile {
   using Element = Element_;
+  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kSplit = kHeadDim > 128;
   static constexpr int kGroups = 2;
   static constexpr int kBlockN = kSplit ? 64 : 128;
-  static constexpr int kBlockM = kBlockM_;
+  static constexpr int kBlockM = !kGeneral ? 64 : kHeadDim > 192 ? 16 : 32;
   static constexpr int kStages = 2;
   static constexpr int kThreads = (kGroups + 1) * device::kWarpgroupThreads;
   static constexpr int kLaunchRegisters = 168;
@@ -162,7 +164,7 @@ class DkDvProducer {
   const DkDvShared<Tile>& shared_;
 };
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 class DkDvConsumer {
  public:
   FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
@@ -208,6 +210,7 @@ class DkDvConsumer {
   }
 
  private:
+  static constexpr bool kGeneral = Tile::kGeneral;
   static constexpr int kBlockM = Tile::kBlockM;
   using QTile = typename Tile::QTile;
   using KvTile = typename Tile::KvTile;
@@ -470,7 +473,7 @@ class DkDvConsumer {
   float dk_[Tile::kHeadDim / 2], dv_[Tile::kSplit ? 1 : Tile::kHeadDim / 2];
 };
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 FUSED_ATTN_KERNEL(Tile::kThreads)
 dkdv_kernel(FUSED_ATTN_GRID_CONSTANT DkDvMaps maps, FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
   const DkDvShared<Tile> shared;
@@ -484,7 +487,7 @@ dkdv_kernel(FUSED_ATTN_GRID_CONSTANT DkDvMaps maps, FUSED_ATTN_GRID_CONSTANT Bac
     if (device::thread_index() == 0) DkDvProducer<Tile>(maps, p, block, shared).load();
   } else {
     device::raise_registers<Tile::kConsumerRegisters>();
-    DkDvConsumer<Tile, kGeneral> consumer(maps, p, block, shared, group - 1);
+    DkDvConsumer<Tile> consumer(maps, p, block, shared, group - 1);
     consumer.run();
   }
 }

@@ -6,18 +6,20 @@
 
 namespace fused_attn::attention {
 
-template <class Element_, int kHeadDim_>
+// Modified scores need registers for their derivatives: half as many keys with large heads.
+template <class Element_, int kHeadDim_, bool kGeneral_>
 struct DqTile {
   using Element = Element_;
+  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kGroups = 2;
   static constexpr int kBlockM = kGroups * 64;
-  static constexpr int kBlockN = 64;
+  static constexpr int kBlockN = kGeneral && kHeadDim > 96 ? 32 : 64;
   static constexpr int kStages = kHeadDim > 192 ? 1 : 2;
   static constexpr int kThreads = (kGroups + 1) * device::kWarpgroupThreads;
   static constexpr int kLaunchRegisters = 168;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kGeneral ? 56 : 40;
+  static constexpr int kConsumerRegisters = kGeneral ? 224 : 232;
   static constexpr int kMaxPaddedKeys = 32 * 1024;
 
   using QTile = SharedTile<kBlockM, kHeadDim>;
@@ -126,7 +128,7 @@ class DqProducer {
   const DqShared<Tile>& shared_;
 };
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 class DqConsumer {
  public:
   FUSED_ATTN_DEVICE DqConsumer(const DqMaps& maps, const BackwardProblem& p,
@@ -167,6 +169,7 @@ class DqConsumer {
   }
 
  private:
+  static constexpr bool kGeneral = Tile::kGeneral;
   static constexpr int kBlockN = Tile::kBlockN;
   using QTile = typename Tile::QTile;
   using KvTile = typename Tile::KvTile;
@@ -301,7 +304,7 @@ class DqConsumer {
   float dq_[Tile::kHeadDim / 2];
 };
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 FUSED_ATTN_KERNEL(Tile::kThreads)
 dq_kernel(FUSED_ATTN_GRID_CONSTANT DqMaps maps, FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
   const DqShared<Tile> shared;
@@ -319,7 +322,7 @@ dq_kernel(FUSED_ATTN_GRID_CONSTANT DqMaps maps, FUSED_ATTN_GRID_CONSTANT Backwar
     if (warp == 1) producer.clean();
   } else {
     device::raise_registers<Tile::kConsumerRegisters>();
-    DqConsumer<Tile, kGeneral> consumer(maps, p, block, shared, group - 1);
+    DqConsumer<Tile> consumer(maps, p, block, shared, group - 1);
     consumer.run();
   }
 }

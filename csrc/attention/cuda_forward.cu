@@ -10,20 +10,22 @@
 namespace fused_attn::attention {
 namespace {
 
-template <class Element, int kHeadDim>
+// 64: three warpgroups fill the matrix unit while others take exponentials; with more to do for each
+// score they would not have the registers. 192 and 256: one warpgroup's products take long enough.
+template <class Element, int kHeadDim, bool kGeneral>
 struct ForwardTileOf;
-template <class Element>
-struct ForwardTileOf<Element, 64> : ForwardTile<Element, 64, 3, 128, true> {};
-template <class Element>
-struct ForwardTileOf<Element, 96> : ForwardTile<Element, 96, 2, 128, true> {};
-template <class Element>
-struct ForwardTileOf<Element, 128> : ForwardTile<Element, 128, 2, 128, true> {};
-template <class Element>
-struct ForwardTileOf<Element, 192> : ForwardTile<Element, 192, 2, 96, false> {};
-template <class Element>
-struct ForwardTileOf<Element, 256> : ForwardTile<Element, 256, 2, 64, false> {};
+template <class E, bool kGeneral>
+struct ForwardTileOf<E, 64, kGeneral> : ForwardTile<E, 64, kGeneral ? 2 : 3, 128, true, kGeneral> {};
+template <class E, bool kGeneral>
+struct ForwardTileOf<E, 96, kGeneral> : ForwardTile<E, 96, 2, 128, true, kGeneral> {};
+template <class E, bool kGeneral>
+struct ForwardTileOf<E, 128, kGeneral> : ForwardTile<E, 128, 2, 128, true, kGeneral> {};
+template <class E, bool kGeneral>
+struct ForwardTileOf<E, 192, kGeneral> : ForwardTile<E, 192, 2, 96, false, kGeneral> {};
+template <class E, bool kGeneral>
+struct ForwardTileOf<E, 256, kGeneral> : ForwardTile<E, 256, 2, 64, false, kGeneral> {};
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 void launch_forward(const Params& p, const DeviceProblem& problem, device::Stream stream) {
   ForwardMaps maps;
   maps.q = query_map(p, p.q, p.head_dim, Tile::kBlockM);
@@ -33,16 +35,15 @@ void launch_forward(const Params& p, const DeviceProblem& problem, device::Strea
   const int64_t row_blocks = (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
   const device::LaunchShape shape{"attention_forward", row_blocks * p.num_heads * p.batch,
                                   Tile::kThreads, Tile::kSharedBytes, Tile::kLaunchRegisters};
-  device::launch(&forward_kernel<Tile, kGeneral>, shape, stream, maps, problem);
+  device::launch(&forward_kernel<Tile>, shape, stream, maps, problem);
 }
 
 template <class Element, int kHeadDim>
 void forward_of(const Params& p, const DeviceProblem& problem, device::Stream stream) {
-  using Tile = ForwardTileOf<Element, kHeadDim>;
   if (problem.general) {
-    launch_forward<Tile, true>(p, problem, stream);
+    launch_forward<ForwardTileOf<Element, kHeadDim, true>>(p, problem, stream);
   } else {
-    launch_forward<Tile, false>(p, problem, stream);
+    launch_forward<ForwardTileOf<Element, kHeadDim, false>>(p, problem, stream);
   }
 }
 

@@ -68,9 +68,9 @@ class ForwardProducer {
   const SharedMap<Tile>& shared_;
 };
 
-// 64 queries. `kGeneral`: scores are modified, masked by element or dropped; these kernels keep
-// one product in flight at a time, which leaves registers for the rest.
-template <class Tile, bool kGeneral>
+// 64 queries. General kernels keep one product in flight at a time, which leaves registers for what
+// else they do.
+template <class Tile>
 class ForwardConsumer {
  public:
   FUSED_ATTN_DEVICE ForwardConsumer(const ForwardMaps& maps, const DeviceProblem& p,
@@ -99,6 +99,7 @@ class ForwardConsumer {
   }
 
  private:
+  static constexpr bool kGeneral = Tile::kGeneral;
   static constexpr int kBlockN = Tile::kBlockN;
   using QTile = typename Tile::QTile;
   using KvTile = typename Tile::KvTile;
@@ -308,7 +309,7 @@ class ForwardConsumer {
   float out_[Tile::kHeadDim / 2];
 };
 
-template <class Tile, bool kGeneral>
+template <class Tile>
 FUSED_ATTN_KERNEL(Tile::kThreads)
 forward_kernel(FUSED_ATTN_GRID_CONSTANT ForwardMaps maps,
                FUSED_ATTN_GRID_CONSTANT DeviceProblem p) {
@@ -328,7 +329,7 @@ forward_kernel(FUSED_ATTN_GRID_CONSTANT ForwardMaps maps,
     if (warp == 1) producer.clean();
   } else {
     device::raise_registers<Tile::kConsumerRegisters>();
-    ForwardConsumer<Tile, kGeneral> consumer(maps, p, block, shared, group - 1);
+    ForwardConsumer<Tile> consumer(maps, p, block, shared, group - 1);
     consumer.run();
   }
 }

@@ -52,9 +52,12 @@ struct Fragment {
 };
 
 // The forward's tiles: kGroups consumer warpgroups of 64 queries each, kBlockN keys a step.
-template <class Element_, int kHeadDim_, int kGroups_, int kBlockN_, bool kPingPong_>
+// `kGeneral`: scores are modified, masked by element or dropped.
+template <class Element_, int kHeadDim_, int kGroups_, int kBlockN_, bool kPingPong_,
+          bool kGeneral_>
 struct ForwardTile {
   using Element = Element_;
+  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kGroups = kGroups_;
   static constexpr int kBlockM = kGroups * 64;
@@ -65,8 +68,8 @@ struct ForwardTile {
   // Of 64 Ki registers a block, what ptxas gives each thread at launch, and what setmaxnreg makes
   // of it: the producer needs few, the consumers hold the accumulators.
   static constexpr int kLaunchRegisters = kGroups == 3 ? 128 : 168;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kGeneral ? 56 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kGeneral ? 224 : 232;
 
   using QTile = SharedTile<kBlockM, kHeadDim>;
   using KvTile = SharedTile<kBlockN, kHeadDim>;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-COLUMNS = (32, 64, 80, 96, 128, 192, 256)
+COLUMNS = (16, 32, 64, 80, 96, 128, 192, 256)
 ELEMENTS = {"BFloat16": "bf16", "Float16": "f16"}
 
 

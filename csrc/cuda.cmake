@@ -1,0 +1,71 @@
+# The CUDA kernels as part of a module. FUSED_ATTN_CUDA: auto (where there is a compiler), on, off.
+# FUSED_ATTN_CUDA_ARCHS: what to compile for, e.g. "80;90a": 90a are the Hopper kernels, numbers
+# without a letter the plain ones.
+set(FUSED_ATTN_CUDA auto CACHE STRING "Build the CUDA kernels: auto, on or off")
+set(FUSED_ATTN_CUDA_ARCHS "80;90a" CACHE STRING "Architectures of the CUDA kernels")
+set(_fused_attn_oldest_nvcc 12.3)  # the first whose ptxas knows all that the kernels use
+
+function(fused_attn_find_cuda result)
+  set(${result} OFF PARENT_SCOPE)
+  if(FUSED_ATTN_CUDA STREQUAL "off")
+    return()
+  endif()
+  include(CheckLanguage)
+  # Architectures are given by hand: CMake's own notion does not know 90a everywhere.
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+  check_language(CUDA)
+  set(problem "")
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(problem "no CUDA compiler (nvcc) was found")
+  else()
+    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE text)
+    string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${text}")
+    if(CMAKE_MATCH_1 VERSION_LESS _fused_attn_oldest_nvcc)
+      set(problem "nvcc ${CMAKE_MATCH_1} is older than ${_fused_attn_oldest_nvcc}")
+    endif()
+  endif()
+  if(problem STREQUAL "")
+    set(${result} ON PARENT_SCOPE)
+  elseif(FUSED_ATTN_CUDA STREQUAL "on")
+    message(FATAL_ERROR "FUSED_ATTN_CUDA=on, but ${problem}")
+  else()
+    message(STATUS "Building without CUDA kernels: ${problem}")
+  endif()
+endfunction()
+
+function(fused_attn_add_cuda target)
+  set(wrappers ${CMAKE_CURRENT_BINARY_DIR}/generated/wgmma_wrappers.h)
+  set(generator ${PROJECT_SOURCE_DIR}/csrc/common/device/generate_wgmma.py)
+  add_custom_command(OUTPUT ${wrappers}
+    COMMAND ${CMAKE_COMMAND} -E make_directory ${CMAKE_CURRENT_BINARY_DIR}/generated
+    COMMAND ${Python_EXECUTABLE} ${generator} ${wrappers}
+    DEPENDS ${generator} VERBATIM)
+  find_package(CUDAToolkit REQUIRED)
+
+  set(hopper ${FUSED_ATTN_CUDA_ARCHS})
+  list(FILTER hopper INCLUDE REGEX "a$")
+  set(object ${target}_cuda)
+  add_library(${object} OBJECT
+    csrc/attention/cuda_forward.cu csrc/attention/cuda_backward.cu csrc/attention/cuda_host.cu
+    ${wrappers})
+  target_include_directories(${object} PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/generated)
+  target_compile_features(${object} PRIVATE cuda_std_17)
+  foreach(arch IN LISTS hopper)
+    target_compile_options(${object} PRIVATE "SHELL:-gencode=arch=compute_${arch},code=sm_${arch}")
+  endforeach()
+  target_compile_options(${object} PRIVATE -O3 --use_fast_math
+    "SHELL:-Xptxas -v,-warn-spills,-warn-lmem-usage" "SHELL:-Xfatbin -compress-all")
+  # Spills and serialised matrix products are errors.
+  set_target_properties(${object} PROPERTIES
+    CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/csrc/check_ptxas.py"
+    POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
+
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>
+    csrc/attention/cuda_bindings.cpp
+    csrc/common/device/launch_cuda.cpp)
+  target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_CUDA)
+  # The runtime is linked in; the driver is asked for its functions at run time.
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+  target_include_directories(${target} PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+  set_target_properties(${target} PROPERTIES LINKER_LANGUAGE CXX)
+endfunction()
