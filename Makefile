@@ -6,10 +6,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALLED := $(VENV)/installed
+EMULATOR := $(VENV)/emulator
 
 .PHONY: test demo style format gates sanitize venv clean
 
-test: style
+test: style $(EMULATOR)
 	python -m pytest -n 2
 
 demo: $(INSTALLED)
@@ -34,7 +35,7 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: $(INSTALLED)
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSED_ATTN_VERSION=sanitized \
-	  -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
+	  -DFUSED_ATTN_CUDA=off -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
 	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
 	cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site
@@ -55,6 +56,11 @@ $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
 	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,demo]'
+	touch $@
+
+# The GPU kernels on an emulated device, which the tests take from the build folder.
+$(EMULATOR): $(INSTALLED)
+	for folder in build/cmake-*; do cmake --build $$folder --target _emulator || exit 1; done
 	touch $@
 
 clean:

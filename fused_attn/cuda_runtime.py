@@ -76,7 +76,9 @@ def for_tiles(tensor: Tensor) -> Tensor:
     if (
         tensor.data_ptr() % 16 == 0
         and (strides[-1] == 1 or sizes[-1] == 1)
-        and all(s % 8 == 0 and s > 0 for s, n in zip(strides[:-1], sizes[:-1], strict=True) if n > 1)
+        and all(
+            s % 8 == 0 and s > 0 for s, n in zip(strides[:-1], sizes[:-1], strict=True) if n > 1
+        )
     ):
         return tensor
     padded = torch.empty(

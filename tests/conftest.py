@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,12 @@ import torch
 # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The CUDA kernels likewise on an emulated device, where `make test` has built it.
+ROOT = Path(__file__).parents[1]
+EMULATORS = sorted(ROOT.glob(f"build/cmake-{sys.implementation.cache_tag}-*/csrc/emulator/*.so"))
+if EMULATORS and not torch.cuda.is_available():
+    os.environ.setdefault("FUSED_ATTN_EMULATOR", str(EMULATORS[0]))
 
 import fused_attn
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS

@@ -100,8 +100,8 @@ inline void read_operands(Arguments& args, Params& p) {
 }
 
 // The values are the user's data, and a kernel that believed wrong ones would leave the tensors.
-inline void check_sequences(const char* name, const int32_t* cu_seqlens, int64_t batch, int64_t rows,
-                     int64_t max_seqlen) {
+inline void check_sequences(const char* name, const int32_t* cu_seqlens, int64_t batch,
+                            int64_t rows, int64_t max_seqlen) {
   if (batch >= 0 && cu_seqlens[0] != 0) {
     fail_check(name, "start at 0", std::to_string(cu_seqlens[0]));
   }
@@ -124,7 +124,8 @@ inline void read_scalars(Arguments& args, Params& p) {
   p.rows_q = p.seqlen_q;
   p.rows_k = p.seqlen_k;
   if (p.cu_seqlens_q != nullptr) {
-    if (args.device() == DeviceType::kCPU) {  // a GPU's kernels stay inside the tensors by themselves
+    if (args.device() ==
+        DeviceType::kCPU) {  // a GPU's kernels stay inside the tensors by themselves
       check_sequences("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.seqlen_q, max_seqlen_q);
       check_sequences("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.seqlen_k, max_seqlen_k);
     }

@@ -1,10 +1,9 @@
 // Launches the kernels of the attention backward: delta, then dq, dk and dv.
-#include "attention/cuda_backward.h"
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "attention/cuda.h"
+#include "attention/cuda_backward.h"
 #include "attention/cuda_delta.h"
 #include "attention/cuda_dkdv.h"
 #include "attention/cuda_dq.h"
@@ -29,7 +28,8 @@ void launch_dq(const BackwardParams& p, const BackwardProblem& problem, device::
   maps.k = key_map(p, p.k, p.head_dim, Tile::kBlockN);
   maps.v = key_map(p, p.v, p.head_dim_v, Tile::kBlockN);
   maps.dout = query_map(p, p.dout, p.head_dim_v, Tile::kBlockM);
-  maps.dq = problem.dq_by_tile && p.dq.data != nullptr ? query_map(p, p.dq, p.head_dim, 64) : maps.q;
+  maps.dq =
+      problem.dq_by_tile && p.dq.data != nullptr ? query_map(p, p.dq, p.head_dim, 64) : maps.q;
   const int64_t row_blocks = (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
   const device::LaunchShape shape{"attention_backward (dq)", row_blocks * p.num_heads * p.batch,
                                   Tile::kThreads, Tile::kSharedBytes, Tile::kLaunchRegisters};

@@ -59,10 +59,9 @@ FUSED_ATTN_DEVICE void fragment_to_tile(const float (&x)[kCount], SharedAddress 
   const int lane = thread % device::kWarpThreads, warp = thread / device::kWarpThreads;
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; i += 8) {
-    device::store_matrices(
-        Tile::chunk(tile, row + warp * 16 + lane % 16, 2 * i + lane / 16 * 8),
-        Element::pack(x[i], x[i + 1]), Element::pack(x[i + 2], x[i + 3]),
-        Element::pack(x[i + 4], x[i + 5]), Element::pack(x[i + 6], x[i + 7]));
+    device::store_matrices(Tile::chunk(tile, row + warp * 16 + lane % 16, 2 * i + lane / 16 * 8),
+                           Element::pack(x[i], x[i + 1]), Element::pack(x[i + 2], x[i + 3]),
+                           Element::pack(x[i + 4], x[i + 5]), Element::pack(x[i + 6], x[i + 7]));
   }
 }
 
@@ -77,8 +76,7 @@ FUSED_ATTN_DEVICE void store_elements(const float (&x)[kCount], const DeviceView
   for (int i = 0; i < kCount; i += 2) {
     const int r = row + fragment.row + (i & 2) * 4, column = fragment.column + i / 4 * 8;
     if (r >= rows.length || rows.start + r >= rows_there) continue;
-    uint16_t* to = const_cast<uint16_t*>(
-        view.at<uint16_t>(rows.batch, rows.head, rows.start + r));
+    uint16_t* to = const_cast<uint16_t*>(view.at<uint16_t>(rows.batch, rows.head, rows.start + r));
     const uint32_t pair = Element::pack(x[i], x[i + 1]);
     if (column < columns) to[column * view.stride[3]] = static_cast<uint16_t>(pair);
     if (column + 1 < columns) to[(column + 1) * view.stride[3]] = static_cast<uint16_t>(pair >> 16);

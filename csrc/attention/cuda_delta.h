@@ -17,8 +17,8 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
   const int head = device::block_index() / blocks % p.num_heads;
   const Sequence sequence(p, device::block_index() / blocks / p.num_heads);
   const int lane = device::thread_index() % device::kWarpThreads;
-  const int row = device::block_index() % blocks * kDeltaRows +
-                  device::thread_index() / device::kWarpThreads;
+  const int row =
+      device::block_index() % blocks * kDeltaRows + device::thread_index() / device::kWarpThreads;
   // The tiles of a sequence end where those of the next one begin.
   if (row / kStatisticsTile * kStatisticsTile >= sequence.seqlen_q) return;
   float sum = 0.0f, lse = -device::infinity();

@@ -380,8 +380,8 @@ class DkDvConsumer {
       const float of_query[2] = {statistic(delta, i), statistic(delta, i + 1)};
       FUSED_ATTN_UNROLL_LOOP
       for (int e = i; e < i + 4; ++e) {
-        scores_[e] = score_gradient<kMasked, kGeneral>(scores_[e], dp_[e], of_query[e & 1],
-                                                       keep_scale);
+        scores_[e] =
+            score_gradient<kMasked, kGeneral>(scores_[e], dp_[e], of_query[e & 1], keep_scale);
       }
     }
     if constexpr (kGeneral) {

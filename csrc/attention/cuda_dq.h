@@ -147,7 +147,8 @@ class DqConsumer {
     for (int row = 0; row < 2; ++row) {
       const int i = query() + 8 * row;
       const bool there = i < block.sequence.seqlen_q;
-      const int64_t at = int64_t{block.head} * p.padded_rows + statistics_start(p, block.sequence) + i;
+      const int64_t at =
+          int64_t{block.head} * p.padded_rows + statistics_start(p, block.sequence) + i;
       lse2_[row] = there ? p.lse2[at] : device::infinity();
       delta_[row] = there ? p.delta[at] : 0.0f;
     }
@@ -251,8 +252,8 @@ class DqConsumer {
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kBlockN / 2; ++i) {
-      scores_[i] = score_gradient<kMasked, kGeneral>(scores_[i], dp_[i], delta_[i >> 1 & 1],
-                                                     keep_scale);
+      scores_[i] =
+          score_gradient<kMasked, kGeneral>(scores_[i], dp_[i], delta_[i >> 1 & 1], keep_scale);
     }
     if constexpr (kGeneral) {
       if (p_.dbias != nullptr) add_to_bias(scores_, p_, at, block_.band, block_.sequence);
@@ -273,8 +274,8 @@ class DqConsumer {
     for (int i = 0; i < Tile::kHeadDim / 2; ++i) dq_[i] *= p_.scale;
     const int row = block_.query_begin + group_ * 64;
     if (!p_.dq_by_tile) {
-      store_elements<typename Tile::Element>(dq_, p_.dq, query_rows(p_, block_.sequence, block_.head),
-                                             p_.rows_q, p_.head_dim, row);
+      store_elements<typename Tile::Element>(
+          dq_, p_.dq, query_rows(p_, block_.sequence, block_.head), p_.rows_q, p_.head_dim, row);
       return;
     }
     fragment_to_tile<typename Tile::Element, QTile>(dq_, shared_.q(), group_ * 64);

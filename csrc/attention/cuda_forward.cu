@@ -1,21 +1,22 @@
 // Chooses a forward kernel for a problem and launches it.
-#include "attention/cuda_forward.h"
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "attention/cuda.h"
+#include "attention/cuda_forward.h"
 #include "attention/cuda_host.h"
 
 namespace fused_attn::attention {
 namespace {
 
-// 64: three warpgroups fill the matrix unit while others take exponentials; with more to do for each
-// score they would not have the registers. 192 and 256: one warpgroup's products take long enough.
+// 64: three warpgroups fill the matrix unit while others take exponentials; with more to do for
+// each score they would not have the registers. 192 and 256: one warpgroup's products take long
+// enough.
 template <class Element, int kHeadDim, bool kGeneral>
 struct ForwardTileOf;
 template <class E, bool kGeneral>
-struct ForwardTileOf<E, 64, kGeneral> : ForwardTile<E, 64, kGeneral ? 2 : 3, 128, true, kGeneral> {};
+struct ForwardTileOf<E, 64, kGeneral> : ForwardTile<E, 64, kGeneral ? 2 : 3, 128, true, kGeneral> {
+};
 template <class E, bool kGeneral>
 struct ForwardTileOf<E, 96, kGeneral> : ForwardTile<E, 96, 2, 128, true, kGeneral> {};
 template <class E, bool kGeneral>

@@ -50,9 +50,9 @@ class ForwardProducer {
  private:
   FUSED_ATTN_DEVICE void load_q() const {
     device::barrier_expect(shared_.q_full(), Tile::QTile::kBytes);
-    load_panels<typename Tile::QTile, Keep::kBriefly>(
-        shared_.q(), maps_.q, shared_.q_full(), query_rows(p_, block_.sequence, block_.head),
-        block_.query_begin);
+    load_panels<typename Tile::QTile, Keep::kBriefly>(shared_.q(), maps_.q, shared_.q_full(),
+                                                      query_rows(p_, block_.sequence, block_.head),
+                                                      block_.query_begin);
   }
   FUSED_ATTN_DEVICE void load_kv(const TensorMap& map, SharedAddress to, SharedAddress barrier,
                                  int tile) const {
@@ -263,10 +263,9 @@ class ForwardConsumer {
     if (p_.out_by_tile) {
       store_out_tile();
     } else {
-      store_elements<typename Tile::Element>(out_, p_.out,
-                                             query_rows(p_, block_.sequence, block_.head),
-                                             p_.rows_q, p_.head_dim_v,
-                                             block_.query_begin + group_ * 64);
+      store_elements<typename Tile::Element>(
+          out_, p_.out, query_rows(p_, block_.sequence, block_.head), p_.rows_q, p_.head_dim_v,
+          block_.query_begin + group_ * 64);
     }
   }
 

@@ -1,6 +1,6 @@
-#include "attention/cuda_host.h"
-
 #include <algorithm>
+
+#include "attention/cuda_host.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -21,8 +21,7 @@ DeviceView device_view(const View4& view) {
 }
 
 bool can_map(const View4& view) {
-  return device::can_map(view.data, view.stride[0], view.stride[1], view.stride[2],
-                         view.stride[3]);
+  return device::can_map(view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]);
 }
 
 void set_dropout(const Params& p, DeviceProblem& d) {

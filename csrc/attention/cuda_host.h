@@ -19,7 +19,8 @@ int64_t statistics_rows(const Params& p);
 
 BackwardProblem backward_problem(const BackwardParams& p, const Statistics& statistics);
 
-// Ragged tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of `box_rows`.
+// Ragged tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of
+// `box_rows`.
 TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows);
 TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows);
 

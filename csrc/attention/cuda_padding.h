@@ -19,9 +19,8 @@ class PaddingBits {
                                 SharedAddress bits)
       : bits_(bits),
         stride_(p.key_padding_stride[1]),
-        row_(p.key_padding == nullptr
-                 ? nullptr
-                 : p.key_padding + sequence.batch * p.key_padding_stride[0]) {}
+        row_(p.key_padding == nullptr ? nullptr
+                                      : p.key_padding + sequence.batch * p.key_padding_stride[0]) {}
 
   FUSED_ATTN_DEVICE bool present() const { return row_ != nullptr; }
 

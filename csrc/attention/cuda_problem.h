@@ -31,10 +31,10 @@ struct DeviceProblem {
   bool aligned_right;
 
   float scale, softcap;
-  bool general;            // anything but causal, window, key lengths and padding
-  float keep_scale;        // 1 / (1 - dropout_p); 0 if nothing is kept
-  uint32_t keep_from;      // a random word is kept iff it is at least this
-  const int64_t* rng;      // {seed, offset}; null = no dropout
+  bool general;                 // anything but causal, window, key lengths and padding
+  float keep_scale;             // 1 / (1 - dropout_p); 0 if nothing is kept
+  uint32_t keep_from;           // a random word is kept iff it is at least this
+  const int64_t* rng;           // {seed, offset}; null = no dropout
   const int32_t* cu_seqlens_q;  // null = not packed
   const int32_t* cu_seqlens_k;
   const int64_t* key_lengths;

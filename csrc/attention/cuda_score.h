@@ -37,8 +37,8 @@ struct Slope {
   FUSED_ATTN_DEVICE void set(int i, float derivative) { value[i] = derivative; }
 };
 
-// -inf hides even a key whose score is no number; a finite bias, however large, stays finite when it
-// is multiplied by log2(e).
+// -inf hides even a key whose score is no number; a finite bias, however large, stays finite when
+// it is multiplied by log2(e).
 FUSED_ATTN_DEVICE float biased(float score, float bias) {
   constexpr float kLimit = 2.3e38f;
   if (bias == -device::infinity()) return bias;
@@ -51,7 +51,8 @@ FUSED_ATTN_DEVICE float biased(float score, float bias) {
 // the band lets see only: elsewhere there may be none.
 template <class Element, int kCount, class At, class SlopeOf>
 FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p, const At& at,
-                                     const Band& band, const Sequence& sequence, SlopeOf& slope_of) {
+                                     const Band& band, const Sequence& sequence,
+                                     SlopeOf& slope_of) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) s[i] *= p.scale;
   if (p.softcap > 0.0f) {

@@ -1,14 +1,12 @@
 // Tile sizes and the shared memory of the attention kernels, and how tiles lie there.
 //
-// A tile of R rows x D 16-bit columns is D / 64 panels (rounded up), each R rows of 128 bytes under the 128-byte
-// swizzle: what one tensor-map copy writes and what wgmma's descriptors read.
+// A tile of R rows x D 16-bit columns is D / 64 panels (rounded up), each R rows of 128 bytes under
+// the 128-byte swizzle: what one tensor-map copy writes and what wgmma's descriptors read.
 #pragma once
 
 #include "attention/cuda_visibility.h"
 
 namespace fused_attn::attention {
-
-
 
 template <int kRows, int kColumns>
 struct SharedTile {
@@ -20,8 +18,9 @@ struct SharedTile {
   // Bits of a shared-memory descriptor of wgmma (PTX ISA, "Matrix descriptor"): address, leading
   // and stride offsets in units of 16 bytes, 128-byte swizzle. 8 rows are 1024 bytes apart.
   static FUSED_ATTN_DEVICE uint64_t descriptor(SharedAddress tile, uint32_t leading) {
-    return static_cast<uint64_t>((tile & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-           static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
+    return static_cast<uint64_t>((tile & 0x3ffff) >> 4) |
+           static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
+           1ull << 62;
   }
   // Rows are M or N, columns are K: 16 columns a step.
   static FUSED_ATTN_DEVICE uint64_t by_rows(SharedAddress tile) { return descriptor(tile, 16); }

@@ -54,7 +54,8 @@ struct KeyTiles {
     const int last = query_end - 1;
     const int first_key = band.first(query_begin), end_key = band.end(last);
     begin = first_key / kBlockN;
-    end = end_key > first_key && query_end > query_begin ? (end_key + kBlockN - 1) / kBlockN : begin;
+    end =
+        end_key > first_key && query_end > query_begin ? (end_key + kBlockN - 1) / kBlockN : begin;
     plain_begin = (band.first(last) + kBlockN - 1) / kBlockN;
     plain_end = larger(band.end(query_begin), 0) / kBlockN;
   }
@@ -72,11 +73,12 @@ struct QueryTiles {
     const int last = smaller(key_end, band.key_end()) - 1;
     const int first_query = band.first_query(key_begin), end_query = band.end_query(last);
     begin = first_query / kBlockM;
-    end = last >= key_begin && end_query > first_query ? (end_query + kBlockM - 1) / kBlockM : begin;
+    end =
+        last >= key_begin && end_query > first_query ? (end_query + kBlockM - 1) / kBlockM : begin;
     // Queries past the end need no mask: their probabilities are 0.
     plain_begin = (band.first_query(key_end - 1) + kBlockM - 1) / kBlockM;
     const int plain_until = band.end_query(key_begin);
-    plain_end = key_end > band.key_end() ? 0
+    plain_end = key_end > band.key_end()         ? 0
                 : plain_until == band.seqlen_q() ? end
                                                  : plain_until / kBlockM;
   }

@@ -113,7 +113,8 @@ void Barriers::named(int id, int threads, bool blocking) {
   machine_.maybe_yield();
   Named& barrier = named_[id];
   barrier.knowledge.add(machine_.thread().phases_seen);
-  const int parity = machine_.meet(blocking ? "bar.sync" : "bar.arrive", [&](Warp& warp, int meeting) {
+  const int parity = machine_.meet(blocking ? "bar.sync" : "bar.arrive", [&](Warp& warp,
+                                                                             int meeting) {
     if (barrier.arrived != 0 && barrier.threads != threads) {
       machine_.fault("barrier %d is used for %d and for %d threads", id, barrier.threads, threads);
     }

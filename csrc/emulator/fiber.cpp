@@ -36,10 +36,11 @@ namespace fused_attn::emulator {
 
 void Fiber::prepare(void (*entry)()) {
   if (!stack_) stack_ = std::make_unique<char[]>(kStackBytes);
-  const auto top = reinterpret_cast<std::uintptr_t>(stack_.get() + kStackBytes) & ~std::uintptr_t{63};
+  const auto top =
+      reinterpret_cast<std::uintptr_t>(stack_.get() + kStackBytes) & ~std::uintptr_t{63};
   void** slot = reinterpret_cast<void**>(top);
-  *--slot = nullptr;                          // where `entry` would return to
-  *--slot = reinterpret_cast<void*>(entry);   // what the first switch returns to
+  *--slot = nullptr;                              // where `entry` would return to
+  *--slot = reinterpret_cast<void*>(entry);       // what the first switch returns to
   for (int i = 0; i < 6; ++i) *--slot = nullptr;  // the registers that it restores
   own_ = slot;
 }

@@ -39,11 +39,11 @@ struct Thread {
   int index = 0;
   bool done = false;
   Waiting waiting;
-  int registers = 0;                  // 0 = as launched
-  PhasesSeen phases_seen;             // of mbarriers that it waited for
-  std::vector<uint32_t> unfenced;     // chunks written, but not yet visible to the async proxy
-  CopyGroups copies;                  // bulk stores that it issued
-  MatrixQueue products;               // wgmma that it issued
+  int registers = 0;               // 0 = as launched
+  PhasesSeen phases_seen;          // of mbarriers that it waited for
+  std::vector<uint32_t> unfenced;  // chunks written, but not yet visible to the async proxy
+  CopyGroups copies;               // bulk stores that it issued
+  MatrixQueue products;            // wgmma that it issued
 };
 
 // The 32 threads of a warp meet for shuffles, votes and everything `.sync.aligned`.

@@ -82,8 +82,7 @@ void MatrixUnit::give_back(Machine& machine, Accumulator& accumulator, int threa
     uint32_t now;
     std::memcpy(&now, &registers[r], 4);
     touched = touched || now != kAway;
-    registers[r] =
-        accumulator.tile[tile_row(thread, r) * kMaxColumns + tile_column(thread, r)];
+    registers[r] = accumulator.tile[tile_row(thread, r) * kMaxColumns + tile_column(thread, r)];
   }
   if (touched) machine.fault("an accumulator was written while its product was in flight");
   accumulator.registers[thread] = nullptr;

@@ -24,7 +24,7 @@ struct MatrixQueue {
 };
 
 struct ProductShape {
-  int columns = 0;           // N of m64nNk16
+  int columns = 0;  // N of m64nNk16
   bool a_in_registers = false;
   bool a_transposed = false;  // the operand's rows run along k
   bool b_transposed = false;
@@ -51,7 +51,7 @@ class MatrixUnit {
   void wait(Machine& machine, int groups_left);
   void check_thread_exit(Machine& machine);
 
-  bool ready() const;           // a product that all threads issued can run
+  bool ready() const;  // a product that all threads issued can run
   void run_one(Machine& machine);
   bool reads(uint32_t first_chunk, uint32_t last_chunk) const;
   uint64_t executed() const { return executed_; }
@@ -73,7 +73,7 @@ class MatrixUnit {
     std::shared_ptr<Accumulator> accumulator;
     std::array<std::array<const uint32_t*, 4>, kThreads> a = {};
     std::array<std::array<uint32_t, 4>, kThreads> a_value = {};
-    PhasesSeen seen = {};  // the least of all threads
+    PhasesSeen seen = {};          // the least of all threads
     std::vector<uint32_t> chunks;  // of shared memory that it reads
   };
   Product& product(uint64_t index) { return *products_[index - first_]; }

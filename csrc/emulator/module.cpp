@@ -1,13 +1,18 @@
 // `_emulator`: the GPU kernels on the emulated device, for tests. It takes tensors on the CPU.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "attention/cuda_bindings.h"
 #include "common/tensor.h"
+#include "emulator/faults.h"
 #include "emulator/launch.h"
 
 PYBIND11_MODULE(_emulator, m) {
   m.doc() = "The CUDA kernels of fused_attn on an emulated device. For tests.";
   m.def("set_seed", &fused_attn::emulator::set_seed, "Schedule of the next launch.");
+  m.def("fault_names", &fused_attn::emulator::fault_names, "Mistakes that the emulator must find.");
+  m.def("run_fault", &fused_attn::emulator::run_fault, pybind11::arg("name"), pybind11::arg("seed"),
+        "What the emulator reports of a small kernel with this mistake in it.");
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention_cuda(m);
 }

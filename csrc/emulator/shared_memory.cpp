@@ -16,8 +16,8 @@ void SharedMemory::reset(uint32_t bytes, uint32_t base) {
 uint8_t* SharedMemory::bytes(uint32_t address, uint32_t count, const char* who) {
   static uint8_t scratch[64 * 1024];
   if (address < base_ || address - base_ + count > size_) {
-    machine_.fault("%s of %u bytes at shared offset %d leaves the %u bytes of the block", who, count,
-                   static_cast<int>(address - base_), size_);
+    machine_.fault("%s of %u bytes at shared offset %d leaves the %u bytes of the block", who,
+                   count, static_cast<int>(address - base_), size_);
     return scratch;
   }
   return memory_.data() + offset(address);

@@ -54,10 +54,10 @@ class SharedMemory {
 
  private:
   struct Chunk {
-    uint16_t written = 0;   // bit = byte
-    int16_t unfenced = 0;   // writing thread + 1, until it fences
-    int16_t barrier = -1;   // of the copy that wrote it
-    uint64_t phase = 0;     // complete phases that a reader must have waited for
+    uint16_t written = 0;  // bit = byte
+    int16_t unfenced = 0;  // writing thread + 1, until it fences
+    int16_t barrier = -1;  // of the copy that wrote it
+    uint64_t phase = 0;    // complete phases that a reader must have waited for
   };
   void check_alignment(uint32_t address, uint32_t count);
   void check_load(uint32_t address, uint32_t count);

@@ -18,8 +18,8 @@ struct MapRequest {
 };
 
 // What the copy engine asks of a tensor: 16-byte alignment of its start and of all its strides.
-inline bool can_map(const void* data, int64_t stride_batch, int64_t stride_head,
-                    int64_t stride_row, int64_t stride_column) {
+inline bool can_map(const void* data, int64_t stride_batch, int64_t stride_head, int64_t stride_row,
+                    int64_t stride_column) {
   const auto fits = [](int64_t stride) { return stride >= 0 && stride % 8 == 0; };
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(stride_batch) && fits(stride_head) &&
          fits(stride_row) && stride_column == 1;

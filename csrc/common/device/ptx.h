@@ -162,10 +162,10 @@ FUSED_ATTN_DEVICE void load_bulk(SharedAddress to, const void* from, uint32_t by
       : "memory");
 }
 FUSED_ATTN_DEVICE void add_bulk(float* to, SharedAddress from, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                   to),
-               "r"(from), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
 }
 FUSED_ATTN_DEVICE void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -1,0 +1,73 @@
+"""The judge of the CUDA kernels is judged: the emulated device must find every planted mistake.
+
+`csrc/emulator/faults.cpp` holds a small kernel and the mistakes; the real kernels run on the same
+machine in every test that takes the `cuda` backend.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_attn import attention, cuda_runtime
+
+pytestmark = pytest.mark.skipif(
+    not cuda_runtime.emulated(), reason="the emulator is not built (make test builds it)"
+)
+SCHEDULES = range(10)
+
+# What the report must say; which of several depends on the schedule.
+EXPECTED: dict[str, str | tuple[str, ...]] = {
+    "no full wait": "without a wait for full",
+    "wrong phase": ("deadlock", "nobody has written yet", "without a wait for full", "still read"),
+    "no release": "deadlock: warp 0 waits for mbarrier empty",
+    "early release": "while a matrix product may still read it",
+    "too few bytes": ("without a wait for full", "nobody has written yet", "still read"),
+    "too many bytes": "waits for mbarrier full",
+    "two arrivals": ("more than 1 arrivals", "deadlock"),
+    "no matrix fence": "without wgmma.fence",
+    "no matrix wait": "wrong result",
+    "accumulator touched": "accumulator was written while its product was in flight",
+    "operand touched": "register operand changed",
+    "no proxy fence": "without a proxy fence",
+    "no store wait": "thread ends while 1 bulk stores",
+    "misaligned tile": "not 1024-byte aligned",
+    "out of bounds": "leaves the",
+    "unwritten": "which nobody has written yet",
+    "unswizzled": "without the 128-byte swizzle",
+    "divergence": "diverged",
+    "barrier count": ("barrier 2 is used for", "waits for named barrier 2"),
+    "lonely barrier": "waits for named barrier 2",
+    "no barrier init": "no mbarrier was initialised",
+    "too many registers": "warps ask for",
+    "products left": "without waiting for its matrix products",
+}
+
+
+def test_the_right_kernel_is_found_right() -> None:
+    for seed in range(100):
+        assert cuda_runtime.module().run_fault("none", seed) == []
+
+
+def test_every_fault_has_its_expectation() -> None:
+    assert set(cuda_runtime.module().fault_names()) == {"none", *EXPECTED}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_planted_mistake_is_reported(name: str) -> None:
+    expected = EXPECTED[name]
+    texts = (expected,) if isinstance(expected, str) else expected
+    for seed in SCHEDULES:
+        report = "\n".join(cuda_runtime.module().run_fault(name, seed))
+        assert any(text in report for text in texts), f"schedule {seed} reports {report!r}"
+
+
+def test_the_order_of_threads_and_engines_changes_no_bit() -> None:
+    q, k, v = (torch.randn(1, 2, 200, 64).half().requires_grad_() for _ in range(3))
+    results = []
+    for seed in (1, 1000, 2000):
+        cuda_runtime.module().set_seed(seed)
+        out = attention(q, k, v, causal=True, backend="cuda")
+        results.append((out, *torch.autograd.grad(out.float().sum(), (q, k, v))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
