@@ -1,6 +1,7 @@
 #include "attention/bindings.h"
 #ifdef FUSED_ATTN_WITH_CUDA
 #include "attention/cuda_bindings.h"
+#include "layer_norm/cuda_bindings.h"
 #endif
 
 #include <pybind11/pybind11.h>
@@ -67,5 +68,6 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::layer_norm::bind(m);
 #ifdef FUSED_ATTN_WITH_CUDA
   fused_attn::attention::bind_attention_cuda(m);
+  fused_attn::layer_norm::bind_cuda(m);
 #endif
 }

@@ -33,6 +33,24 @@ function(fused_attn_find_cuda result)
   endif()
 endfunction()
 
+# Sources compiled for some architectures, added to the module.
+function(_fused_attn_cuda_objects target name archs)
+  set(object ${target}_cuda_${name})
+  add_library(${object} OBJECT ${ARGN})
+  target_include_directories(${object} PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/generated)
+  target_compile_features(${object} PRIVATE cuda_std_17)
+  foreach(arch IN LISTS archs)
+    target_compile_options(${object} PRIVATE "SHELL:-gencode=arch=compute_${arch},code=sm_${arch}")
+  endforeach()
+  target_compile_options(${object} PRIVATE -O3 --use_fast_math
+    "SHELL:-Xptxas -v,-warn-spills,-warn-lmem-usage" "SHELL:-Xfatbin -compress-all")
+  # Spills and serialised matrix products are errors.
+  set_target_properties(${object} PROPERTIES
+    CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/csrc/check_ptxas.py"
+    POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+endfunction()
+
 function(fused_attn_add_cuda target)
   set(wrappers ${CMAKE_CURRENT_BINARY_DIR}/generated/wgmma_wrappers.h)
   set(generator ${PROJECT_SOURCE_DIR}/csrc/common/device/generate_wgmma.py)
@@ -42,27 +60,18 @@ function(fused_attn_add_cuda target)
     DEPENDS ${generator} VERBATIM)
   find_package(CUDAToolkit REQUIRED)
 
+  # Wherever there are no Hopper kernels the plain ones still are, and the other way round.
   set(hopper ${FUSED_ATTN_CUDA_ARCHS})
   list(FILTER hopper INCLUDE REGEX "a$")
-  set(object ${target}_cuda)
-  add_library(${object} OBJECT
-    csrc/attention/cuda_forward.cu csrc/attention/cuda_backward.cu csrc/attention/cuda_host.cu
-    ${wrappers})
-  target_include_directories(${object} PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/generated)
-  target_compile_features(${object} PRIVATE cuda_std_17)
-  foreach(arch IN LISTS hopper)
-    target_compile_options(${object} PRIVATE "SHELL:-gencode=arch=compute_${arch},code=sm_${arch}")
-  endforeach()
-  target_compile_options(${object} PRIVATE -O3 --use_fast_math
-    "SHELL:-Xptxas -v,-warn-spills,-warn-lmem-usage" "SHELL:-Xfatbin -compress-all")
-  # Spills and serialised matrix products are errors.
-  set_target_properties(${object} PROPERTIES
-    CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/csrc/check_ptxas.py"
-    POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
+  _fused_attn_cuda_objects(${target} hopper "${hopper}" ${wrappers}
+    csrc/attention/cuda_forward.cu csrc/attention/cuda_backward.cu csrc/attention/cuda_host.cu)
+  _fused_attn_cuda_objects(${target} plain "${FUSED_ATTN_CUDA_ARCHS}" ${wrappers}
+    csrc/layer_norm/cuda.cu)
 
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>
+  target_sources(${target} PRIVATE
     csrc/attention/cuda_bindings.cpp
-    csrc/common/device/launch_cuda.cpp)
+    csrc/common/device/launch_cuda.cpp
+    csrc/layer_norm/cuda_bindings.cpp)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_CUDA)
   # The runtime is linked in; the driver is asked for its functions at run time.
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)

@@ -6,6 +6,7 @@ on CPU tensors, on an emulated device, and a backend is taken only when it is as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 
 from . import native
-
-CAPABILITY = (9, 0)
 
 
 @functools.cache
@@ -42,8 +41,17 @@ def module() -> ModuleType:
     return native.module() if emulator is None else emulator
 
 
-def why_not(device: torch.device) -> list[str]:
-    """Reasons why no CUDA C++ kernel can run on tensors on `device`."""
+def why_not(
+    device: torch.device,
+    *,
+    exactly: tuple[int, int] | None = None,
+    at_least: tuple[int, int] | None = None,
+) -> list[str]:
+    """Reasons why no CUDA C++ kernel can run on tensors on `device`.
+
+    Args:
+        exactly, at_least: the compute capability that the kernels are made for.
+    """
     if emulated():
         return [] if device.type == "cpu" else [f"is emulated on the CPU, tensors are on {device}"]
     if device.type != "cuda" or torch.version.hip:
@@ -55,10 +63,19 @@ def why_not(device: torch.device) -> list[str]:
     if not build["cuda"]:
         return ["fused_attn._C was built without CUDA (FUSED_ATTN_CUDA=on says why)"]
     capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
-        have, want = ".".join(map(str, capability)), ".".join(map(str, CAPABILITY))
-        return [f"needs compute capability {want}, {device} has {have}"]
+    have = ".".join(map(str, capability))
+    if exactly is not None and capability != exactly:
+        return [f"needs compute capability {exactly[0]}.{exactly[1]}, {device} has {have}"]
+    if at_least is not None and capability < at_least:
+        return [f"needs compute capability {at_least[0]}.{at_least[1]}, {device} has {have}"]
     return []
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def stream(device: torch.device) -> int:

@@ -42,6 +42,10 @@ void run_blocks(const device::LaunchShape& shape, const std::function<void()>& b
 
 namespace fused_attn::device {
 
+int multiprocessors() {
+  return 2;
+}
+
 TensorMap make_tensor_map(const MapRequest& r) {
   if (!can_map(r.data, r.stride_batch, r.stride_head, r.stride_row, 1) || r.box_rows > 256) {
     throw std::runtime_error("a tensor map that the copy engine would refuse");

@@ -6,6 +6,7 @@
 #include "common/tensor.h"
 #include "emulator/faults.h"
 #include "emulator/launch.h"
+#include "layer_norm/cuda_bindings.h"
 
 PYBIND11_MODULE(_emulator, m) {
   m.doc() = "The CUDA kernels of fused_attn on an emulated device. For tests.";
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_emulator, m) {
         "What the emulator reports of a small kernel with this mistake in it.");
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention_cuda(m);
+  fused_attn::layer_norm::bind_cuda(m);
 }

@@ -224,6 +224,9 @@ inline float exp2_fast(float x) {
 inline float log2_fast(float x) {
   return std::log2(std::fabs(x) < std::numeric_limits<float>::min() ? 0.0f : x);
 }
+inline float reciprocal_root(float x) {
+  return 1.0f / std::sqrt(x);
+}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }

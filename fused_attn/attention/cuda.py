@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,11 @@ NAME = "cuda"
 MAX_HEAD_DIM = 256
 MAX_PADDED_KEYS = 32 * 1024  # of which the kernels keep a bit each
 _DTYPES = (torch.bfloat16, torch.float16)
+_CAPABILITY = (9, 0)
 
 
 def why_not(problem: AttentionProblem) -> list[str]:
-    reasons = cuda_runtime.why_not(problem.device)
+    reasons = cuda_runtime.why_not(problem.device, exactly=_CAPABILITY)
     if problem.dtype not in _DTYPES:
         reasons.append(f"has no kernels for {problem.dtype}")
     for name in ("head_dim", "head_dim_v"):
@@ -48,7 +47,7 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
             lse.fill_(-torch.inf)
     if operands.q.numel() == 0 or operands.k.shape[2] == 0:
         return
-    with _on(out.device):
+    with cuda_runtime.on(out.device):
         cuda_runtime.module().attention_forward_cuda(
             *_readable(operands), out, lse, *options, cuda_runtime.stream(out.device)
         )
@@ -77,7 +76,7 @@ def backward(
     if empty:
         return
     workspace = torch.empty(_workspace(operands), dtype=torch.float32, device=out.device)
-    with _on(out.device):
+    with cuda_runtime.on(out.device):
         cuda_runtime.module().attention_backward_cuda(
             *_readable(operands),
             *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
@@ -104,9 +103,3 @@ def _workspace(operands: Operands) -> int:
     else:
         padded = operands.q.shape[0] * -(-rows // tile) * tile
     return 2 * num_heads * padded
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -45,6 +45,9 @@ struct MapGeometry {
 
 TensorMap make_tensor_map(const MapRequest& request);
 
+// Of the current device.
+int multiprocessors();
+
 struct LaunchShape {
   const char* kernel;  // for messages
   int64_t blocks;

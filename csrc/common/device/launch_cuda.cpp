@@ -28,6 +28,14 @@ void allow_shared_memory(const void* kernel, uint32_t bytes) {
   check_cuda(status, "cudaFuncSetAttribute");
 }
 
+int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
 namespace {
 
 // The driver's encoder, asked for at run time: nothing links against libcuda.

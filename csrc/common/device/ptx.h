@@ -244,6 +244,9 @@ FUSED_ATTN_DEVICE float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FUSED_ATTN_DEVICE float reciprocal_root(float x) {
+  return __frsqrt_rn(x);
+}
 FUSED_ATTN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return __umulhi(a, b);
 }
