@@ -64,7 +64,13 @@ function(fused_attn_add_cuda target)
   set(hopper ${FUSED_ATTN_CUDA_ARCHS})
   list(FILTER hopper INCLUDE REGEX "a$")
   _fused_attn_cuda_objects(${target} hopper "${hopper}" ${wrappers}
-    csrc/attention/cuda_forward.cu csrc/attention/cuda_backward.cu csrc/attention/cuda_host.cu)
+    csrc/attention/cuda_dkdv_bfloat16.cu
+    csrc/attention/cuda_dkdv_float16.cu
+    csrc/attention/cuda_dq_bfloat16.cu
+    csrc/attention/cuda_dq_float16.cu
+    csrc/attention/cuda_forward_bfloat16.cu
+    csrc/attention/cuda_forward_float16.cu
+    csrc/attention/cuda_host.cu)
   _fused_attn_cuda_objects(${target} plain "${FUSED_ATTN_CUDA_ARCHS}" ${wrappers}
     csrc/layer_norm/cuda.cu)
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "attention/cuda.h"
 #include "attention/cuda_host.h"
 
 namespace fused_attn::attention {
@@ -129,6 +130,41 @@ TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box
 
 TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows) {
   return map_of(p, view, {p.num_heads_kv, p.rows_k, p.seqlen_k}, columns, box_rows);
+}
+
+namespace {
+
+template <class Element>
+void backward_in(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream) {
+  const bool queries = p.batch * p.seqlen_q > 0, keys = p.batch * p.seqlen_k > 0;
+  if (queries) launch_delta<Element>(p, problem, stream);
+  if (queries && (p.dq.data != nullptr || p.dbias.data != nullptr)) {
+    launch_dq<Element>(p, problem, stream);
+  }
+  if (keys && (p.dk.data != nullptr || p.dv.data != nullptr)) {
+    launch_dkdv<Element>(p, problem, stream);
+  }
+}
+
+}  // namespace
+
+void forward_cuda(const Params& p, void* stream) {
+  if (p.batch * p.num_heads * p.seqlen_q == 0) return;
+  const DeviceProblem problem = device_problem(p);
+  if (p.dtype == DType::kBFloat16) return launch_forward<device::BFloat16>(p, problem, stream);
+  return launch_forward<device::Float16>(p, problem, stream);
+}
+
+int64_t backward_workspace(const Params& p) {
+  return 2 * p.num_heads * statistics_rows(p);
+}
+
+void backward_cuda(const BackwardParams& p, float* workspace, void* stream) {
+  const int64_t rows = statistics_rows(p);
+  const BackwardProblem problem =
+      backward_problem(p, {workspace, workspace + p.num_heads * rows, rows});
+  if (p.dtype == DType::kBFloat16) return backward_in<device::BFloat16>(p, problem, stream);
+  return backward_in<device::Float16>(p, problem, stream);
 }
 
 }  // namespace fused_attn::attention

@@ -24,4 +24,14 @@ BackwardProblem backward_problem(const BackwardParams& p, const Statistics& stat
 TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows);
 TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows);
 
+// Launchers by element type: each is compiled in files of its own.
+template <class Element>
+void launch_forward(const Params& p, const DeviceProblem& problem, device::Stream stream);
+template <class Element>
+void launch_delta(const Params& p, const BackwardProblem& problem, device::Stream stream);
+template <class Element>
+void launch_dq(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream);
+template <class Element>
+void launch_dkdv(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream);
+
 }  // namespace fused_attn::attention

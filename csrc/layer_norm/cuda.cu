@@ -1,9 +1,8 @@
 // Chooses norm kernels and launches them.
-#include "layer_norm/cuda.h"
-
 #include <algorithm>
 
 #include "common/device/launch.h"
+#include "layer_norm/cuda.h"
 #include "layer_norm/cuda_backward.h"
 #include "layer_norm/cuda_forward.h"
 
@@ -97,9 +96,8 @@ void forward_cuda(const Params& p, void* stream) {
   const bool vectors = aligned(d.x) && aligned(d.residual) && aligned(d.weight) &&
                        aligned(d.bias) && aligned(d.y) && aligned(d.h);
   with_type(p.dtype, [&](auto type) {
-    with_shape<decltype(type), false>(p.width, vectors, [&](auto shape) {
-      launch_forward<decltype(shape)>(d, stream);
-    });
+    with_shape<decltype(type), false>(
+        p.width, vectors, [&](auto shape) { launch_forward<decltype(shape)>(d, stream); });
   });
 }
 
@@ -126,9 +124,8 @@ void backward_cuda(const BackwardParams& p, float* workspace, void* stream) {
                        aligned(d.h_in) && aligned(d.dy) && aligned(d.dh) && aligned(d.dx) &&
                        aligned(d.dresidual) && p.width % 4 == 0;
   with_type(p.dtype, [&](auto type) {
-    with_shape<decltype(type), true>(p.width, vectors, [&](auto shape) {
-      launch_backward<decltype(shape)>(d, parts, stream);
-    });
+    with_shape<decltype(type), true>(
+        p.width, vectors, [&](auto shape) { launch_backward<decltype(shape)>(d, parts, stream); });
   });
   add_up(d.dweight_parts, parts, p.dweight, p.width, stream);
   add_up(d.dbias_parts, parts, p.dbias, p.width, stream);

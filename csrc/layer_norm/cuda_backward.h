@@ -51,8 +51,7 @@ class BackwardRows {
       add_parameters(chunk, column);
     });
     const float count = static_cast<float>(p_.width);
-    const float average_g =
-        p_.rms ? 0.0f : sum_over_row<Shape::kThreads>(sum_g, scratch_) / count;
+    const float average_g = p_.rms ? 0.0f : sum_over_row<Shape::kThreads>(sum_g, scratch_) / count;
     const float average_gn = sum_over_row<Shape::kThreads>(sum_gn, scratch_) / count;
     each_chunk<Shape>(p_.width, [&](int chunk, int column) {
       if constexpr (!Shape::kHeld) read(row, chunk, column);
@@ -80,7 +79,7 @@ class BackwardRows {
   }
 
   FUSED_ATTN_DEVICE void read(int64_t row, int chunk, int column) {
-    float(&normal)[kWidth] = normal_[chunk];
+    float (&normal)[kWidth] = normal_[chunk];
     load_sum(row, column, normal);
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kWidth; ++i) normal[i] = (normal[i] - mean_) * rstd_;
@@ -184,8 +183,8 @@ norm_backward_kernel(FUSED_ATTN_GRID_CONSTANT DeviceNormBackward p) {
   BackwardRows<Shape> rows(p, device::shared_base());
   const int64_t step = int64_t{device::block_count()} * kRows;
   FUSED_ATTN_KEEP_LOOP
-  for (int64_t row = int64_t{device::block_index()} * kRows +
-                     device::thread_index() / Shape::kThreads;
+  for (int64_t row =
+           int64_t{device::block_index()} * kRows + device::thread_index() / Shape::kThreads;
        row < p.rows; row += step) {
     rows.add(row);
   }

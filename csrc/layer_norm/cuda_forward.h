@@ -47,7 +47,7 @@ class ForwardRow {
   FUSED_ATTN_DEVICE float begin() {
     float sum = 0.0f;
     each_chunk<Shape>(p_.width, [&](int chunk, int column) {
-      float(&h)[kWidth] = held_[chunk];
+      float (&h)[kWidth] = held_[chunk];
       load_sum(column, h);
       if (p_.h != nullptr) store<T>(row_of<T>(p_.h, row_, p_.width), column, h);
       FUSED_ATTN_UNROLL_LOOP

@@ -137,9 +137,8 @@ FUSED_ATTN_DEVICE float sum_over_row(float x, SharedAddress scratch) {
 template <int kThreads>
 constexpr int kBlockThreads = kThreads > 256 ? kThreads : 256;
 template <int kThreads>
-constexpr int kRowsPerBlock = kThreads == device::kWarpThreads
-                                  ? kBlockThreads<kThreads> / device::kWarpThreads
-                                  : 1;
+constexpr int kRowsPerBlock =
+    kThreads == device::kWarpThreads ? kBlockThreads<kThreads> / device::kWarpThreads : 1;
 
 template <class T_, int kWidth_, int kThreads_, int kChunks_>
 struct RowShape {

@@ -1,14 +1,14 @@
-// Chooses a forward kernel for a problem and launches it.
+// Chooses a forward kernel for a problem and launches it; instantiated in a file per element type,
+// so that they compile side by side.
+#pragma once
+
 #include <algorithm>
 #include <stdexcept>
 
-#include "attention/cuda.h"
 #include "attention/cuda_forward.h"
 #include "attention/cuda_host.h"
 
 namespace fused_attn::attention {
-namespace {
-
 // 64: three warpgroups fill the matrix unit while others take exponentials; with more to do for
 // each score they would not have the registers. 192 and 256: one warpgroup's products take long
 // enough.
@@ -27,7 +27,7 @@ template <class E, bool kGeneral>
 struct ForwardTileOf<E, 256, kGeneral> : ForwardTile<E, 256, 2, 64, false, kGeneral> {};
 
 template <class Tile>
-void launch_forward(const Params& p, const DeviceProblem& problem, device::Stream stream) {
+void launch_forward_tile(const Params& p, const DeviceProblem& problem, device::Stream stream) {
   ForwardMaps maps;
   maps.q = query_map(p, p.q, p.head_dim, Tile::kBlockM);
   maps.k = key_map(p, p.k, p.head_dim, Tile::kBlockN);
@@ -42,14 +42,14 @@ void launch_forward(const Params& p, const DeviceProblem& problem, device::Strea
 template <class Element, int kHeadDim>
 void forward_of(const Params& p, const DeviceProblem& problem, device::Stream stream) {
   if (problem.general) {
-    launch_forward<ForwardTileOf<Element, kHeadDim, true>>(p, problem, stream);
+    launch_forward_tile<ForwardTileOf<Element, kHeadDim, true>>(p, problem, stream);
   } else {
-    launch_forward<ForwardTileOf<Element, kHeadDim, false>>(p, problem, stream);
+    launch_forward_tile<ForwardTileOf<Element, kHeadDim, false>>(p, problem, stream);
   }
 }
 
 template <class Element>
-void forward_in(const Params& p, const DeviceProblem& problem, device::Stream stream) {
+void launch_forward(const Params& p, const DeviceProblem& problem, device::Stream stream) {
   const int64_t head_dim = std::max(p.head_dim, p.head_dim_v);
   if (head_dim <= 64) return forward_of<Element, 64>(p, problem, stream);
   if (head_dim <= 96) return forward_of<Element, 96>(p, problem, stream);
@@ -57,15 +57,6 @@ void forward_in(const Params& p, const DeviceProblem& problem, device::Stream st
   if (head_dim <= 192) return forward_of<Element, 192>(p, problem, stream);
   if (head_dim <= 256) return forward_of<Element, 256>(p, problem, stream);
   throw std::runtime_error("attention_forward: head sizes above 256 have no kernel");
-}
-
-}  // namespace
-
-void forward_cuda(const Params& p, void* stream) {
-  if (p.batch * p.num_heads * p.seqlen_q == 0) return;
-  const DeviceProblem problem = device_problem(p);
-  if (p.dtype == DType::kBFloat16) return forward_in<device::BFloat16>(p, problem, stream);
-  return forward_in<device::Float16>(p, problem, stream);
 }
 
 }  // namespace fused_attn::attention
