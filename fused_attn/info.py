@@ -19,6 +19,7 @@ from .layer_norm import call as layer_norm_call
 from .layer_norm.problem import Operands as LayerNormOperands
 
 ENVIRONMENT = {
+    "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",
     "FUSED_ATTN_CPU": "instruction-set level of the CPU kernels, for tests",
 }
 

@@ -331,14 +331,17 @@ def test_outputs_are_new_and_contiguous(attention_backend: str) -> None:
     assert outputs[1].dtype == torch.float32
 
 
-def test_packed_sequences_are_the_sequences_one_by_one(attention_backend: str) -> None:
+@each_dtype
+def test_packed_sequences_are_the_sequences_one_by_one(
+    attention_backend: str, dtype: torch.dtype
+) -> None:
     lengths_q, lengths_k = [5, 0, 70, 3], [7, 4, 131, 0]
     starts_q, starts_k = (
         torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         for lengths in (lengths_q, lengths_k)
     )
-    q = torch.randn(sum(lengths_q), 4, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(sum(lengths_k), 2, 8, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(sum(lengths_q), 4, 8, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(sum(lengths_k), 2, 8, dtype=dtype, requires_grad=True)
             for _ in range(2))  # fmt: skip
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     options = {"causal": "lower_right", "alibi_slopes": slopes, "backend": attention_backend}
@@ -363,9 +366,12 @@ def test_packed_sequences_are_the_sequences_one_by_one(attention_backend: str) -
         torch.testing.assert_close(actual, wanted)
 
 
-def test_packed_rows_past_the_last_sequence_are_never_read(attention_backend: str) -> None:
+@each_dtype
+def test_packed_rows_past_the_last_sequence_are_never_read(
+    attention_backend: str, dtype: torch.dtype
+) -> None:
     starts = torch.tensor([0, 3, 5], dtype=torch.int32)
-    q, k, v = (torch.randn(8, 2, 4) for _ in range(3))
+    q, k, v = (torch.randn(8, 2, 4).to(dtype) for _ in range(3))
     clean = attention_varlen(q[:5], k[:5], v[:5], starts, starts, 3, 3, backend=attention_backend)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with torch.no_grad():
@@ -375,17 +381,20 @@ def test_packed_rows_past_the_last_sequence_are_never_read(attention_backend: st
         q, k, v, starts, starts, 3, 3, return_lse=True, backend=attention_backend
     )
     torch.testing.assert_close(out[:5], clean)
-    assert torch.equal(out[5:], torch.zeros(3, 2, 4))
-    assert torch.equal(lse[:, 5:], torch.full((2, 3), -torch.inf))
+    assert torch.equal(out[5:], torch.zeros(3, 2, 4, dtype=dtype))
+    assert torch.equal(lse[:, 5:], torch.full_like(lse[:, 5:], -torch.inf))
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert gradient.isfinite().all()
-        assert torch.equal(gradient[5:], torch.zeros(3, 2, 4))
+        assert torch.equal(gradient[5:], torch.zeros(3, 2, 4, dtype=dtype))
 
 
-def test_packed_dropout_is_that_of_the_padded_batch(attention_backend: str) -> None:
+@each_dtype
+def test_packed_dropout_is_that_of_the_padded_batch(
+    attention_backend: str, dtype: torch.dtype
+) -> None:
     lengths = torch.tensor([3, 6])
     starts = torch.tensor([0, 3, 9], dtype=torch.int32)
-    q, k, v = qkv(2, 2, 6, 4)
+    q, k, v = qkv(2, 2, 6, 4, dtype=dtype)
     packed = [torch.cat([x[0, :, :3], x[1]], dim=1).transpose(0, 1) for x in (q, k, v)]
     options = {"dropout_p": 0.5, "dropout_rng": torch.tensor([5, 6]), "backend": attention_backend}
     out = attention_varlen(*packed, starts, starts, 6, 6, **options)

@@ -37,14 +37,14 @@ struct Slope {
   FUSED_ATTN_DEVICE void set(int i, float derivative) { value[i] = derivative; }
 };
 
-// -inf hides even a key whose score is no number; a finite bias, however large, stays finite when
-// it is multiplied by log2(e).
+// -inf hides even a key whose score is no number. A finite bias, however large, hides nothing: it is
+// kept where a product with log2(e) stays finite (docs/design.md, "Conventions").
 FUSED_ATTN_DEVICE float biased(float score, float bias) {
-  constexpr float kLimit = 2.3e38f;
+  constexpr float kLowest = -1e28f, kHighest = 2.3e38f;
   if (bias == -device::infinity()) return bias;
   const float sum = score + bias;
-  if (sum < -kLimit) return -kLimit;
-  return sum > kLimit ? kLimit : sum;
+  if (sum < kLowest) return kLowest;
+  return sum > kHighest ? kHighest : sum;
 }
 
 // score = scale * q . k, then softcap, ALiBi and bias, in units of log2(e). Bias is read where
