@@ -8,7 +8,7 @@ BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell f
 INSTALLED := $(VENV)/installed
 EMULATOR := $(VENV)/emulator
 
-.PHONY: test demo style format gates sanitize venv clean
+.PHONY: test demo style format gates gpu sanitize venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2
@@ -26,6 +26,10 @@ format: $(INSTALLED)
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CXX_FILES)
+
+# On a machine with a GPU, with the Python, torch and build tools that are installed there.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 gates: $(INSTALLED)
 	python benchmarks/cpu_gates.py

@@ -137,6 +137,18 @@ def fixed_seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=200, help="random cases a backend")
+    parser.addoption("--device", default="cpu", help="where tests make their tensors: cpu or cuda")
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`--device cuda` runs the suite on the GPU's own backends."""
+    device = request.config.getoption("device")
+    if device == "cpu":
+        yield
+        return
+    with torch.device(device):
+        yield
 
 
 @pytest.fixture

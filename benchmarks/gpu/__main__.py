@@ -1,0 +1,114 @@
+"""`make gpu`: build on this machine, prove the kernels on the card, measure, print one table.
+
+    python -m benchmarks.gpu [--only PART ...] [--budget SECONDS]
+
+Each part is a process of its own with a time limit: one that hangs or fails is reported, and the
+next one runs. Logs and figures go to `benchmarks/results/<gpu>/`; nothing is fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import machine, table
+
+ROOT = Path(__file__).parents[2]
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda")
+ATTENTION_TESTS = ("tests/test_attention.py", "tests/test_attention_semantics.py")
+NORM_TESTS = ("tests/test_layer_norm.py",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step: its command, and the seconds that it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: int
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def parity(backend: str, *more: str) -> tuple[str, ...]:
+    return (*PYTEST, "-x", *ATTENTION_TESTS, *NORM_TESTS, "-k", backend, *more)
+
+
+PARTS = (
+    Part("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 200,
+         (("FUSED_ATTN_NATIVE", "on"), ("FUSED_ATTN_CUDA", "on"),
+          ("FUSED_ATTN_CUDA_ARCHS", "80;90a"))),
+    Part("info", (sys.executable, "-m", "fused_attn", "info"), 60),
+    Part("ceilings", (sys.executable, "-m", "benchmarks.gpu.measure", "ceilings"), 60),
+    Part("parity-cuda", parity("cuda"), 150),
+    Part("parity-triton", parity("triton"), 240),
+    Part("fuzz-cuda", (*PYTEST, "tests/test_attention_fuzz.py", "-k", "cuda", "--fuzz", "1000"), 120),
+    Part("repeat", (sys.executable, "-m", "benchmarks.gpu.measure", "repeat"), 60),
+    Part("sanitizer", ("compute-sanitizer", "--error-exitcode", "1", sys.executable, "-m",
+                       "benchmarks.gpu.measure", "small"), 90),
+    Part("attention", (sys.executable, "-m", "benchmarks.gpu.measure", "attention"), 150),
+    Part("norms", (sys.executable, "-m", "benchmarks.gpu.measure", "norms"), 60),
+)  # fmt: skip
+
+
+def run(part: Part, folder: Path, limit: float) -> str:
+    """Run one part; returns "ok", "failed (exit code)" or "took longer than ..."."""
+    log = folder / f"{part.name}.log"
+    environment = {**os.environ, **dict(part.environment), "FUSED_ATTN_RESULTS": str(folder)}
+    print(f"[{part.name}] ...", end=" ", flush=True)
+    start = time.monotonic()
+    with log.open("w") as out:
+        try:
+            process = subprocess.Popen(
+                part.command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except FileNotFoundError:
+            print(outcome := f"{part.command[0]} is not there", flush=True)
+            return outcome
+        try:
+            code = process.wait(timeout=limit)
+            outcome = "ok" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            outcome = f"took longer than {limit:.0f} s"
+    print(f"{outcome}, {time.monotonic() - start:.0f} s", flush=True)
+    if outcome != "ok":
+        print("    " + "\n    ".join(log.read_text(errors="replace").splitlines()[-12:]))
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART")
+    parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
+    options = parser.parse_args()
+    reason = machine.why_not()
+    if reason is not None:
+        print(f"make gpu: {reason}")
+        return 1
+    folder = machine.results_folder()
+    machine.write(folder)
+    end = time.monotonic() + options.budget
+    outcomes = {}
+    for part in PARTS:
+        if part.name not in options.only:
+            continue
+        left = end - time.monotonic()
+        if left < 10:
+            outcomes[part.name] = "no time left"
+            continue
+        outcomes[part.name] = run(part, folder, min(part.limit, left))
+    print(table.render(folder, outcomes))
+    return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
