@@ -9,6 +9,9 @@ import torch
 
 import fused_attn
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
+from fused_attn.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
+from fused_attn.bias_activation import call as bias_activation_call
+from fused_attn.bias_activation.problem import Operands as BiasActivationOperands
 from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from fused_attn.layer_norm import call as layer_norm_call
 from fused_attn.layer_norm.problem import Operands as LayerNormOperands
@@ -19,6 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, backends in (
         ("attention_backend", ATTENTION_BACKENDS),
         ("layer_norm_backend", LAYER_NORM_BACKENDS),
+        ("bias_activation_backend", BIAS_ACTIVATION_BACKENDS),
     ):
         if fixture in metafunc.fixturenames:
             names = [backend.NAME for backend in backends]
@@ -43,6 +47,17 @@ def layer_norm_backend(request: pytest.FixtureRequest) -> str:
     operands = LayerNormOperands(torch.zeros(1, 1))
     problem = layer_norm_call.problem_of(operands, layer_norm_call.Scalars(1, 1e-5, False))
     [backend] = [b for b in LAYER_NORM_BACKENDS if request.param == b.NAME]
+    if reasons := backend.why_not(problem):
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
+@pytest.fixture
+def bias_activation_backend(request: pytest.FixtureRequest) -> str:
+    """As `attention_backend`, for bias + activation."""
+    operands = BiasActivationOperands(torch.zeros(1, 1))
+    problem = bias_activation_call.problem_of(operands, bias_activation_call.Scalars("relu"))
+    [backend] = [b for b in BIAS_ACTIVATION_BACKENDS if request.param == b.NAME]
     if reasons := backend.why_not(problem):
         pytest.skip("; ".join(reasons))
     return request.param
