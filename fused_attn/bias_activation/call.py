@@ -91,6 +91,13 @@ def problem_of(
     return describe(operands, options, needs_grad)
 
 
+def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation: str) -> bool:
+    """True if another backend than the reference runs calls with x and bias like these."""
+    options = make_options(activation=activation, gated=False, dropout_p=0.0)
+    problem = BiasActivationProblem(device, dtype, (1, width), width, options, dtype, dtype, True)
+    return dispatch.select(BACKENDS, problem) is not reference
+
+
 def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
     problem = problem_of(operands, scalars, needs_grad)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)

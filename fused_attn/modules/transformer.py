@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import packing
 from .attention import FusedMultiheadAttention
+from .feed_forward import feed_forward
 from .layer_norm import FusedLayerNorm
 from .packing import Sequences
 from .residual import add_norm, add_norm_sum, has_hooks
@@ -168,8 +169,8 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         return add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        activation: Callable[[Tensor], Tensor] = self.activation
-        return self.linear2(self.dropout(activation(self.linear1(x))))
+        activation: Any = self.activation
+        return feed_forward(x, self.linear1, activation, self.dropout, self.linear2)
 
 
 class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
@@ -262,7 +263,8 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         return add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+        activation: Any = self.activation
+        return feed_forward(x, self.linear1, activation, self.dropout, self.linear2)
 
 
 def fuse_children(layer: nn.Module) -> None:
