@@ -253,6 +253,16 @@ def test_copies_and_pickles(kind: str) -> None:
         assert torch.equal(other(*inputs(kind)), expected)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_copies_keep_an_activation_that_is_a_module(kind: str) -> None:
+    """torch.nn's decoder layer has relu instead in every copy, and so in every stack."""
+    _, ours = pair(kind, activation=nn.GELU(approximate="tanh"))
+    expected = ours(*inputs(kind))
+    stack = FusedTransformerEncoder if kind == "encoder" else FusedTransformerDecoder
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), stack(ours, 1)):
+        assert torch.equal(other(*inputs(kind)), expected)
+
+
 def test_state_without_activation_gets_relu() -> None:
     for kind, cls in LAYERS.items():
         _, ours = pair(kind)

@@ -7,14 +7,14 @@ inference fast path, which calls none of the layer's modules, is never taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import packing
+from . import packing, padding
 from .attention import FusedMultiheadAttention
 from .feed_forward import feed_forward
 from .layer_norm import FusedLayerNorm
@@ -32,10 +32,10 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
     adapters, quantized and sharded replacements work in inference as in training; residual,
     dropout and norm run as one operation where the two modules are plain.
 
-    A batch padded at its ends (`src_key_padding_mask` bool, no `src_mask`) runs packed, without
-    work on its padding, in training too; the output is 0 there. Under torch.compile and in captured
-    CUDA graphs, whose shapes cannot depend on data, and where a sub-module has hooks or is another
-    than torch.nn's constructor makes, padding is computed and its output is any number.
+    A batch padded at its ends (`src_key_padding_mask` bool; `src_mask` None or causal) runs packed,
+    without work on its padding, in training too; the output is 0 there. Under torch.compile and in
+    captured CUDA graphs, whose shapes cannot depend on data, and where a sub-module has hooks or is
+    another than torch.nn's constructor makes, padding is computed and its output is any number.
 
     Attributes:
         pack_padding: False to never run packed.
@@ -95,12 +95,12 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         """
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
-        if src_key_padding_mask is not None and src_mask is None and self.is_packable():
-            found = packing.find_padding(src, src_key_padding_mask, self.self_attn.batch_first)
+        if src_key_padding_mask is not None and self.is_packable():
+            found = padding.find(src, src_key_padding_mask, src_mask, is_causal, self.self_attn)
             if found is not None:
-                padding, sequences = found
-                tokens = self.forward_packed(padding.gather(src), sequences, is_causal)
-                return padding.scatter(tokens)
+                tokens = found.padding.gather(src)
+                tokens = self.forward_packed(tokens, found.sequences, found.causal)
+                return found.padding.scatter(tokens)
         return self._blocks(
             src,
             lambda x: self.self_attn(
@@ -119,12 +119,10 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         return (
             self.pack_padding
             and type(self) is FusedTransformerEncoderLayer
-            and type(self.self_attn) is FusedMultiheadAttention
             and not has_hooks(self)
-            and not has_hooks(self.self_attn)
+            and padding.is_plain_attention(self.self_attn)
             and packing.is_token_wise(
                 (
-                    self.self_attn.out_proj,
                     self.linear1,
                     self.dropout,
                     self.linear2,
@@ -152,13 +150,14 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
-        refuse_masks_of_nested(src_mask, src_key_padding_mask, self.self_attn.batch_first)
+        masks = (src_mask, src_key_padding_mask)
+        refuse_masks_of_nested(masks, self.self_attn.batch_first)
         if self.is_packable():
             tokens, sequences = packing.from_nested(src)
             return packing.to_nested(self.forward_packed(tokens, sequences, is_causal), src)
-        padded, padding = packing.pad_nested(src)
-        out = self.forward(padded, src_key_padding_mask=padding, is_causal=is_causal)
-        return packing.unpad_nested(out, padding, src)
+        padded, hidden = packing.pad_nested(src)
+        out = self.forward(padded, src_key_padding_mask=hidden, is_causal=is_causal)
+        return packing.unpad_nested(out, hidden, src)
 
     def _blocks(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Both sub-layers on x (..., E), the attention being `attend`."""
@@ -178,7 +177,17 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
 
     Same constructor, children and state_dict. Sub-modules are called as modules; residual, dropout
     and norm run as one operation where the two modules are plain.
+
+    A batch runs packed as `FusedTransformerEncoderLayer` says if its `tgt` is padded at the ends
+    (`tgt_key_padding_mask` bool; `tgt_mask` None or causal), its `memory` anywhere
+    (`memory_key_padding_mask` bool, no `memory_mask`), or both; the output is 0 at the padding of
+    `tgt`.
+
+    Attributes:
+        pack_padding: False to never run packed.
     """
+
+    pack_padding: bool = True
 
     def __init__(
         self,
@@ -209,6 +218,12 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         )
         fuse_children(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch.nn's puts relu in front of an activation that is a module, in every copy.
+        nn.Module.__setstate__(self, state)
+        if not hasattr(self, "activation"):
+            self.activation = F.relu
+
     def forward(
         self,
         tgt: Tensor,
@@ -235,31 +250,129 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
-
-        def attend(attention: nn.Module, x: Tensor, source: Tensor, *masks: Any) -> Tensor:
-            mask, padding, causal = masks
-            return attention(
+        if tgt.is_nested or memory.is_nested:
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)
+        if memory_mask is None and self.is_packable():
+            found = padding.find_cross(
+                tgt,
+                memory,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_mask,
+                tgt_is_causal,
+                memory_is_causal,
+                self.self_attn,
+                self.multihead_attn,
+            )
+            if found is not None:
+                tokens = self.forward_packed(
+                    found.tgt.padding.gather(tgt),
+                    found.tgt.sequences,
+                    found.memory.gather(memory),
+                    found.memory_sequences,
+                    found.tgt.causal,
+                    memory_is_causal,
+                )
+                return found.tgt.padding.scatter(tokens)
+        return self._blocks(
+            tgt,
+            lambda x: self.self_attn(
                 x,
-                source,
-                source,
-                key_padding_mask=padding,
+                x,
+                x,
+                key_padding_mask=tgt_key_padding_mask,
                 need_weights=False,
-                attn_mask=mask,
-                is_causal=causal,
-            )[0]
+                attn_mask=tgt_mask,
+                is_causal=tgt_is_causal,
+            )[0],
+            lambda x: self.multihead_attn(
+                x,
+                memory,
+                memory,
+                key_padding_mask=memory_key_padding_mask,
+                need_weights=False,
+                attn_mask=memory_mask,
+                is_causal=memory_is_causal,
+            )[0],
+        )
 
-        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-        cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
-        x = tgt
+    def is_packable(self) -> bool:
+        """True if `forward_packed` computes what the sub-modules say, and calls all that hooks."""
+        return (
+            self.pack_padding
+            and type(self) is FusedTransformerDecoderLayer
+            and not has_hooks(self)
+            and padding.is_plain_attention(self.self_attn)
+            and padding.is_plain_attention(self.multihead_attn)
+            and packing.is_token_wise(
+                (
+                    self.linear1,
+                    self.dropout,
+                    self.linear2,
+                    self.norm1,
+                    self.norm2,
+                    self.norm3,
+                    self.dropout1,
+                    self.dropout2,
+                    self.dropout3,
+                )
+            )
+        )
+
+    def forward_packed(
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        memory: Tensor,
+        memory_sequences: Sequences,
+        is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The layer on sequences packed one after the other; (T, E) and (Tk, E) -> (T, E)."""
+        own: Any = self.self_attn
+        cross: Any = self.multihead_attn
+        return self._blocks(
+            tokens,
+            lambda x: own.attend_packed(x, x, x, sequences, sequences, is_causal),
+            lambda x: cross.attend_packed(
+                x, memory, memory, sequences, memory_sequences, memory_is_causal
+            ),
+        )
+
+    def _forward_nested(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: Iterable[Tensor | None],
+        *causal: bool,
+    ) -> Tensor:
+        if not (tgt.is_nested and memory.is_nested):
+            raise AssertionError("`tgt` and `memory` must both be NestedTensors, or neither")
+        refuse_masks_of_nested(masks, self.self_attn.batch_first)
+        if self.is_packable():
+            tokens, sequences = packing.from_nested(tgt)
+            out = self.forward_packed(tokens, sequences, *packing.from_nested(memory), *causal)
+            return packing.to_nested(out, tgt)
+        padded, hidden = packing.pad_nested(tgt)
+        padded_memory, hidden_memory = packing.pad_nested(memory)
+        none = (None, None)
+        out = self.forward(padded, padded_memory, *none, hidden, hidden_memory, *causal)
+        return packing.unpad_nested(out, hidden, tgt)
+
+    def _blocks(
+        self,
+        x: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        attend_memory: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The three sub-layers on x (..., E)."""
         if self.norm_first:
-            h = self.norm1(x)
-            h = attend(self.self_attn, h, h, *own)
-            h, x = add_norm_sum(h, x, self.dropout1, self.norm2)
-            h = attend(self.multihead_attn, h, memory, *cross)
-            h, x = add_norm_sum(h, x, self.dropout2, self.norm3)
+            h, x = add_norm_sum(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            h, x = add_norm_sum(attend_memory(h), x, self.dropout2, self.norm3)
             return x + self.dropout3(self._feed_forward(h))
-        x = add_norm(attend(self.self_attn, x, x, *own), x, self.dropout1, self.norm1)
-        x = add_norm(attend(self.multihead_attn, x, memory, *cross), x, self.dropout2, self.norm2)
+        x = add_norm(attend(x), x, self.dropout1, self.norm1)
+        x = add_norm(attend_memory(x), x, self.dropout2, self.norm2)
         return add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -276,13 +389,11 @@ def fuse_children(layer: nn.Module) -> None:
             child.__class__ = FusedLayerNorm
 
 
-def refuse_masks_of_nested(
-    mask: Tensor | None, key_padding_mask: Tensor | None, batch_first: bool
-) -> None:
-    """Raise AssertionError if something comes with a NestedTensor that cannot go with it."""
-    if mask is not None or key_padding_mask is not None:
+def refuse_masks_of_nested(masks: Iterable[Tensor | None], batch_first: bool) -> None:
+    """Raise AssertionError if something comes with NestedTensors that cannot go with them."""
+    if any(mask is not None for mask in masks):
         raise AssertionError(
-            "a NestedTensor `src` must come without masks: its lengths say what is padding"
+            "NestedTensors must come without masks: their lengths say what is padding"
         )
     if not batch_first:
-        raise AssertionError("a NestedTensor `src` needs batch_first=True, got False")
+        raise AssertionError("NestedTensors need batch_first=True, got False")
