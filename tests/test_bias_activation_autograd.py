@@ -42,7 +42,23 @@ def as_function(case: Case, backend: str):
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(bias_activation_backend: str, name: str) -> None:
     function, values = as_function(CASES[name], bias_activation_backend)
-    assert gradcheck(function, values, check_forward_ad=True, fast_mode=False)
+    assert gradcheck(
+        function, values, check_forward_ad=True, check_batched_grad=True, fast_mode=False
+    )
+
+
+def test_gradients_to_differentiate_again_are_the_same_gradients(
+    bias_activation_backend: str,
+) -> None:
+    """The bias may have been computed from x: that history is not part of the operation."""
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    y = bias_activation(x, x.sum(0), activation="gelu", backend=bias_activation_backend)
+    vector = torch.randn_like(y)
+    grads = [
+        torch.autograd.grad(y, x, vector, create_graph=create_graph)[0]
+        for create_graph in (True, False)
+    ]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -201,8 +201,26 @@ def test_packed_layer_has_double_backward_and_jvp() -> None:
     def run(x: Tensor) -> Tensor:
         return ours(x, src_key_padding_mask=hidden)[~hidden]
 
-    assert torch.autograd.gradcheck(run, x, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        run, x, fast_mode=True, check_forward_ad=True, check_batched_grad=True
+    )
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
+
+
+def test_packed_layer_pulls_many_vectors_back_at_once() -> None:
+    ours = layer(activation="gelu")
+    hidden = padding([L, 2, 1, 0])
+    x = torch.randn(N, L, E, requires_grad=True)
+    out = ours(x, src_key_padding_mask=hidden)
+    vectors = torch.randn(3, N, L, E)
+
+    def pull_back(vector: Tensor) -> Tensor:
+        return torch.autograd.grad(out, x, vector, retain_graph=True)[0]
+
+    expected = torch.stack([pull_back(vector) for vector in vectors])
+    torch.testing.assert_close(torch.func.vmap(pull_back)(vectors), expected)
+    together = torch.autograd.grad(out, x, vectors, is_grads_batched=True)[0]
+    torch.testing.assert_close(together, expected)
 
 
 def test_autocast_with_padding() -> None:

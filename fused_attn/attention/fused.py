@@ -257,7 +257,7 @@ class _Attention(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         operands = Operands(*tensors)
         options, settings = ctx.options, ctx.settings
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if higher_order.backward_needs_formula(grad_outputs):
             formula = _formula(operands, options, settings.weights)
             grads = higher_order.gradients_through(formula, operands[:4], grad_outputs)
             return (*grads, None, None, None, None)

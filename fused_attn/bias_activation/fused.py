@@ -157,7 +157,7 @@ class _BiasActivation(torch.autograd.Function):
         operands = Operands(*ctx.saved_tensors)
         options, backend, needs = ctx.options, ctx.backend, ctx.needs_input_grad[:2]
         grads: Sequence[Tensor | None]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if higher_order.backward_needs_formula((dy,)):
             formula = _formula(operands.rng, options)
             grads = higher_order.gradients_through(formula, operands[:2], (dy,))
         elif not ctx.traced and not dispatch.is_traced():

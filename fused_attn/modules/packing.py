@@ -108,6 +108,10 @@ def cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
+def _put_rows(tokens: Tensor, rows: Tensor, total: int) -> Tensor:
+    return tokens.new_zeros((total, tokens.shape[1])).index_copy_(0, rows, tokens)
+
+
 class _Gather(torch.autograd.Function):
     """Rows of a matrix, each taken at most once: the gradient is a copy, nothing is added up."""
 
@@ -120,7 +124,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(grad, *ctx.saved_tensors, ctx.total), None
+        return _put_rows(grad, *ctx.saved_tensors, ctx.total), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -135,13 +139,12 @@ class _Scatter(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.save_for_forward(rows)
         ctx.total = total
-        return tokens.new_zeros((total, tokens.shape[1])).index_copy_(0, rows, tokens)
+        return _put_rows(tokens, rows, total)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Gather.apply(grad, *ctx.saved_tensors), None, None
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        return tangent.new_zeros((ctx.total, tangent.shape[1])).index_copy_(0, rows, tangent)
+        return _put_rows(tangent, *ctx.saved_tensors, ctx.total)
