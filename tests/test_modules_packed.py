@@ -342,3 +342,6 @@ def test_what_cannot_go_with_a_nested_tensor_raises_as_torch() -> None:
     empty = torch.nested.nested_tensor([])
     with pytest.raises(AssertionError, match="received 1-D query"):
         ours(empty, empty, empty)
+    for model in (layer(), stack(layer())):
+        with pytest.raises(AssertionError, match="does not support NestedTensor outside"):
+            model(empty)

@@ -124,7 +124,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _put_rows(grad, *ctx.saved_tensors, ctx.total), None
+        (rows,) = ctx.saved_tensors
+        return _put_rows(grad, rows, ctx.total), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -147,4 +148,5 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _put_rows(tangent, *ctx.saved_tensors, ctx.total)
+        (rows,) = ctx.saved_tensors
+        return _put_rows(tangent, rows, ctx.total)

@@ -16,8 +16,8 @@ from .transformer import (
     Activation,
     FusedTransformerDecoderLayer,
     FusedTransformerEncoderLayer,
+    check_nested,
     fuse_children,
-    refuse_masks_of_nested,
 )
 
 
@@ -84,7 +84,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         is_causal: bool,
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first if len(self.layers) else True
-        refuse_masks_of_nested((mask, src_key_padding_mask), batch_first)
+        check_nested((src,), (mask, src_key_padding_mask), batch_first)
         if self._is_packable() and (self.norm is None or packing.is_token_wise([self.norm])):
             tokens, sequences = packing.from_nested(src)
             output = self._layers_packed(tokens, sequences, is_causal)

@@ -151,7 +151,7 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         is_causal: bool,
     ) -> Tensor:
         masks = (src_mask, src_key_padding_mask)
-        refuse_masks_of_nested(masks, self.self_attn.batch_first)
+        check_nested((src,), masks, self.self_attn.batch_first)
         if self.is_packable():
             tokens, sequences = packing.from_nested(src)
             return packing.to_nested(self.forward_packed(tokens, sequences, is_causal), src)
@@ -349,7 +349,7 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
     ) -> Tensor:
         if not (tgt.is_nested and memory.is_nested):
             raise AssertionError("`tgt` and `memory` must both be NestedTensors, or neither")
-        refuse_masks_of_nested(masks, self.self_attn.batch_first)
+        check_nested((tgt, memory), masks, self.self_attn.batch_first)
         if self.is_packable():
             tokens, sequences = packing.from_nested(tgt)
             out = self.forward_packed(tokens, sequences, *packing.from_nested(memory), *causal)
@@ -389,8 +389,16 @@ def fuse_children(layer: nn.Module) -> None:
             child.__class__ = FusedLayerNorm
 
 
-def refuse_masks_of_nested(masks: Iterable[Tensor | None], batch_first: bool) -> None:
-    """Raise AssertionError if something comes with NestedTensors that cannot go with them."""
+def check_nested(
+    inputs: Iterable[Tensor], masks: Iterable[Tensor | None], batch_first: bool
+) -> None:
+    """Raise AssertionError for NestedTensors that a layer cannot take, or not with such masks."""
+    for x in inputs:
+        if x.dim() != 3:
+            raise AssertionError(
+                "MultiheadAttention does not support NestedTensor outside of batches (N, *, E), "
+                f"got one of {x.dim()} dimensions"
+            )
     if any(mask is not None for mask in masks):
         raise AssertionError(
             "NestedTensors must come without masks: their lengths say what is padding"
