@@ -345,3 +345,16 @@ def test_what_cannot_go_with_a_nested_tensor_raises_as_torch() -> None:
     for model in (layer(), stack(layer())):
         with pytest.raises(AssertionError, match="does not support NestedTensor outside"):
             model(empty)
+
+
+def test_compiled_layer_takes_jagged_tensors_as_one_graph_and_trains() -> None:
+    torch._dynamo.reset()
+    ours = layer(activation="gelu")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 1, 7], [2, 4, 3]):
+        parts = ragged(lengths, requires_grad=True)
+        grads = []
+        for run in (compiled, ours):
+            out = run(torch.nested.as_nested_tensor(parts, layout=torch.jagged))
+            grads.append(torch.autograd.grad(out.values().sin().sum(), parts))
+        torch.testing.assert_close(*grads)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn import (
@@ -331,6 +332,31 @@ def test_checkpointing_repeats_every_dropout() -> None:
         out.sin().sum().backward()
         grads.append([p.grad.clone() for p in ours.parameters()])
     torch.testing.assert_close(*grads)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators that copy an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_):
+            self.count += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_heads_are_split_and_merged_with_one_copy_at_most(kind: str, batch_first: bool) -> None:
+    """Sequence-first: one for each attention, of its output; batch-first: none."""
+    _, ours = pair(kind, batch_first=batch_first)
+    tensors = [x if batch_first else x.transpose(0, 1).contiguous() for x in inputs(kind)]
+    with torch.no_grad(), Copies() as copies:
+        ours(*tensors)
+    attentions = 1 if kind == "encoder" else 2
+    assert copies.count <= (0 if batch_first else attentions)
 
 
 def test_layers_of_others_get_masks_as_torch_hands_them_on() -> None:
