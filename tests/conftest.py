@@ -66,7 +66,7 @@ def bias_activation_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every uninitialised tensor starts as NaN, so that an unwritten element cannot pass."""
-    for name in ("empty", "empty_like"):
+    for name in ("empty", "empty_like", "empty_permuted"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
 
 
