@@ -9,16 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import packing, padding
+from .children import Activation, check_nested, fuse_children
+from .decoder_layer import FusedTransformerDecoderLayer
+from .encoder_layer import FusedTransformerEncoderLayer
 from .packing import Sequences
 from .padding import PackedCross
 from .scripting import NotScriptable
-from .transformer import (
-    Activation,
-    FusedTransformerDecoderLayer,
-    FusedTransformerEncoderLayer,
-    check_nested,
-    fuse_children,
-)
 
 
 class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
