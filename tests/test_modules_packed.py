@@ -68,6 +68,15 @@ def test_packed_layer_gives_the_same_at_every_token(
     torch.testing.assert_close(grads, expected_grads)
 
 
+def test_tokens_are_found_in_any_memory_layout() -> None:
+    ours, hidden = layer(batch_first=False), padding()
+    x = torch.randn(N, L, E)
+    expected = layer()(x, src_key_padding_mask=hidden).transpose(0, 1)
+    strided = torch.randn(L, 2 * N, E)[:, ::2].copy_(x.transpose(0, 1))
+    for src in (x.transpose(0, 1), x.transpose(0, 1).contiguous(), strided):
+        torch.testing.assert_close(ours(src, src_key_padding_mask=hidden), expected)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_encoder_packs_once_for_all_layers_and_agrees_with_torch(training: bool) -> None:
     with warnings.catch_warnings():
