@@ -9,6 +9,7 @@
 
 #include <string>
 
+#include "bias_activation/bindings.h"
 #include "common/cpu_level.h"
 #include "common/peak.h"
 #include "common/tensor.h"
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
+  fused_attn::bias_activation::bind(m);
 #ifdef FUSED_ATTN_WITH_CUDA
   fused_attn::attention::bind_attention_cuda(m);
   fused_attn::layer_norm::bind_cuda(m);

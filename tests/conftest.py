@@ -23,6 +23,9 @@ if EMULATORS and not torch.cuda.is_available():
 
 import fused_attn
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
+from fused_attn.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
+from fused_attn.bias_activation import call as bias_activation_call
+from fused_attn.bias_activation.problem import Operands as BiasActivationOperands
 from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from fused_attn.layer_norm import call as layer_norm_call
 from fused_attn.layer_norm.problem import Operands as LayerNormOperands
@@ -33,6 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, backends in (
         ("attention_backend", ATTENTION_BACKENDS),
         ("layer_norm_backend", LAYER_NORM_BACKENDS),
+        ("bias_activation_backend", BIAS_ACTIVATION_BACKENDS),
     ):
         if fixture in metafunc.fixturenames:
             names = [backend.NAME for backend in backends]
@@ -112,10 +116,21 @@ def faster_interpreter() -> None:
     interpreter._patch_lang = patch_once
 
 
+@pytest.fixture
+def bias_activation_backend(request: pytest.FixtureRequest) -> str:
+    """As `attention_backend`, for bias + activation."""
+    operands = BiasActivationOperands(torch.zeros(1, 1))
+    problem = bias_activation_call.problem_of(operands, bias_activation_call.Scalars("relu"))
+    [backend] = [b for b in BIAS_ACTIVATION_BACKENDS if request.param == b.NAME]
+    if reasons := backend.why_not(problem):
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every uninitialised tensor starts as NaN, so that an unwritten element cannot pass."""
-    for name in ("empty", "empty_like"):
+    for name in ("empty", "empty_like", "empty_permuted"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
 
 
