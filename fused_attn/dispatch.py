@@ -18,7 +18,11 @@ from . import native
 
 
 class Backend(Protocol):
-    """What every backend module of every operation provides; the operation adds its functions."""
+    """What every backend module of every operation provides; the operation adds its functions.
+
+    A backend that should not be taken unless it is asked for by name, though it could run, says so
+    by an optional function `only_by_name() -> bool`.
+    """
 
     NAME: str
 
@@ -83,6 +87,8 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
     refusals = []
     for backend in candidates:
         reasons = backend.why_not(problem)
+        if not reasons and name is None and _only_by_name(backend):
+            reasons = [_BY_NAME]
         if not reasons:
             return backend
         refusals.append((backend.NAME, reasons))
@@ -94,10 +100,18 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
 def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
     """What `select` would do with `problem`, and every backend's reasons; runs nothing."""
     reasons = tuple((backend.NAME, tuple(backend.why_not(problem))) for backend in backends)
-    able = [backend for backend, why in reasons if not why and name in (None, backend)]
+    asked = {b.NAME for b in backends if not _only_by_name(b)} if name is None else {name}
+    able = [backend for backend, why in reasons if not why and backend in asked]
     if name is not None:
         find(backends, name)
     return Explanation(problem, able[0] if able else None, reasons)
+
+
+_BY_NAME = "could run this, but only when it is asked for by name"
+
+
+def _only_by_name(backend: Backend) -> bool:
+    return getattr(backend, "only_by_name", lambda: False)()
 
 
 PlanT = TypeVar("PlanT")

@@ -1,0 +1,48 @@
+"""Tile sizes: a pure function of the problem.
+
+Every line was compiled for all architectures it serves; `tests/test_triton_compile.py` holds it to
+no spilled register and to the shared memory that the architecture has.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one tile, warps of a program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def padded_size(head_dim: int) -> int:
+    """Head size as the kernels see it: a power of two that the matrix units take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def forward_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
+    return Tile(32, 32, 4, 2)
+
+
+def dkdv_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
+    return Tile(32, 32, 4, 2)
+
+
+def dq_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
+    return Tile(32, 32, 4, 2)
+
+
+def bias_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
+    return Tile(32, 32, 4, 2)
+
+
+def delta_rows(head_dim: int) -> int:
+    """Rows of a program of the delta kernel: about 4096 elements."""
+    return 4096 // padded_size(head_dim)
+
+
+# Programs that keep a GPU busy: about two on each multiprocessor.
+ENOUGH_PROGRAMS = 256

@@ -1,0 +1,270 @@
+"""From the tensors of a call to the launches of its kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from ... import philox, triton_runtime
+from ..problem import LOWER_RIGHT, NONE, Operands, Options
+from . import config
+from .backward import (
+    _attention_backward_dkdv_kernel,
+    _attention_backward_dq_kernel,
+    _attention_delta_kernel,
+)
+from .bias_gradient import _attention_bias_gradient_kernel
+from .forward import _attention_forward_kernel
+from .padding import key_ranges
+from .primitives import Scalars, Sizes, Terms, View
+
+_UNLIMITED = 1 << 30
+
+
+class Config:
+    """The compile-time numbers of a kernel, as the attributes of one constant."""
+
+    def __init__(self, **values: Any) -> None:
+        self._text = ", ".join(f"{name}={value}" for name, value in values.items())
+        for name, value in values.items():
+            setattr(self, name, tl.constexpr(value))
+
+    def __repr__(self) -> str:
+        return f"Config({self._text})"
+
+
+@functools.cache  # one object a configuration: Triton looks kernels up by it
+def _config(tile: config.Tile, **values: Any) -> Config:
+    return Config(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **values)
+
+
+def _view(tensor: Tensor | None) -> View | None:
+    if tensor is None:
+        return None
+    if tensor.dtype == torch.bool:
+        tensor = tensor.view(torch.uint8)
+    return View(tensor, tensor.stride())
+
+
+def _broadcast_view(tensor: Tensor | None) -> View | None:
+    """A view that takes any index in a dimension of size 1."""
+    view = _view(tensor)
+    if tensor is None or view is None:
+        return None
+    strides = zip(tensor.shape, view.strides, strict=True)
+    return View(view.ptr, tuple([0 if size == 1 else stride for size, stride in strides]))
+
+
+def _terms(operands: Operands) -> Terms:
+    return Terms(
+        bias=_broadcast_view(operands.bias),
+        mask=_broadcast_view(operands.mask),
+        padding=_view(operands.key_padding_mask),
+        key_ranges=key_ranges(operands.key_padding_mask),
+        key_lengths=_view(operands.key_lengths),
+        alibi_slopes=_view(operands.alibi_slopes),
+        cu_seqlens_q=operands.cu_seqlens_q,
+        cu_seqlens_k=operands.cu_seqlens_k,
+        rng=operands.rng,
+    )
+
+
+class Call:
+    """What all kernels of one call share."""
+
+    def __init__(self, operands: Operands, options: Options) -> None:
+        q, k = operands.q, operands.k
+        self.operands, self.options = operands, options
+        head_dim = max(q.shape[3], operands.v.shape[3])
+        self.kind = head_dim, q.element_size(), triton_runtime.arch(q.device)
+        self.packed = operands.cu_seqlens_q is not None
+        self.batch = q.shape[0]
+        if operands.cu_seqlens_q is not None:
+            self.batch = operands.cu_seqlens_q.shape[0] - 1
+        self.num_heads, self.num_heads_kv = q.shape[1], k.shape[1]
+        self.seqlen_q = options.max_seqlen_q if self.packed else q.shape[2]
+        self.seqlen_k = options.max_seqlen_k if self.packed else k.shape[2]
+        self.sizes = Sizes(
+            self.num_heads, self.num_heads // self.num_heads_kv, q.shape[2], k.shape[2]
+        )
+        self.terms = _terms(operands)
+        self.scalars = _scalars(options)
+
+    def config(self, tile: config.Tile, **more: Any) -> Config:
+        """Compile-time constants of a kernel of this call."""
+        o, operands = self.options, self.operands
+        head_dim, head_dim_v = operands.q.shape[3], operands.v.shape[3]
+        modified = (operands.bias, operands.mask, operands.alibi_slopes)
+        return _config(
+            tile,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_D=config.padded_size(head_dim),
+            BLOCK_DV=config.padded_size(head_dim_v),
+            BAND=o.causal != NONE or o.window_left >= 0 or o.window_right >= 0,
+            SOFTCAP=o.softcap > 0,
+            # The short path scales after the maximum, which takes a positive scale.
+            MODIFIED=o.softcap > 0 or o.scale <= 0 or any(x is not None for x in modified),
+            PRECISION=_precision(operands.q.dtype),
+            **more,
+        )
+
+
+def _scalars(options: Options) -> Scalars:
+    left = options.window_left if options.window_left >= 0 else _UNLIMITED
+    right = options.window_right if options.window_right >= 0 else _UNLIMITED
+    if options.causal != NONE:
+        right = 0
+    drop_all = options.dropout_p >= 1.0
+    threshold = 0 if drop_all else philox.threshold(options.dropout_p)
+    return Scalars(
+        scale=options.scale,
+        softcap=options.softcap,
+        left=min(left, _UNLIMITED),
+        right=min(right, _UNLIMITED),
+        lower_right=int(options.causal in (NONE, LOWER_RIGHT)),
+        threshold=threshold - (1 << 32 if threshold >= 1 << 31 else 0),
+        keep_scale=0.0 if drop_all else 1.0 / (1.0 - options.dropout_p),
+    )
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 matrices are multiplied: by torch's own setting for CUDA.
+
+    Where nothing is set this is 3xTF32, as in torch's memory-efficient attention: nearly float32's
+    accuracy on the tensor cores.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    return {"tf32": "tf32", "ieee": "ieee"}.get(setting, "tf32x3")
+
+
+def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
+    call = Call(operands, options)
+    q, k, v = operands[:3]
+    if call.packed:  # rows past the last sequence belong to nobody
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+    tile = config.forward_tile(*call.kind)
+    num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
+    with triton_runtime.on_device_of(q):
+        triton_runtime.launch(
+            _attention_forward_kernel,
+            num_tiles * call.num_heads * call.batch,
+            *(_view(q), _view(k), _view(v), _view(out), lse, None, None, None),
+            *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+) -> None:
+    call = Call(operands, options)
+    dq, dk, dv, dbias = grads
+    if call.packed:
+        for grad in (dq, dk, dv):
+            if grad is not None:
+                grad.zero_()
+    with triton_runtime.on_device_of(out):
+        delta = _delta(call, out, dout, dlse)
+        given = (*map(_view, (*operands[:3], dout)), lse, delta)
+        shares = _broadcast_view(dweights)
+        _keys_and_values(call, given, shares, dk, dv)
+        _queries(call, given, shares, dq)
+        if dbias is not None:
+            _bias(call, given, shares, dbias)
+
+
+def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    batch, num_heads, seqlen_q, head_dim_v = out.shape
+    delta = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=out.device)
+    rows = config.delta_rows(head_dim_v)
+    triton_runtime.launch(
+        _attention_delta_kernel,
+        triton.cdiv(seqlen_q, rows) * num_heads * batch,
+        *(_view(out), _view(dout), _view(dlse), delta, seqlen_q, num_heads),
+        *(head_dim_v, config.padded_size(head_dim_v), rows),
+        warps=4,
+        stages=1,
+    )
+    return delta
+
+
+def _keys_and_values(
+    call: Call, given: tuple[Any, ...], dweights: View | None, dk: Tensor | None, dv: Tensor | None
+) -> None:
+    if dk is None and dv is None:
+        return
+    tile = config.dkdv_tile(*call.kind)
+    num_tiles = triton.cdiv(call.seqlen_k, tile.block_n)
+    triton_runtime.launch(
+        _attention_backward_dkdv_kernel,
+        num_tiles * call.num_heads_kv * call.batch,
+        *(*given, _view(dk), _view(dv), dweights, None, None),
+        *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _queries(
+    call: Call, given: tuple[Any, ...], dweights: View | None, dq: Tensor | None
+) -> None:
+    if dq is None:
+        return
+    tile = config.dq_tile(*call.kind)
+    num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
+    triton_runtime.launch(
+        _attention_backward_dq_kernel,
+        num_tiles * call.num_heads * call.batch,
+        *(*given, _view(dq), dweights, None, None),
+        *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _bias(call: Call, given: tuple[Any, ...], dweights: View | None, dbias: Tensor) -> None:
+    tile = config.bias_tile(*call.kind)
+    sizes = tuple(dbias.shape)
+    whole = (call.batch, call.num_heads, call.seqlen_q, call.seqlen_k)
+    if 0 in whole:
+        return
+    blocks = (1, 1, tile.block_m, tile.block_n)
+    walks = [
+        triton.cdiv(n, block) if size == 1 else 1
+        for size, n, block in zip(sizes, whole, blocks, strict=True)
+    ]
+    owners = math.prod(map(triton.cdiv, sizes, blocks))
+    splits = min(math.prod(walks), triton.cdiv(config.ENOUGH_PROGRAMS, owners))
+    partial = dbias
+    if splits > 1:
+        partial = torch.empty((splits, *sizes), dtype=torch.float32, device=dbias.device)
+    triton_runtime.launch(
+        _attention_bias_gradient_kernel,
+        owners * splits,
+        *(*given, dweights, partial, sizes, (*walks, splits)),
+        *(call.terms, call.sizes, call.scalars),
+        call.config(tile, SUM_ROWS=sizes[2] == 1, SUM_COLS=sizes[3] == 1),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    if splits > 1:
+        torch.sum(partial, 0, out=dbias)
