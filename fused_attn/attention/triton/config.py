@@ -39,6 +39,10 @@ def bias_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
     return Tile(32, 32, 4, 2)
 
 
+def weights_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
+    return Tile(32, 32, 4, 2)
+
+
 def delta_rows(head_dim: int) -> int:
     """Rows of a program of the delta kernel: about 4096 elements."""
     return 4096 // padded_size(head_dim)

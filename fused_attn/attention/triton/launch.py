@@ -23,6 +23,7 @@ from .bias_gradient import _attention_bias_gradient_kernel
 from .forward import _attention_forward_kernel
 from .padding import key_ranges
 from .primitives import Scalars, Sizes, Terms, View
+from .weights import _attention_weights_delta_kernel, _attention_weights_kernel
 
 _UNLIMITED = 1 << 30
 
@@ -166,6 +167,25 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
         )
 
 
+def weights(
+    operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
+) -> None:
+    call = Call(operands, options)
+    tile = config.weights_tile(*call.kind)
+    tiles_m = triton.cdiv(call.seqlen_q, tile.block_m)
+    tiles_n = triton.cdiv(call.seqlen_k, tile.block_n)
+    with triton_runtime.on_device_of(lse):
+        triton_runtime.launch(
+            _attention_weights_kernel,
+            tiles_m * tiles_n * weights.shape[0] * weights.shape[1],
+            *(_view(operands.q), _view(operands.k), lse, _view(weights)),
+            *(call.terms, call.sizes, call.scalars, tiles_m, tiles_n),
+            call.config(tile, AVERAGE=average),
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+
+
 def backward(
     operands: Operands,
     options: Options,
@@ -186,6 +206,8 @@ def backward(
         delta = _delta(call, out, dout, dlse)
         given = (*map(_view, (*operands[:3], dout)), lse, delta)
         shares = _broadcast_view(dweights)
+        if shares is not None:
+            _add_weights_to_delta(call, given, shares)
         _keys_and_values(call, given, shares, dk, dv)
         _queries(call, given, shares, dq)
         if dbias is not None:
@@ -205,6 +227,20 @@ def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor
         stages=1,
     )
     return delta
+
+
+def _add_weights_to_delta(call: Call, given: tuple[Any, ...], dweights: View) -> None:
+    q, k, _, _, lse, delta = given
+    tile = config.weights_tile(*call.kind)
+    num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
+    triton_runtime.launch(
+        _attention_weights_delta_kernel,
+        num_tiles * call.num_heads * call.batch,
+        *(q, k, lse, dweights, delta, call.terms, call.sizes, call.scalars, num_tiles),
+        call.config(tile),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
 
 
 def _keys_and_values(
