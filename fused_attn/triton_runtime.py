@@ -18,6 +18,7 @@ import torch
 # What the tests have compiled; a later Triton may run too, but nobody has looked.
 TESTED_VERSIONS = ((3, 5), (3, 7))
 OLDEST_ARCH = 80
+INTERPRETER = 0
 
 _compile_only: _CompileOnly | None = None
 
@@ -66,10 +67,12 @@ def _device_arch(index: int) -> int:
 
 
 def arch(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; OLDEST_ARCH for AMD and in the interpreter."""
+    """Compute capability, 90 for 9.0; OLDEST_ARCH for AMD, INTERPRETER for the interpreter."""
     if _compile_only is not None:
         return _compile_only.arch
-    if device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip:
         return OLDEST_ARCH
     return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import fused_attn
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
@@ -29,8 +35,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def attention_backend(request: pytest.FixtureRequest) -> str:
-    """Name of a backend that can run here; its own reasons are the reasons to skip."""
-    x = torch.zeros(1, 1, 1, 1)
+    """Name of a backend that can run here; its own reasons are the reasons to skip.
+
+    A test that is parametrised by `dtype` wants it to run that dtype.
+    """
+    x = torch.zeros(1, 1, 1, 1, dtype=_dtype_of(request))
     reasons = dict(fused_attn.explain(x, x, x).reasons)[request.param]
     if reasons:
         pytest.skip("; ".join(reasons))
@@ -40,12 +49,45 @@ def attention_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def layer_norm_backend(request: pytest.FixtureRequest) -> str:
     """As `attention_backend`, for the norms."""
-    operands = LayerNormOperands(torch.zeros(1, 1))
+    operands = LayerNormOperands(torch.zeros(1, 1, dtype=_dtype_of(request)))
     problem = layer_norm_call.problem_of(operands, layer_norm_call.Scalars(1, 1e-5, False))
     [backend] = [b for b in LAYER_NORM_BACKENDS if request.param == b.NAME]
     if reasons := backend.why_not(problem):
         pytest.skip("; ".join(reasons))
     return request.param
+
+
+def _dtype_of(request: pytest.FixtureRequest) -> torch.dtype:
+    callspec = getattr(request.node, "callspec", None)
+    return callspec.params.get("dtype", torch.float32) if callspec else torch.float32
+
+
+@pytest.fixture(autouse=True, scope="session")
+def faster_interpreter() -> None:
+    """Triton's interpreter patches `triton.language` anew in every call of a helper; once will do."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    patch, core = interpreter._patch_lang, interpreter.tl.core
+    scopes: dict[bool, Any] = {}
+
+    class Whole:
+        """The scopes of one launch, undone together when it ends."""
+
+        def restore(self) -> None:
+            while scopes:
+                scopes.popitem()[1].restore()
+
+    def patch_once(function: Any) -> Any:
+        through_core = any(value is core for value in function.__globals__.values())
+        if through_core not in scopes:
+            scopes[through_core] = patch(function)
+        return Whole()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)

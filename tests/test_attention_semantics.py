@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import finest_dtype
 from torch import Tensor
 
 import fused_attn
@@ -234,7 +235,8 @@ def test_the_smallest_finite_bias_is_not_a_mask(attention_backend: str, dtype: t
 
 
 def test_lse_joins_two_sets_of_keys(attention_backend: str) -> None:
-    q, k, v = (torch.randn(2, 2, n, 8, dtype=torch.float64) for n in (10, 30, 30))
+    dtype = finest_dtype(attention_backend)
+    q, k, v = (torch.randn(2, 2, n, 8, dtype=dtype) for n in (10, 30, 30))
     whole, lse = attention(q, k, v, return_lse=True, backend=attention_backend)
     halves = [
         attention(q, k[:, :, part], v[:, :, part], return_lse=True, backend=attention_backend)
@@ -321,13 +323,14 @@ def test_outputs_are_new_and_contiguous(attention_backend: str) -> None:
 
 
 def test_packed_sequences_are_the_sequences_one_by_one(attention_backend: str) -> None:
+    dtype = finest_dtype(attention_backend)
     lengths_q, lengths_k = [5, 0, 70, 3], [7, 4, 131, 0]
     starts_q, starts_k = (
         torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         for lengths in (lengths_q, lengths_k)
     )
-    q = torch.randn(sum(lengths_q), 4, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(sum(lengths_k), 2, 8, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(sum(lengths_q), 4, 8, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(sum(lengths_k), 2, 8, dtype=dtype, requires_grad=True)
             for _ in range(2))  # fmt: skip
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     options = {"causal": "lower_right", "alibi_slopes": slopes, "backend": attention_backend}

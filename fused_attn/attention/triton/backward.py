@@ -11,7 +11,6 @@ import triton.language as tl
 
 from .primitives import (
     INFINITY,
-    LOG2E,
     elements_of,
     head_of,
     hide,
@@ -20,6 +19,7 @@ from .primitives import (
     locate,
     only_seen,
     present_keys,
+    probability,
     score,
     store_rows,
     visible_keys,
@@ -28,12 +28,10 @@ from .primitives import (
 
 
 @triton.jit
-def load_statistics(lse, delta, index, head, start_q, row, len_q, sizes):
-    """(lse in base 2, delta) of some rows; lse of a row that sees no key is +inf, so that p = 0."""
+def load_delta(rows, index, head, start_q, row, len_q, sizes):
+    """Delta of some rows."""
     first = (index * sizes.num_heads + head) * sizes.seqlen_q + start_q
-    row = tl.minimum(row, len_q - 1)
-    lse2 = tl.load(lse + first + row) * LOG2E
-    return tl.where(lse2 == -INFINITY, INFINITY, lse2), tl.load(delta + first + row)
+    return tl.load(rows.delta + first + tl.minimum(row, len_q - 1))
 
 
 @triton.jit
@@ -73,7 +71,7 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _accumulate_queries(
-    dk, dv, key, value, q, dout, lse, delta, dweights, q_desc, dout_desc, n0, head, where, keys,
+    dk, dv, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head, where, keys,
     tiles, terms, sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of tiles [a, b) and [c, d) of one head give to a tile of keys."""
@@ -88,12 +86,12 @@ def _accumulate_queries(
         row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[None, :]
         query = load_rows(q, q_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                           CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
-        lse2, shift_p = load_statistics(lse, delta, index, head, start_q, row, len_q, sizes)
         qk = tl.dot(key, tl.trans(query), input_precision=CONFIG.PRECISION)
         s, factor, slope = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
         if MASKED:
             s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
-        p = tl.exp2(s * factor - lse2)
+        p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
+        delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
         keep = None
         kept = p
         if terms.rng is not None:
@@ -104,7 +102,7 @@ def _accumulate_queries(
                             CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
         dp = tl.dot(value, tl.trans(doutput), input_precision=CONFIG.PRECISION)
-        ds = softmax_gradient(p, dp, shift_p, keep, dweights, (index, head, len_q, len_k), row, col,
+        ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), row, col,
                               scalars)  # fmt: skip
         ds = ds * slope
         if HIDING:
@@ -115,7 +113,7 @@ def _accumulate_queries(
 
 @triton.jit(do_not_specialize=["sizes", "scalars", "num_tiles"])
 def _attention_backward_dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, dweights, q_desc, dout_desc, terms, sizes, scalars,
+    q, k, v, dout, rows, dk, dv, dweights, q_desc, dout_desc, terms, sizes, scalars,
     num_tiles, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one key head, from all queries of its group."""
@@ -150,11 +148,11 @@ def _attention_backward_dkdv_kernel(
     for member in range(sizes.group):
         head = head_kv * sizes.group + member
         dkey, dvalue = _accumulate_queries(
-            dkey, dvalue, key, value, q, dout, lse, delta, dweights, q_desc, dout_desc, n0, head,
+            dkey, dvalue, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head,
             where, (first, end), (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
         )  # fmt: skip
         dkey, dvalue = _accumulate_queries(
-            dkey, dvalue, key, value, q, dout, lse, delta, dweights, q_desc, dout_desc, n0, head,
+            dkey, dvalue, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head,
             where, (first, end), (a, b, c, d), terms, sizes, scalars, True, CONFIG,
         )  # fmt: skip
     stop = start_k + len_k
@@ -168,11 +166,11 @@ def _attention_backward_dkdv_kernel(
 
 @triton.jit
 def _accumulate_keys(
-    dq, query, doutput, lse2, delta, k, v, dweights, k_desc, v_desc, m0, where, keys, tiles, terms,
+    dq, query, doutput, rows, delta, k, v, dweights, k_desc, v_desc, m0, where, keys, tiles, terms,
     sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys of tiles [a, b) and [c, d) give to a tile of queries."""
-    batch, head, index, len_q, start_k, len_k, shift = where
+    batch, head, index, start_q, len_q, start_k, len_k, shift = where
     low, high, first, end = keys
     a, b, c, d = tiles
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
@@ -191,7 +189,7 @@ def _accumulate_keys(
         s, factor, slope = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
         if MASKED:
             s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
-        p = tl.exp2(s * factor - lse2[:, None])
+        p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
         keep = None
         if terms.rng is not None:
             keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
@@ -208,7 +206,7 @@ def _accumulate_keys(
 
 @triton.jit(do_not_specialize=["sizes", "scalars", "num_tiles"])
 def _attention_backward_dq_kernel(
-    q, k, v, dout, lse, delta, dq, dweights, k_desc, v_desc, terms, sizes, scalars, num_tiles,
+    q, k, v, dout, rows, dq, dweights, k_desc, v_desc, terms, sizes, scalars, num_tiles,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head."""
@@ -232,16 +230,16 @@ def _attention_backward_dq_kernel(
     doutput = load_rows(dout, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                         CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
-    lse2, shift_p = load_statistics(lse, delta, index, head, start_q, row, len_q, sizes)
+    delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
     dquery = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_D], tl.float32)
-    where = (batch, head, index, len_q, start_k, len_k, shift)
+    where = (batch, head, index, start_q, len_q, start_k, len_k, shift)
     keys = (low, high, first, end)
     dquery = _accumulate_keys(
-        dquery, query, doutput, lse2, shift_p, k, v, dweights, k_desc, v_desc, m0, where, keys,
+        dquery, query, doutput, rows, delta, k, v, dweights, k_desc, v_desc, m0, where, keys,
         (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
     )  # fmt: skip
     dquery = _accumulate_keys(
-        dquery, query, doutput, lse2, shift_p, k, v, dweights, k_desc, v_desc, m0, where, keys,
+        dquery, query, doutput, rows, delta, k, v, dweights, k_desc, v_desc, m0, where, keys,
         (a, b, c, d), terms, sizes, scalars, True, CONFIG,
     )  # fmt: skip
     store_rows(dq, index, head, start_q + m0, start_q + len_q, dquery * scalars.scale,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import load_statistics, softmax_gradient
+from .backward import load_delta, softmax_gradient
 from .primitives import (
     INFINITY,
     hide,
@@ -17,12 +17,13 @@ from .primitives import (
     load_rows,
     locate,
     present_keys,
+    probability,
     score,
 )
 
 
 @triton.jit
-def _score_gradient(q, k, v, dout, lse, delta, dweights, batch, head, m0, n0, terms, sizes,
+def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, sizes,
                     scalars, CONFIG: tl.constexpr):  # fmt: skip
     """Gradient of one tile of scores, 0 where they are hidden or outside."""
     start_q, len_q, start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
@@ -42,20 +43,20 @@ def _score_gradient(q, k, v, dout, lse, delta, dweights, batch, head, m0, n0, te
     dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
     s, factor, _ = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
     s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
-    lse2, shift_p = load_statistics(lse, delta, index, head, start_q, row, len_q, sizes)
-    p = tl.exp2(s * factor - lse2)
+    p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
+    delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
     keep = None
     if terms.rng is not None:
         keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
                          CONFIG.BLOCK_N)  # fmt: skip
-    ds = softmax_gradient(p, dp, shift_p, keep, dweights, (index, head, len_q, len_k), row, col,
+    ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), row, col,
                           scalars)  # fmt: skip
     return tl.where(s == -INFINITY, 0.0, ds)
 
 
 @triton.jit(do_not_specialize=["counts", "bias_sizes", "sizes", "scalars"])
 def _attention_bias_gradient_kernel(
-    q, k, v, dout, lse, delta, dweights, partial, bias_sizes, counts, terms, sizes, scalars,
+    q, k, v, dout, rows, dweights, partial, bias_sizes, counts, terms, sizes, scalars,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Sum of the score gradients over a share of the dimensions that the bias is broadcast over.
@@ -80,7 +81,7 @@ def _attention_bias_gradient_kernel(
         m, rest = rest % walk_m, rest // walk_m
         h, b = rest % walk_h, rest // walk_h
         acc += _score_gradient(
-            q, k, v, dout, lse, delta, dweights, bias_b + b, bias_h + h,
+            q, k, v, dout, rows, dweights, bias_b + b, bias_h + h,
             (tile_m + m) * CONFIG.BLOCK_M, (tile_n + n) * CONFIG.BLOCK_N, terms, sizes, scalars,
             CONFIG,
         )  # fmt: skip

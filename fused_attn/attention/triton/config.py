@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...triton_runtime import INTERPRETER
+
 
 class Tile(NamedTuple):
     """Queries and keys of one tile, warps of a program, stages of the load pipeline."""
@@ -24,7 +26,9 @@ def padded_size(head_dim: int) -> int:
 
 
 def forward_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
-    return Tile(32, 32, 4, 2)
+    if arch == INTERPRETER:
+        return Tile(32, 64, 4, 2)
+    return Tile(64, 64, 4, 2)
 
 
 def dkdv_tile(head_dim: int, itemsize: int, arch: int) -> Tile:

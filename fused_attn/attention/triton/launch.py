@@ -22,7 +22,8 @@ from .backward import (
 from .bias_gradient import _attention_bias_gradient_kernel
 from .forward import _attention_forward_kernel
 from .padding import key_ranges
-from .primitives import Scalars, Sizes, Terms, View
+from .primitives import Rows, Scalars, Sizes, Terms, View
+from .statistics import _attention_refine_kernel
 from .weights import _attention_weights_delta_kernel, _attention_weights_kernel
 
 _UNLIMITED = 1 << 30
@@ -178,7 +179,7 @@ def weights(
         triton_runtime.launch(
             _attention_weights_kernel,
             tiles_m * tiles_n * weights.shape[0] * weights.shape[1],
-            *(_view(operands.q), _view(operands.k), lse, _view(weights)),
+            *(_view(operands.q), _view(operands.k), _rows(call, lse, None), _view(weights)),
             *(call.terms, call.sizes, call.scalars, tiles_m, tiles_n),
             call.config(tile, AVERAGE=average),
             warps=tile.warps,
@@ -204,7 +205,7 @@ def backward(
                 grad.zero_()
     with triton_runtime.on_device_of(out):
         delta = _delta(call, out, dout, dlse)
-        given = (*map(_view, (*operands[:3], dout)), lse, delta)
+        given = (*map(_view, (*operands[:3], dout)), _rows(call, lse, delta))
         shares = _broadcast_view(dweights)
         if shares is not None:
             _add_weights_to_delta(call, given, shares)
@@ -212,6 +213,25 @@ def backward(
         _queries(call, given, shares, dq)
         if dbias is not None:
             _bias(call, given, shares, dbias)
+
+
+def _rows(call: Call, lse: Tensor, delta: Tensor | None) -> Rows:
+    """Statistics of the softmax; a bias may make lse too coarse, so it is looked at first."""
+    q, k = call.operands[:2]
+    if call.operands.bias is None:
+        return Rows(lse, None, delta)
+    peaks, weights = torch.empty_like(lse), torch.empty_like(lse)
+    tile = config.weights_tile(*call.kind)
+    num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
+    triton_runtime.launch(
+        _attention_refine_kernel,
+        num_tiles * call.num_heads * call.batch,
+        *(_view(q), _view(k), lse, peaks, weights),
+        *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return Rows(peaks, weights, delta)
 
 
 def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
@@ -230,13 +250,13 @@ def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor
 
 
 def _add_weights_to_delta(call: Call, given: tuple[Any, ...], dweights: View) -> None:
-    q, k, _, _, lse, delta = given
+    q, k, _, _, rows = given
     tile = config.weights_tile(*call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     triton_runtime.launch(
         _attention_weights_delta_kernel,
         num_tiles * call.num_heads * call.batch,
-        *(q, k, lse, dweights, delta, call.terms, call.sizes, call.scalars, num_tiles),
+        *(q, k, rows, dweights, call.terms, call.sizes, call.scalars, num_tiles),
         call.config(tile),
         warps=tile.warps,
         stages=tile.stages,

@@ -41,6 +41,14 @@ class Terms(NamedTuple):
     rng: Any  # (2,) int64
 
 
+class Rows(NamedTuple):
+    """What the forward left of each query's softmax; (B, H, Lq) float32 each, dense."""
+
+    lse: Any  # natural logarithm; in base 2 where `weight` is there
+    weight: Any  # None, or what refines a probability recomputed from lse (`statistics.py`)
+    delta: Any  # rowsum(dout * out) + rowsum(dweights * weights) - dlse
+
+
 class Sizes(NamedTuple):
     """Numbers of a call that no kernel is specialised on."""
 
@@ -220,7 +228,7 @@ def score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG: tl.co
         s -= m * tl.abs(row + len_k - len_q - col).to(tl.float32)
     if terms.bias is not None:
         bias = tl.load(elements_of(terms.bias, index, head, row, col)).to(tl.float32)
-        s += tl.where((bias < LOWEST_BIAS) & (bias != -INFINITY), LOWEST_BIAS, bias)
+        s = tl.where(bias == -INFINITY, bias, s + tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias))
     if terms.mask is not None:
         keep = tl.load(elements_of(terms.mask, index, head, row, col))
         s = tl.where(keep != 0, s, -INFINITY)
@@ -239,6 +247,19 @@ def hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG: t
         d = row + shift - col
         seen = seen & (d <= scalars.left) & (d >= -scalars.right)
     return tl.where(seen, s, -INFINITY)
+
+
+@triton.jit
+def probability(s, factor, rows, index, head, start_q, row, len_q, sizes):
+    """Softmax probabilities from scores; 0 in a row that sees no key."""
+    at = (index * sizes.num_heads + head) * sizes.seqlen_q + start_q + tl.minimum(row, len_q - 1)
+    lse2 = tl.load(rows.lse + at)
+    if rows.weight is None:
+        lse2 = lse2 * LOG2E
+    p = tl.exp2(s * factor - tl.where(lse2 == -INFINITY, INFINITY, lse2))
+    if rows.weight is not None:
+        p = p * tl.load(rows.weight + at)
+    return p
 
 
 @triton.jit

@@ -6,24 +6,23 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    INFINITY,
-    LOG2E,
     elements_of,
     hide,
     keep_mask,
     load_rows,
     locate,
     present_keys,
+    probability,
     score,
     visible_keys,
 )
 
 
 @triton.jit
-def dropped_probabilities(q, k, lse, batch, head, m0, n0, terms, sizes, scalars,
+def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars,
                           CONFIG: tl.constexpr):  # fmt: skip
     """softmax(score) after dropout of one tile, 0 where hidden or outside."""
-    _, len_q, _, len_k, shift, index = locate(terms, sizes, scalars, batch)
+    start_q, len_q, _, len_k, shift, index = locate(terms, sizes, scalars, batch)
     first, end, _ = present_keys(terms, batch, len_k)
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
@@ -34,9 +33,7 @@ def dropped_probabilities(q, k, lse, batch, head, m0, n0, terms, sizes, scalars,
     qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
     s, factor, _ = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
     s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
-    rows = (index * sizes.num_heads + head) * sizes.seqlen_q + tl.minimum(row, len_q - 1)
-    lse2 = tl.load(lse + rows) * LOG2E
-    p = tl.exp2(s * factor - tl.where(lse2 == -INFINITY, INFINITY, lse2))
+    p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
     if terms.rng is not None:
         keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
                          CONFIG.BLOCK_N)  # fmt: skip
@@ -46,7 +43,7 @@ def dropped_probabilities(q, k, lse, batch, head, m0, n0, terms, sizes, scalars,
 
 @triton.jit(do_not_specialize=["sizes", "scalars", "tiles_m", "tiles_n"])
 def _attention_weights_kernel(
-    q, k, lse, weights, terms, sizes, scalars, tiles_m, tiles_n, CONFIG: tl.constexpr
+    q, k, rows, weights, terms, sizes, scalars, tiles_m, tiles_n, CONFIG: tl.constexpr
 ):  # fmt: skip
     """One tile of the weights of one head or, summed on the fly, of the average over heads."""
     program = tl.program_id(0)
@@ -58,7 +55,7 @@ def _attention_weights_kernel(
     acc = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_N], tl.float32)
     members = sizes.num_heads if CONFIG.AVERAGE else 1
     for member in tl.range(0, members):
-        acc += dropped_probabilities(q, k, lse, batch, first_head + member, m0, n0, terms, sizes,
+        acc += dropped_probabilities(q, k, rows, batch, first_head + member, m0, n0, terms, sizes,
                                      scalars, CONFIG)  # fmt: skip
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     col = n0 + tl.arange(0, CONFIG.BLOCK_N)[None, :]
@@ -69,7 +66,7 @@ def _attention_weights_kernel(
 
 @triton.jit(do_not_specialize=["sizes", "scalars", "num_tiles"])
 def _attention_weights_delta_kernel(
-    q, k, lse, dweights, delta, terms, sizes, scalars, num_tiles, CONFIG: tl.constexpr
+    q, k, rows, dweights, terms, sizes, scalars, num_tiles, CONFIG: tl.constexpr
 ):  # fmt: skip
     """delta += rowsum(dweights * weights) of BLOCK_M queries of one head."""
     tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
@@ -84,10 +81,10 @@ def _attention_weights_delta_kernel(
     for i in tl.range(tile_n, past):
         n0 = i * CONFIG.BLOCK_N
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
-        p = dropped_probabilities(q, k, lse, batch, head, m0, n0, terms, sizes, scalars, CONFIG)
+        p = dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars, CONFIG)
         clamped = tl.minimum(row, len_q - 1)[:, None], tl.minimum(col, len_k - 1)[None, :]
         dp = tl.load(elements_of(dweights, index, head, clamped[0], clamped[1])).to(tl.float32)
         total += tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
-    target = delta + (index * sizes.num_heads + head) * sizes.seqlen_q + row
+    target = rows.delta + (index * sizes.num_heads + head) * sizes.seqlen_q + row
     inside = row < len_q
     tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
