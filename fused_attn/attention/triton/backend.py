@@ -57,9 +57,7 @@ def backward(
     dv: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    _launchers().backward(
-        operands, options, out, lse, dout, dlse, dweights, (dq, dk, dv, dbias)
-    )
+    _launchers().backward(operands, options, out, lse, dout, dlse, dweights, (dq, dk, dv, dbias))
 
 
 def _launchers() -> Any:

@@ -10,16 +10,18 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    INFINITY,
     elements_of,
     head_of,
     hide,
+    hide_keys,
     keep_mask,
+    keys_of_query,
     load_rows,
     locate,
     only_seen,
     present_keys,
     probability,
+    queries_of_key,
     score,
     store_rows,
     visible_keys,
@@ -71,25 +73,25 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _accumulate_queries(
-    dk, dv, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head, where, keys,
+    dk, dv, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head, where, queries,
     tiles, terms, sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of tiles [a, b) and [c, d) of one head give to a tile of keys."""
-    batch, index, start_q, len_q, len_k, shift = where
-    first, end = keys
+    batch, index, start_q, len_q, len_k = where
     a, b, c, d = tiles
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
+    low, high = queries
     last = start_q + len_q - 1
     for i in tl.range(a, b + d - c):
         m0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_M
         row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[None, :]
         query = load_rows(q, q_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
-                          CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+                          CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         qk = tl.dot(key, tl.trans(query), input_precision=CONFIG.PRECISION)
         s, factor, slope = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
         if MASKED:
-            s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
+            s = hide(s, row, low, high)
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
         delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
         keep = None
@@ -99,14 +101,14 @@ def _accumulate_queries(
                                       CONFIG.BLOCK_M, CONFIG.BLOCK_N))  # fmt: skip
             kept = tl.where(keep != 0, p * scalars.keep_scale, 0.0)
         doutput = load_rows(dout, dout_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
-                            CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+                            CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
         dp = tl.dot(value, tl.trans(doutput), input_precision=CONFIG.PRECISION)
         ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), row, col,
                               scalars)  # fmt: skip
         ds = ds * slope
         if HIDING:
-            ds = tl.where(s == -INFINITY, 0.0, ds)
+            ds = tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=CONFIG.PRECISION)
     return dk, dv
 
@@ -134,9 +136,7 @@ def _attention_backward_dkdv_kernel(
     end_n = tl.minimum(n0 + CONFIG.BLOCK_N, end)
     # Keys past the last one count as seen: nothing of them is stored.
     whole = (holes == 0) & (n0 >= first) & ((n0 + CONFIG.BLOCK_N <= end) | (end == len_k))
-    a, b, c, d = visible_queries(
-        tl.maximum(n0, first), end_n, len_q, shift, whole, scalars, CONFIG
-    )
+    a, b, c, d = visible_queries(tl.maximum(n0, first), end_n, len_q, shift, whole, scalars, CONFIG)
     last = start_k + len_k - 1
     key = load_rows(k, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N, CONFIG.HEAD_DIM,
                     CONFIG.BLOCK_D)  # fmt: skip
@@ -144,16 +144,18 @@ def _attention_backward_dkdv_kernel(
                       CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
     dkey = tl.zeros([CONFIG.BLOCK_N, CONFIG.BLOCK_D], tl.float32)
     dvalue = tl.zeros([CONFIG.BLOCK_N, CONFIG.BLOCK_DV], tl.float32)
-    where = (batch, index, start_q, len_q, len_k, shift)
+    where = (batch, index, start_q, len_q, len_k)
+    col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
+    queries = queries_of_key(col, len_q, shift, first, end, index, terms, scalars, CONFIG)
     for member in range(sizes.group):
         head = head_kv * sizes.group + member
         dkey, dvalue = _accumulate_queries(
             dkey, dvalue, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head,
-            where, (first, end), (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
+            where, queries, (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
         )  # fmt: skip
         dkey, dvalue = _accumulate_queries(
             dkey, dvalue, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head,
-            where, (first, end), (a, b, c, d), terms, sizes, scalars, True, CONFIG,
+            where, queries, (a, b, c, d), terms, sizes, scalars, True, CONFIG,
         )  # fmt: skip
     stop = start_k + len_k
     if dk is not None:
@@ -175,20 +177,22 @@ def _accumulate_keys(
     a, b, c, d = tiles
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
+    row_low, row_high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     last = start_k + len_k - 1
     for i in tl.range(a, b + d - c):
         n0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_N
         key_index = n0 + tl.arange(0, CONFIG.BLOCK_N)
         col = key_index[None, :]
         key = load_rows(k, k_desc, index, head // sizes.group, start_k + n0, last,
-                        CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+                        CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         value = load_rows(v, v_desc, index, head // sizes.group, start_k + n0, last,
-                          CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+                          CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV,
+                          not MASKED)  # fmt: skip
         qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
         dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
         s, factor, slope = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
         if MASKED:
-            s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
+            s = hide_keys(s, col, row_low, row_high, len_k, index, terms)
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
         keep = None
         if terms.rng is not None:
@@ -198,8 +202,8 @@ def _accumulate_keys(
                               row, col, scalars)  # fmt: skip
         ds = ds * slope
         if HIDING:
-            ds = tl.where(s == -INFINITY, 0.0, ds)
-            key = only_seen(key, s, key_index, low, high, terms)
+            ds = tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
+            key = only_seen(key, p, key_index, low, high, terms)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=CONFIG.PRECISION)
     return dq
 

@@ -11,9 +11,9 @@ import triton.language as tl
 
 from .backward import load_delta, softmax_gradient
 from .primitives import (
-    INFINITY,
-    hide,
+    hide_keys,
     keep_mask,
+    keys_of_query,
     load_rows,
     locate,
     present_keys,
@@ -42,7 +42,8 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
                       CONFIG.BLOCK_DV)  # fmt: skip
     dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
     s, factor, _ = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
-    s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
+    low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
+    s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
     delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
     keep = None
@@ -51,7 +52,7 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
                          CONFIG.BLOCK_N)  # fmt: skip
     ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), row, col,
                           scalars)  # fmt: skip
-    return tl.where(s == -INFINITY, 0.0, ds)
+    return tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
 
 
 @triton.jit(do_not_specialize=["counts", "bias_sizes", "sizes", "scalars"])

@@ -25,6 +25,15 @@ def padded_size(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+# Below this length a descriptor costs more to make than it saves.
+DESCRIPTOR_SEQLEN = 512
+
+
+def has_descriptors(arch: int) -> bool:
+    """Whether tiles are copied by tensor descriptors: data-centre GPUs from Hopper on."""
+    return 90 <= arch < 120
+
+
 def forward_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
     if arch == INTERPRETER:
         return Tile(32, 64, 4, 2)

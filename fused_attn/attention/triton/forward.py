@@ -13,8 +13,9 @@ import triton.language as tl
 from .primitives import (
     INFINITY,
     LN2,
-    hide,
+    hide_keys,
     keep_mask,
+    keys_of_query,
     load_rows,
     locate,
     only_seen,
@@ -51,29 +52,31 @@ def attend(
     a, b, c, d = tiles
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
+    row_low, row_high = keys_of_query(row[:, None], len_q, shift, first, end, scalars, CONFIG)
     last = start_k + len_k - 1
     for i in tl.range(a, b + d - c):
         n0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_N
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         key = load_rows(k, k_desc, index, head // sizes.group, start_k + n0, last,
-                        CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+                        CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
         s, factor, _ = score(
             qk, row[:, None], col[None, :], len_q, len_k, index, head, terms, scalars, CONFIG
         )
         if MASKED:
-            s = hide(s, row[:, None], col[None, :], len_q, shift, first, end, index, terms,
-                     scalars, CONFIG)  # fmt: skip
+            s = hide_keys(s, col[None, :], row_low, row_high, len_k, index, terms)
         p, shrink, peak, total = softmax_update(s, factor, peak, total, HIDING)
+        kept = p
         if terms.rng is not None:
             keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
                              CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
-            p = tl.where(keep != 0, p, 0.0)
+            kept = tl.where(keep != 0, p, 0.0)
         value = load_rows(v, v_desc, index, head // sizes.group, start_k + n0, last,
-                          CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+                          CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV,
+                          not MASKED)  # fmt: skip
         if HIDING:
-            value = only_seen(value, s, col, low, high, terms)
-        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None],
+            value = only_seen(value, p, col, low, high, terms)
+        acc = tl.dot(kept.to(value.dtype), value, acc * shrink[:, None],
                      input_precision=CONFIG.PRECISION)  # fmt: skip
     return acc, peak, total
 

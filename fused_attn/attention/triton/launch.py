@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import philox, triton_runtime
 from ..problem import LOWER_RIGHT, NONE, Operands, Options
@@ -117,6 +118,28 @@ class Call:
             **more,
         )
 
+    def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:
+        """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
+        long_enough = min(self.seqlen_q, self.seqlen_k) >= config.DESCRIPTOR_SEQLEN
+        if not (long_enough and config.has_descriptors(self.kind[2])):
+            return (None,) * len(tensors)
+        if not all(_can_describe(tensor) for tensor, _ in tensors):
+            return (None,) * len(tensors)
+        return tuple([_descriptor(tensor, rows) for tensor, rows in tensors])
+
+
+def _can_describe(tensor: Tensor) -> bool:
+    """What the hardware asks of a tensor that it copies tiles of: multiples of 16 bytes."""
+    *outer, inner = tensor.stride()
+    size = tensor.element_size()
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in outer)
+    return inner == 1 and aligned and tensor.data_ptr() % 16 == 0
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    block = [1, 1, rows, config.padded_size(tensor.shape[3])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
 
 def _scalars(options: Options) -> Scalars:
     left = options.window_left if options.window_left >= 0 else _UNLIMITED
@@ -161,7 +184,8 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
         triton_runtime.launch(
             _attention_forward_kernel,
             num_tiles * call.num_heads * call.batch,
-            *(_view(q), _view(k), _view(v), _view(out), lse, None, None, None),
+            *(_view(q), _view(k), _view(v), _view(out), lse),
+            *call.descriptors((q, tile.block_m), (k, tile.block_n), (v, tile.block_n)),
             *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
             warps=tile.warps,
             stages=tile.stages,
@@ -273,24 +297,31 @@ def _keys_and_values(
     triton_runtime.launch(
         _attention_backward_dkdv_kernel,
         num_tiles * call.num_heads_kv * call.batch,
-        *(*given, _view(dk), _view(dv), dweights, None, None),
+        *(*given, _view(dk), _view(dv), dweights),
+        *_query_descriptors(call, given, tile),
         *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
         warps=tile.warps,
         stages=tile.stages,
     )
 
 
-def _queries(
-    call: Call, given: tuple[Any, ...], dweights: View | None, dq: Tensor | None
-) -> None:
+def _query_descriptors(call: Call, given: tuple[Any, ...], tile: config.Tile) -> tuple[Any, ...]:
+    if call.packed:  # they do not stop at the end of a sequence, and what follows may be NaN
+        return None, None
+    return call.descriptors((call.operands.q, tile.block_m), (given[3].ptr, tile.block_m))
+
+
+def _queries(call: Call, given: tuple[Any, ...], dweights: View | None, dq: Tensor | None) -> None:
     if dq is None:
         return
+    _, k, v = call.operands[:3]
     tile = config.dq_tile(*call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     triton_runtime.launch(
         _attention_backward_dq_kernel,
         num_tiles * call.num_heads * call.batch,
-        *(*given, _view(dq), dweights, None, None),
+        *(*given, _view(dq), dweights),
+        *call.descriptors((k, tile.block_n), (v, tile.block_n)),
         *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
         warps=tile.warps,
         stages=tile.stages,

@@ -167,17 +167,22 @@ def elements_of(view, batch, head, row, col):
 
 @triton.jit
 def load_rows(view, descriptor, batch, head, row0, last, ROWS: tl.constexpr, SIZE: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
-    """Rows [row0, row0 + ROWS) of a head, none past `last`; zero from column SIZE to BLOCK.
+              BLOCK: tl.constexpr, INSIDE: tl.constexpr = False):  # fmt: skip
+    """Rows [row0, row0 + ROWS) of a head; zero from column SIZE to BLOCK.
 
-    Rows past `last` hold anything.
+    Rows past `last` hold anything, unless INSIDE says that there are none.
     """
     if descriptor is not None:
         tile = descriptor.load([batch.to(tl.int32), head, row0, 0])
         return tl.reshape(tile, [ROWS, BLOCK])
-    row = tl.maximum(tl.minimum(row0 + tl.arange(0, ROWS), last), 0)
+    stride_m, stride_d = view.strides[2], view.strides[3]
+    # The tile's place is a 64-bit scalar; offsets within the tile stay the same all along a loop.
+    base = head_of(view, batch, head) + row0.to(tl.int64) * stride_m
+    row = tl.arange(0, ROWS)
+    if not INSIDE:
+        row = tl.minimum(row, tl.maximum(last - row0, 0))
     col = tl.arange(0, BLOCK)
-    pointers = elements_of(view, batch, head, row[:, None], col[None, :])
+    pointers = base + (row[:, None] * stride_m + col[None, :] * stride_d)
     if SIZE == BLOCK:
         return tl.load(pointers)
     return tl.load(pointers, mask=col[None, :] < SIZE, other=0.0)
@@ -236,17 +241,51 @@ def score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG: tl.co
 
 
 @triton.jit
-def hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG: tl.constexpr):
-    """`s`, -inf outside the present keys, the queries, and the band of causal and window."""
-    seen = (col >= first) & (col < end) & (row < len_q)
-    if terms.padding is not None:
-        strides = terms.padding.strides
-        present = terms.padding.ptr + index * strides[0] + col.to(tl.int64) * strides[1]
-        seen = seen & (tl.load(present, mask=(col >= first) & (col < end), other=0) != 0)
+def keys_of_query(row, len_q, shift, first, end, scalars, CONFIG: tl.constexpr):
+    """Keys [low, high) that a query may see by position; none for a row past the last."""
+    low = row * 0 + first
+    high = tl.where(row < len_q, end, 0)
     if CONFIG.BAND:
-        d = row + shift - col
-        seen = seen & (d <= scalars.left) & (d >= -scalars.right)
-    return tl.where(seen, s, -INFINITY)
+        low = tl.maximum(low, row + shift - scalars.left)
+        high = tl.minimum(high, row + shift + scalars.right + 1)
+    return low, high
+
+
+@triton.jit
+def queries_of_key(col, len_q, shift, first, end, index, terms, scalars, CONFIG: tl.constexpr):
+    """Queries [low, high) that may see a key by position; none for a key that is not present."""
+    present = (col >= first) & (col < end)
+    if terms.padding is not None:
+        present = present & (load_padding(col, present, index, terms) != 0)
+    low = col * 0
+    high = tl.where(present, len_q, 0)
+    if CONFIG.BAND:
+        low = tl.maximum(low, col - shift - scalars.right)
+        high = tl.minimum(high, col - shift + scalars.left + 1)
+    return low, high
+
+
+@triton.jit
+def load_padding(col, inside, index, terms):
+    """The padding mask's bytes of some keys, 0 for those that are not `inside`."""
+    strides = terms.padding.strides
+    pointers = terms.padding.ptr + index * strides[0] + col.to(tl.int64) * strides[1]
+    return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def hide(s, position, low, high):
+    """`s`, -inf where `position` is outside [low, high)."""
+    return tl.where((position >= low) & (position < high), s, -INFINITY)
+
+
+@triton.jit
+def hide_keys(s, col, low, high, len_k, index, terms):
+    """`hide` by key position, and by the padding mask."""
+    s = hide(s, col, low, high)
+    if terms.padding is not None:
+        s = tl.where(load_padding(col, col < len_k, index, terms) != 0, s, -INFINITY)
+    return s
 
 
 @triton.jit
@@ -263,14 +302,14 @@ def probability(s, factor, rows, index, head, start_q, row, len_q, sizes):
 
 
 @triton.jit
-def only_seen(tile, s, col, low, high, terms):
+def only_seen(tile, p, col, low, high, terms):
     """`tile` of K or V, zero where no query sees the key: it may hold NaN, and 0 * NaN is NaN.
 
-    `s` is (queries, keys); keys outside [low, high) are not seen.
+    `p` are the probabilities, (queries, keys); keys outside [low, high) are not seen.
     """
     seen = (col >= low) & (col < high)
     if (terms.mask is not None) or (terms.bias is not None) or (terms.padding is not None):
-        seen = seen & (tl.max((s != -INFINITY).to(tl.int32), 0) != 0)
+        seen = seen & (tl.max((p != 0.0).to(tl.int32), 0) != 0)
     return tl.where(seen[:, None], tile, tl.zeros_like(tile))
 
 

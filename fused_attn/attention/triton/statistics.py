@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import INFINITY, LOG2E, hide, load_rows, locate, present_keys, score, visible_keys
+from .primitives import (
+    INFINITY,
+    LOG2E,
+    hide_keys,
+    keys_of_query,
+    load_rows,
+    locate,
+    present_keys,
+    score,
+    visible_keys,
+)
 
 # Beyond this |lse| its rounding error shows in the probabilities.
 COARSE = tl.constexpr(1e4)
@@ -46,10 +56,9 @@ def _attention_refine_kernel(
             key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                             CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
             qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-            s, factor, _ = score(
-                qk, rows, cols, len_q, len_k, index, head, terms, scalars, CONFIG
-            )
-            s = hide(s, rows, cols, len_q, shift, first, end, index, terms, scalars, CONFIG)
+            s, factor, _ = score(qk, rows, cols, len_q, len_k, index, head, terms, scalars, CONFIG)
+            low, high = keys_of_query(rows, len_q, shift, first, end, scalars, CONFIG)
+            s = hide_keys(s, cols, low, high, len_k, index, terms)
             new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
             anchor = tl.where(new_peak == -INFINITY, 0.0, new_peak)
             p = tl.exp2(s * factor - anchor[:, None])

@@ -7,8 +7,9 @@ import triton.language as tl
 
 from .primitives import (
     elements_of,
-    hide,
+    hide_keys,
     keep_mask,
+    keys_of_query,
     load_rows,
     locate,
     present_keys,
@@ -32,7 +33,8 @@ def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars
                     CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
     qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
     s, factor, _ = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
-    s = hide(s, row, col, len_q, shift, first, end, index, terms, scalars, CONFIG)
+    low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
+    s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
     if terms.rng is not None:
         keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
