@@ -37,7 +37,7 @@ def load_delta(rows, index, head, start_q, row, len_q, sizes):
 
 
 @triton.jit
-def softmax_gradient(p, dp, delta, keep, dweights, place, row, col, scalars):
+def softmax_gradient(p, dp, delta, keep, dweights, place, origin, row, col, scalars):
     """Gradient of the score: p (dp - delta), where dp is that of the undropped probabilities.
 
     `dp` comes in as dout v^T; the gradient of the weights, if there is one, is added.
@@ -45,7 +45,7 @@ def softmax_gradient(p, dp, delta, keep, dweights, place, row, col, scalars):
     index, head, len_q, len_k = place
     if dweights is not None:
         row, col = tl.minimum(row, len_q - 1), tl.minimum(col, len_k - 1)
-        dp += tl.load(elements_of(dweights, index, head, row, col)).to(tl.float32)
+        dp += tl.load(elements_of(dweights, index, head, origin, row, col)).to(tl.float32)
     if keep is not None:
         dp = tl.where(keep != 0, dp * scalars.keep_scale, 0.0)
     return p * (dp - delta)
@@ -89,7 +89,9 @@ def _accumulate_queries(
         query = load_rows(q, q_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                           CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         qk = tl.dot(key, tl.trans(query), input_precision=CONFIG.PRECISION)
-        s, factor, slope = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
+        s, factor, slope = score(
+            qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
+        )
         if MASKED:
             s = hide(s, row, low, high)
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
@@ -104,7 +106,7 @@ def _accumulate_queries(
                             CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
         dp = tl.dot(value, tl.trans(doutput), input_precision=CONFIG.PRECISION)
-        ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), row, col,
+        ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), (m0, n0), row, col,
                               scalars)  # fmt: skip
         ds = ds * slope
         if HIDING:
@@ -190,7 +192,9 @@ def _accumulate_keys(
                           not MASKED)  # fmt: skip
         qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
         dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
-        s, factor, slope = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
+        s, factor, slope = score(
+            qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
+        )
         if MASKED:
             s = hide_keys(s, col, row_low, row_high, len_k, index, terms)
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
@@ -198,7 +202,7 @@ def _accumulate_keys(
         if terms.rng is not None:
             keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
                              CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
-        ds = softmax_gradient(p, dp, delta[:, None], keep, dweights, (index, head, len_q, len_k),
+        ds = softmax_gradient(p, dp, delta[:, None], keep, dweights, (index, head, len_q, len_k), (m0, n0),
                               row, col, scalars)  # fmt: skip
         ds = ds * slope
         if HIDING:

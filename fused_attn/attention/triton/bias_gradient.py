@@ -27,7 +27,7 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
                     scalars, CONFIG: tl.constexpr):  # fmt: skip
     """Gradient of one tile of scores, 0 where they are hidden or outside."""
     start_q, len_q, start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
-    first, end, _ = present_keys(terms, batch, len_k)
+    first, end, _holes = present_keys(terms, batch, len_k)
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
     head_kv = head // sizes.group
@@ -41,7 +41,9 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
     value = load_rows(v, None, index, head_kv, n0, len_k - 1, CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V,
                       CONFIG.BLOCK_DV)  # fmt: skip
     dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
-    s, factor, _ = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
+    s, factor, _slope = score(
+        qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
+    )
     low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
@@ -50,7 +52,7 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
     if terms.rng is not None:
         keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
                          CONFIG.BLOCK_N)  # fmt: skip
-    ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), row, col,
+    ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), (m0, n0), row, col,
                           scalars)  # fmt: skip
     return tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
 

@@ -60,8 +60,18 @@ def attend(
         key = load_rows(k, k_desc, index, head // sizes.group, start_k + n0, last,
                         CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-        s, factor, _ = score(
-            qk, row[:, None], col[None, :], len_q, len_k, index, head, terms, scalars, CONFIG
+        s, factor, _slope = score(
+            qk,
+            (m0, n0),
+            row[:, None],
+            col[None, :],
+            len_q,
+            len_k,
+            index,
+            head,
+            terms,
+            scalars,
+            CONFIG,
         )
         if MASKED:
             s = hide_keys(s, col[None, :], row_low, row_high, len_k, index, terms)

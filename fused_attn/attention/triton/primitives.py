@@ -159,10 +159,16 @@ def head_of(view, batch, head):
 
 
 @triton.jit
-def elements_of(view, batch, head, row, col):
-    """Pointers to (row, col) of one head of one batch element."""
-    base = head_of(view, batch, head)
-    return base + row.to(tl.int64) * view.strides[2] + col.to(tl.int64) * view.strides[3]
+def elements_of(view, batch, head, origin, row, col):
+    """Pointers to (row, col) of one head of one batch element.
+
+    `origin` is the tile's first row and column: its place is a 64-bit scalar, what is within the
+    tile takes 32 bits.
+    """
+    m0, n0 = origin
+    stride_m, stride_n = view.strides[2], view.strides[3]
+    base = head_of(view, batch, head) + m0.to(tl.int64) * stride_m + n0.to(tl.int64) * stride_n
+    return base + ((row - m0) * stride_m + (col - n0) * stride_n)
 
 
 @triton.jit
@@ -194,7 +200,9 @@ def store_rows(view, batch, head, row0, end, values, ROWS: tl.constexpr, SIZE: t
     """Write `values` to the rows [row0, min(row0 + ROWS, end)) and SIZE columns of a head."""
     row = row0 + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
-    pointers = elements_of(view, batch, head, row[:, None], col[None, :])
+    base = head_of(view, batch, head) + row0.to(tl.int64) * view.strides[2]
+    within = (row - row0)[:, None] * view.strides[2] + col[None, :] * view.strides[3]
+    pointers = base + within
     inside = (row[:, None] < end) & (col[None, :] < SIZE)
     tl.store(pointers, values.to(view.ptr.dtype.element_ty), mask=inside)
 
@@ -213,7 +221,7 @@ def tanh(x):
 
 
 @triton.jit
-def score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG: tl.constexpr):
+def score(qk, origin, row, col, len_q, len_k, index, head, terms, scalars, CONFIG: tl.constexpr):
     """Score of `fused_attn.attention` from q k^T: (s, factor, slope of the softcap).
 
     `s * factor` is in base 2, factor > 0. A bias of -inf and the bool mask hide already.
@@ -232,10 +240,10 @@ def score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG: tl.co
         m = tl.load(terms.alibi_slopes.ptr + head * terms.alibi_slopes.strides[0])
         s -= m * tl.abs(row + len_k - len_q - col).to(tl.float32)
     if terms.bias is not None:
-        bias = tl.load(elements_of(terms.bias, index, head, row, col)).to(tl.float32)
+        bias = tl.load(elements_of(terms.bias, index, head, origin, row, col)).to(tl.float32)
         s = tl.where(bias == -INFINITY, bias, s + tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias))
     if terms.mask is not None:
-        keep = tl.load(elements_of(terms.mask, index, head, row, col))
+        keep = tl.load(elements_of(terms.mask, index, head, origin, row, col))
         s = tl.where(keep != 0, s, -INFINITY)
     return s * LOG2E, 1.0, slope
 

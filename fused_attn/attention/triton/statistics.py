@@ -33,7 +33,7 @@ def _attention_refine_kernel(
     """What p = exp2(score - peak) * weight needs of BLOCK_M queries of one head."""
     tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     batch, head = plane // sizes.num_heads, plane % sizes.num_heads
-    _, len_q, _, len_k, shift, index = locate(terms, sizes, scalars, batch)
+    _start_q, len_q, _start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
     m0 = tile * CONFIG.BLOCK_M
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     at = plane.to(tl.int64) * sizes.seqlen_q + row
@@ -45,7 +45,7 @@ def _attention_refine_kernel(
     if tl.max(coarse.to(tl.int32), 0) != 0:
         first, end, holes = present_keys(terms, batch, len_k)
         end_m = tl.minimum(m0 + CONFIG.BLOCK_M, len_q)
-        _, _, tile_n, _, _, past = visible_keys(
+        _low, _high, tile_n, _full, _past_full, past = visible_keys(
             m0, end_m, shift, first, end, holes, scalars, CONFIG
         )
         query = load_rows(q, None, index, head, m0, len_q - 1, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
@@ -56,7 +56,9 @@ def _attention_refine_kernel(
             key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                             CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
             qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-            s, factor, _ = score(qk, rows, cols, len_q, len_k, index, head, terms, scalars, CONFIG)
+            s, factor, _slope = score(
+                qk, (m0, n0), rows, cols, len_q, len_k, index, head, terms, scalars, CONFIG
+            )
             low, high = keys_of_query(rows, len_q, shift, first, end, scalars, CONFIG)
             s = hide_keys(s, cols, low, high, len_k, index, terms)
             new_peak = tl.maximum(peak, tl.max(s, 1) * factor)

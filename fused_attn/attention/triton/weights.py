@@ -23,8 +23,8 @@ from .primitives import (
 def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars,
                           CONFIG: tl.constexpr):  # fmt: skip
     """softmax(score) after dropout of one tile, 0 where hidden or outside."""
-    start_q, len_q, _, len_k, shift, index = locate(terms, sizes, scalars, batch)
-    first, end, _ = present_keys(terms, batch, len_k)
+    start_q, len_q, _start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
+    first, end, _holes = present_keys(terms, batch, len_k)
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
     query = load_rows(q, None, index, head, m0, len_q - 1, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
@@ -32,7 +32,9 @@ def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars
     key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                     CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
     qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-    s, factor, _ = score(qk, row, col, len_q, len_k, index, head, terms, scalars, CONFIG)
+    s, factor, _slope = score(
+        qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
+    )
     low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
@@ -61,7 +63,7 @@ def _attention_weights_kernel(
                                      scalars, CONFIG)  # fmt: skip
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     col = n0 + tl.arange(0, CONFIG.BLOCK_N)[None, :]
-    target = elements_of(weights, batch, first_head, row, col)
+    target = elements_of(weights, batch, first_head, (m0, n0), row, col)
     inside = (row < sizes.seqlen_q) & (col < sizes.seqlen_k)
     tl.store(target, (acc / members).to(weights.ptr.dtype.element_ty), mask=inside)
 
@@ -73,11 +75,13 @@ def _attention_weights_delta_kernel(
     """delta += rowsum(dweights * weights) of BLOCK_M queries of one head."""
     tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     batch, head = plane // sizes.num_heads, plane % sizes.num_heads
-    _, len_q, _, len_k, shift, index = locate(terms, sizes, scalars, batch)
+    _start_q, len_q, _start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
     m0 = tile * CONFIG.BLOCK_M
     first, end, holes = present_keys(terms, batch, len_k)
     end_m = tl.minimum(m0 + CONFIG.BLOCK_M, len_q)
-    _, _, tile_n, _, _, past = visible_keys(m0, end_m, shift, first, end, holes, scalars, CONFIG)
+    _low, _high, tile_n, _full, _past_full, past = visible_keys(
+        m0, end_m, shift, first, end, holes, scalars, CONFIG
+    )
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
     for i in tl.range(tile_n, past):
@@ -85,7 +89,9 @@ def _attention_weights_delta_kernel(
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         p = dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars, CONFIG)
         clamped = tl.minimum(row, len_q - 1)[:, None], tl.minimum(col, len_k - 1)[None, :]
-        dp = tl.load(elements_of(dweights, index, head, clamped[0], clamped[1])).to(tl.float32)
+        dp = tl.load(elements_of(dweights, index, head, (m0, n0), clamped[0], clamped[1])).to(
+            tl.float32
+        )
         total += tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
     target = rows.delta + (index * sizes.num_heads + head) * sizes.seqlen_q + row
     inside = row < len_q
