@@ -80,7 +80,9 @@ def kernels(arch: int, calls: dict[str, Callable[[], None]]) -> Iterator[tuple[K
     for call, run in calls.items():
         found: list[tuple[str, Any]] = []
         start = time.perf_counter()
-        with triton_runtime.compiling_for(arch, lambda name, c, found=found: found.append((name, c))):  # type: ignore[misc]
+        with triton_runtime.compiling_for(
+            arch, lambda name, c, found=found: found.append((name, c))
+        ):  # type: ignore[misc]
             run()
         each = (time.perf_counter() - start) / max(len(found), 1)
         for name, compiled in found:

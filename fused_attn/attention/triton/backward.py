@@ -17,6 +17,7 @@ from .primitives import (
     keep_mask,
     keys_of_query,
     load_rows,
+    load_terms,
     locate,
     only_seen,
     present_keys,
@@ -37,16 +38,26 @@ def load_delta(rows, index, head, start_q, row, len_q, sizes):
 
 
 @triton.jit
-def softmax_gradient(p, dp, delta, keep, dweights, place, origin, row, col, scalars):
+def load_dweights(dweights, origin, row, col, len_q, len_k, index, head, INSIDE: tl.constexpr):
+    """A tile of the gradient of the weights; 0 if there is none. As `load_terms`."""
+    loaded = 0.0
+    if dweights is not None:
+        pointers = elements_of(dweights, index, head, origin, tl.minimum(row, len_q - 1), col)
+        if INSIDE:
+            loaded = tl.load(pointers).to(tl.float32)
+        else:
+            loaded = tl.load(pointers, mask=col < len_k, other=0.0).to(tl.float32)
+    return loaded
+
+
+@triton.jit
+def softmax_gradient(p, dp, dweights, delta, keep, terms, scalars):
     """Gradient of the score: p (dp - delta), where dp is that of the undropped probabilities.
 
-    `dp` comes in as dout v^T; the gradient of the weights, if there is one, is added.
+    `dp` comes in as dout v^T, `dweights` as what is to be added to it.
     """
-    index, head, len_q, len_k = place
-    if dweights is not None:
-        row, col = tl.minimum(row, len_q - 1), tl.minimum(col, len_k - 1)
-        dp += tl.load(elements_of(dweights, index, head, origin, row, col)).to(tl.float32)
-    if keep is not None:
+    dp = dp + dweights
+    if terms.rng is not None:
         dp = tl.where(keep != 0, dp * scalars.keep_scale, 0.0)
     return p * (dp - delta)
 
@@ -88,15 +99,15 @@ def _accumulate_queries(
         row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[None, :]
         query = load_rows(q, q_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                           CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
+        loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, not MASKED)
+        dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, not MASKED)
         qk = tl.dot(key, tl.trans(query), input_precision=CONFIG.PRECISION)
-        s, factor, slope = score(
-            qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
-        )
+        s, factor, slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
         if MASKED:
             s = hide(s, row, low, high)
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
         delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
-        keep = None
+        keep = 0
         kept = p
         if terms.rng is not None:
             keep = tl.trans(keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
@@ -106,8 +117,7 @@ def _accumulate_queries(
                             CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
         dp = tl.dot(value, tl.trans(doutput), input_precision=CONFIG.PRECISION)
-        ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), (m0, n0), row, col,
-                              scalars)  # fmt: skip
+        ds = softmax_gradient(p, dp, dw, delta, keep, terms, scalars)
         ds = ds * slope
         if HIDING:
             ds = tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
@@ -190,20 +200,19 @@ def _accumulate_keys(
         value = load_rows(v, v_desc, index, head // sizes.group, start_k + n0, last,
                           CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV,
                           not MASKED)  # fmt: skip
+        loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, not MASKED)
+        dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, not MASKED)
         qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
         dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
-        s, factor, slope = score(
-            qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
-        )
+        s, factor, slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
         if MASKED:
             s = hide_keys(s, col, row_low, row_high, len_k, index, terms)
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
-        keep = None
+        keep = 0
         if terms.rng is not None:
             keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
                              CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
-        ds = softmax_gradient(p, dp, delta[:, None], keep, dweights, (index, head, len_q, len_k), (m0, n0),
-                              row, col, scalars)  # fmt: skip
+        ds = softmax_gradient(p, dp, dw, delta[:, None], keep, terms, scalars)
         ds = ds * slope
         if HIDING:
             ds = tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN

@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import load_delta, softmax_gradient
+from .backward import load_delta, load_dweights, softmax_gradient
 from .primitives import (
     hide_keys,
     keep_mask,
     keys_of_query,
     load_rows,
+    load_terms,
     locate,
     present_keys,
     probability,
@@ -35,25 +36,24 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
                       CONFIG.BLOCK_D)  # fmt: skip
     key = load_rows(k, None, index, head_kv, n0, len_k - 1, CONFIG.BLOCK_N, CONFIG.HEAD_DIM,
                     CONFIG.BLOCK_D)  # fmt: skip
+    loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, False)
+    dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, False)
     qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
     doutput = load_rows(dout, None, index, head, m0, len_q - 1, CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V,
                         CONFIG.BLOCK_DV)  # fmt: skip
     value = load_rows(v, None, index, head_kv, n0, len_k - 1, CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V,
                       CONFIG.BLOCK_DV)  # fmt: skip
     dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
-    s, factor, _slope = score(
-        qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
-    )
+    s, factor, _slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
     low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
     delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
-    keep = None
+    keep = 0
     if terms.rng is not None:
         keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
                          CONFIG.BLOCK_N)  # fmt: skip
-    ds = softmax_gradient(p, dp, delta, keep, dweights, (index, head, len_q, len_k), (m0, n0), row, col,
-                          scalars)  # fmt: skip
+    ds = softmax_gradient(p, dp, dw, delta, keep, terms, scalars)
     return tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
 
 

@@ -17,6 +17,7 @@ from .primitives import (
     keep_mask,
     keys_of_query,
     load_rows,
+    load_terms,
     locate,
     only_seen,
     present_keys,
@@ -59,19 +60,11 @@ def attend(
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         key = load_rows(k, k_desc, index, head // sizes.group, start_k + n0, last,
                         CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
+        loaded = load_terms((m0, n0), row[:, None], col[None, :], len_q, len_k, index, head, terms,
+                            not MASKED)  # fmt: skip
         qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
         s, factor, _slope = score(
-            qk,
-            (m0, n0),
-            row[:, None],
-            col[None, :],
-            len_q,
-            len_k,
-            index,
-            head,
-            terms,
-            scalars,
-            CONFIG,
+            qk, loaded, row[:, None], col[None, :], len_q, len_k, head, terms, scalars, CONFIG
         )
         if MASKED:
             s = hide_keys(s, col[None, :], row_low, row_high, len_k, index, terms)
@@ -130,8 +123,9 @@ def _attention_forward_kernel(
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    store_rows(out, index, head, start_q + m0, start_q + len_q, acc * (scalars.keep_scale / total)[:, None],
-               CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+    acc = acc * (scalars.keep_scale / total)[:, None]
+    store_rows(out, index, head, start_q + m0, start_q + len_q, acc, CONFIG.BLOCK_M,
+               CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
     if lse is not None:
         row = m0 + tl.arange(0, CONFIG.BLOCK_M)
         logsumexp = tl.where(empty, -INFINITY, (peak + tl.log2(total)) * LN2)

@@ -221,16 +221,40 @@ def tanh(x):
 
 
 @triton.jit
-def score(qk, origin, row, col, len_q, len_k, index, head, terms, scalars, CONFIG: tl.constexpr):
+def load_terms(origin, row, col, len_q, len_k, index, head, terms, INSIDE: tl.constexpr):
+    """A tile of bias and bool mask; 0 for what is absent. INSIDE: all keys of the tile exist.
+
+    To be called before the tile's q k^T. The compiler's choice of layouts depends on that order:
+    loaded after it, these tiles pull the whole softmax out of the matrix unit's layout.
+    """
+    bias = 0.0
+    keep = 0
+    row = tl.minimum(row, len_q - 1)
+    if terms.bias is not None:
+        pointers = elements_of(terms.bias, index, head, origin, row, col)
+        if INSIDE:
+            bias = tl.load(pointers)
+        else:
+            bias = tl.load(pointers, mask=col < len_k, other=0.0)
+    if terms.mask is not None:
+        pointers = elements_of(terms.mask, index, head, origin, row, col)
+        if INSIDE:
+            keep = tl.load(pointers)
+        else:
+            keep = tl.load(pointers, mask=col < len_k, other=0)
+    return bias, keep
+
+
+@triton.jit
+def score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG: tl.constexpr):
     """Score of `fused_attn.attention` from q k^T: (s, factor, slope of the softcap).
 
-    `s * factor` is in base 2, factor > 0. A bias of -inf and the bool mask hide already.
+    `s * factor` is in base 2, factor > 0. A bias of -inf and the bool mask (`loaded`) hide already.
     """
     slope = 1.0
     if not CONFIG.MODIFIED:
         return qk, scalars.scale * LOG2E, slope
-    row = tl.minimum(row, len_q - 1)
-    col = tl.minimum(col, len_k - 1)
+    bias, keep = loaded
     s = qk * scalars.scale
     if CONFIG.SOFTCAP:
         t = tanh(s / scalars.softcap)
@@ -240,10 +264,9 @@ def score(qk, origin, row, col, len_q, len_k, index, head, terms, scalars, CONFI
         m = tl.load(terms.alibi_slopes.ptr + head * terms.alibi_slopes.strides[0])
         s -= m * tl.abs(row + len_k - len_q - col).to(tl.float32)
     if terms.bias is not None:
-        bias = tl.load(elements_of(terms.bias, index, head, origin, row, col)).to(tl.float32)
+        bias = bias.to(tl.float32)
         s = tl.where(bias == -INFINITY, bias, s + tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias))
     if terms.mask is not None:
-        keep = tl.load(elements_of(terms.mask, index, head, origin, row, col))
         s = tl.where(keep != 0, s, -INFINITY)
     return s * LOG2E, 1.0, slope
 
@@ -317,7 +340,7 @@ def only_seen(tile, p, col, low, high, terms):
     """
     seen = (col >= low) & (col < high)
     if (terms.mask is not None) or (terms.bias is not None) or (terms.padding is not None):
-        seen = seen & (tl.max((p != 0.0).to(tl.int32), 0) != 0)
+        seen = seen & (tl.max(p, 0) > 0.0)
     return tl.where(seen[:, None], tile, tl.zeros_like(tile))
 
 

@@ -16,6 +16,7 @@ from .primitives import (
     hide_keys,
     keys_of_query,
     load_rows,
+    load_terms,
     locate,
     present_keys,
     score,
@@ -55,9 +56,10 @@ def _attention_refine_kernel(
             rows, cols = row[:, None], (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
             key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                             CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+            loaded = load_terms((m0, n0), rows, cols, len_q, len_k, index, head, terms, False)
             qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
             s, factor, _slope = score(
-                qk, (m0, n0), rows, cols, len_q, len_k, index, head, terms, scalars, CONFIG
+                qk, loaded, rows, cols, len_q, len_k, head, terms, scalars, CONFIG
             )
             low, high = keys_of_query(rows, len_q, shift, first, end, scalars, CONFIG)
             s = hide_keys(s, cols, low, high, len_k, index, terms)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .backward import load_dweights
 from .primitives import (
     elements_of,
     hide_keys,
     keep_mask,
     keys_of_query,
     load_rows,
+    load_terms,
     locate,
     present_keys,
     probability,
@@ -31,10 +33,9 @@ def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars
                       CONFIG.BLOCK_D)  # fmt: skip
     key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                     CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+    loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, False)
     qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-    s, factor, _slope = score(
-        qk, (m0, n0), row, col, len_q, len_k, index, head, terms, scalars, CONFIG
-    )
+    s, factor, _slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
     low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
@@ -88,10 +89,8 @@ def _attention_weights_delta_kernel(
         n0 = i * CONFIG.BLOCK_N
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         p = dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars, CONFIG)
-        clamped = tl.minimum(row, len_q - 1)[:, None], tl.minimum(col, len_k - 1)[None, :]
-        dp = tl.load(elements_of(dweights, index, head, (m0, n0), clamped[0], clamped[1])).to(
-            tl.float32
-        )
+        dp = load_dweights(dweights, (m0, n0), row[:, None], col[None, :], len_q, len_k, index,
+                           head, False)  # fmt: skip
         total += tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
     target = rows.delta + (index * sizes.num_heads + head) * sizes.seqlen_q + row
     inside = row < len_q
