@@ -91,6 +91,20 @@ def shared_memory(device: torch.device) -> int:
     )
 
 
+@functools.cache
+def _device_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least; as many as an H200's where there is no GPU."""
+    if _compile_only is not None or device.type != "cuda":
+        return 132
+    return _device_multiprocessors(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
 def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> None:
     """Run `programs` programs of `kernel` on the current stream of the arguments' device."""
     if _compile_only is not None:

@@ -1,1 +1,1 @@
-"""Triton kernels of attention: a kernel family a file, `launch.py` before them, `backend.py` the entry."""
+"""Triton kernels of attention: a kernel family a file; `backend.py` is the entry."""

@@ -110,7 +110,8 @@ def _accumulate_queries(
         keep = 0
         kept = p
         if terms.rng is not None:
-            keep = tl.trans(keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
+            position = m0 + tl.arange(0, CONFIG.BLOCK_M)
+            keep = tl.trans(keep_mask(terms, scalars, position, n0, batch * sizes.num_heads + head,
                                       CONFIG.BLOCK_M, CONFIG.BLOCK_N))  # fmt: skip
             kept = tl.where(keep != 0, p * scalars.keep_scale, 0.0)
         doutput = load_rows(dout, dout_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
@@ -210,7 +211,8 @@ def _accumulate_keys(
         p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
         keep = 0
         if terms.rng is not None:
-            keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
+            position = m0 + tl.arange(0, CONFIG.BLOCK_M)
+            keep = keep_mask(terms, scalars, position, n0, batch * sizes.num_heads + head,
                              CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
         ds = softmax_gradient(p, dp, dw, delta[:, None], keep, terms, scalars)
         ds = ds * slope

@@ -51,8 +51,9 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
     delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
     keep = 0
     if terms.rng is not None:
-        keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
-                         CONFIG.BLOCK_N)  # fmt: skip
+        position = m0 + tl.arange(0, CONFIG.BLOCK_M)
+        keep = keep_mask(terms, scalars, position, n0, batch * sizes.num_heads + head,
+                         CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
     ds = softmax_gradient(p, dp, dw, delta, keep, terms, scalars)
     return tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
 

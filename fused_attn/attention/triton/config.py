@@ -25,6 +25,10 @@ def padded_size(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+# Queries, of all heads of a group together, up to which keys are split among programs.
+MAX_DECODE_ROWS = 32
+MAX_SPLITS = 64
+
 # Below this length a descriptor costs more to make than it saves.
 DESCRIPTOR_SEQLEN = 512
 
@@ -54,6 +58,22 @@ def bias_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
 
 def weights_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
     return Tile(32, 32, 4, 2)
+
+
+def decode_tile(rows: int, head_dim: int, itemsize: int, arch: int) -> Tile:
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    return Tile(block_m, 32 if padded_size(head_dim) > 128 or itemsize == 4 else 64, 4, 2)
+
+
+def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -> int:
+    """Splits of the keys where `planes` key heads have `rows` queries each; 1 for no decoding.
+
+    Enough for two programs on each multiprocessor, but none shorter than 256 keys.
+    """
+    if rows > MAX_DECODE_ROWS or planes == 0:
+        return 1
+    wanted = -(-2 * multiprocessors // planes)
+    return max(1, min(wanted, seqlen_k // 256, MAX_SPLITS))
 
 
 def delta_rows(head_dim: int) -> int:

@@ -71,7 +71,7 @@ def attend(
         p, shrink, peak, total = softmax_update(s, factor, peak, total, HIDING)
         kept = p
         if terms.rng is not None:
-            keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head,
+            keep = keep_mask(terms, scalars, row, n0, batch * sizes.num_heads + head,
                              CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
             kept = tl.where(keep != 0, p, 0.0)
         value = load_rows(v, v_desc, index, head // sizes.group, start_k + n0, last,

@@ -21,6 +21,7 @@ from .backward import (
     _attention_delta_kernel,
 )
 from .bias_gradient import _attention_bias_gradient_kernel
+from .decode import _attention_combine_kernel, _attention_decode_kernel
 from .forward import _attention_forward_kernel
 from .padding import key_ranges
 from .primitives import Rows, Scalars, Sizes, Terms, View
@@ -178,6 +179,10 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
         out.zero_()
         if lse is not None:
             lse.fill_(-torch.inf)
+    splits = _decode_splits(call)
+    if splits > 1:
+        _decode(call, out, lse, splits)
+        return
     tile = config.forward_tile(*call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     with triton_runtime.on_device_of(q):
@@ -189,6 +194,42 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
             *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
             warps=tile.warps,
             stages=tile.stages,
+        )
+
+
+def _decode_splits(call: Call) -> int:
+    """How many programs share the keys of one key head; 1: the usual kernel."""
+    rows = call.seqlen_q * call.sizes.group
+    planes = call.num_heads_kv * call.batch
+    device = call.operands.q.device
+    multiprocessors = triton_runtime.multiprocessors(device)
+    return config.decode_splits(rows, call.seqlen_k, planes, multiprocessors)
+
+
+def _decode(call: Call, out: Tensor, lse: Tensor | None, splits: int) -> None:
+    q, k, v = call.operands[:3]
+    tile = config.decode_tile(call.seqlen_q * call.sizes.group, *call.kind)
+    rows = call.batch * call.num_heads * call.seqlen_q
+    block_dv = config.padded_size(v.shape[3])
+    partial = torch.empty((rows, splits, block_dv), dtype=torch.float32, device=q.device)
+    peaks = torch.empty((rows, splits), dtype=torch.float32, device=q.device)
+    totals = torch.empty_like(peaks)
+    shared = (call.terms, call.sizes, call.scalars, splits, call.seqlen_q)
+    with triton_runtime.on_device_of(q):
+        triton_runtime.launch(
+            _attention_decode_kernel,
+            splits * call.num_heads_kv * call.batch,
+            *(_view(q), _view(k), _view(v), partial, peaks, totals, *shared, call.config(tile)),
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+        triton_runtime.launch(
+            _attention_combine_kernel,
+            rows,
+            *(partial, peaks, totals, _view(out), lse, *shared),
+            call.config(tile, SPLITS=triton.next_power_of_2(splits)),
+            warps=4,
+            stages=1,
         )
 
 

@@ -345,18 +345,20 @@ def only_seen(tile, p, col, low, high, terms):
 
 
 @triton.jit
-def keep_mask(terms, scalars, row0, col0, head, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_mask(terms, scalars, row, col0, head, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which probabilities of a tile survive the dropout, one draw for four neighbouring keys.
 
-    `head` is b * H + h. The counter is that of docs/design.md: every backend draws the same mask.
+    `row` is (BLOCK_M,), `head` is b * H + h. The counter is that of docs/design.md: every backend
+    draws the same mask.
     """
     seed = tl.load(terms.rng)
     offset = tl.load(terms.rng + 1).to(tl.uint32)
-    row = (row0 + tl.arange(0, BLOCK_M)).to(tl.uint32)
     quad = (col0 // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
     c2, c3 = zero + head.to(tl.uint32), zero + offset
-    w0, w1, w2, w3 = tl.philox(seed, zero + quad[None, :], zero + row[:, None], c2, c3)
+    w0, w1, w2, w3 = tl.philox(
+        seed, zero + quad[None, :], zero + row.to(tl.uint32)[:, None], c2, c3
+    )
     limit = scalars.threshold.to(tl.uint32, bitcast=True)
     even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
     odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))

@@ -40,8 +40,9 @@ def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars
     s = hide_keys(s, col, low, high, len_k, index, terms)
     p = probability(s, factor, rows, index, head, start_q, row, len_q, sizes)
     if terms.rng is not None:
-        keep = keep_mask(terms, scalars, m0, n0, batch * sizes.num_heads + head, CONFIG.BLOCK_M,
-                         CONFIG.BLOCK_N)  # fmt: skip
+        position = m0 + tl.arange(0, CONFIG.BLOCK_M)
+        keep = keep_mask(terms, scalars, position, n0, batch * sizes.num_heads + head,
+                         CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
         p = tl.where(keep != 0, p * scalars.keep_scale, 0.0)
     return p
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -66,8 +65,9 @@ def forward(
 ) -> None:
     x, residual, weight, bias, _ = operands
     shape = num_rows, width = _shape(x, options)
+    device = x.device
     results = [_Result(result, shape) for result in (y, h)]
-    tile = config.tile(width)
+    tile = config.tile(width, triton_runtime.arch(device))
     with triton_runtime.on_device_of(x):
         triton_runtime.launch(
             _layer_norm_forward_kernel,
@@ -119,7 +119,8 @@ def backward(
     dtype = x.dtype if summed else sum_dtype(operands)
     rows = (mean, rstd, _rows(dy, shape))
     dx, dresidual = (_rows(grad, shape) for grad in grads[:2])
-    whole = config.tile(width).fits(width)
+    device = x.device
+    whole = config.tile(width, triton_runtime.arch(device)).fits(width)
     walk = _walk_whole if whole else _walk_wide
     with triton_runtime.on_device_of(x):
         flags = (summed, _DTYPES[dtype])
@@ -154,8 +155,11 @@ def _walk_whole(
 ) -> list[Tensor | None]:
     """Everything in one kernel; the partial sums of the parameters' gradients."""
     num_rows, width = shape
-    tile = config.tile(width)
-    programs = config.programs(num_rows, width, _multiprocessors(rows[1].device))
+    device = rows[1].device
+    tile = config.tile(width, triton_runtime.arch(device))
+    programs = config.programs(
+        num_rows, width, triton_runtime.arch(device), triton_runtime.multiprocessors(device)
+    )
     partial = _partials(parameter_grads, programs, width)
     triton_runtime.launch(
         _layer_norm_backward_kernel,
@@ -181,7 +185,8 @@ def _walk_wide(
 ) -> list[Tensor | None]:
     """The same for rows that no tile holds: rows in one kernel, columns in another."""
     num_rows, width = shape
-    tile = config.tile(width)
+    device = rows[1].device
+    tile = config.tile(width, triton_runtime.arch(device))
     if any(output is not None for output in outputs):
         triton_runtime.launch(
             _layer_norm_backward_wide_kernel,
@@ -192,7 +197,7 @@ def _walk_wide(
         )
     partial = _partials(parameter_grads, _SPLITS, width)
     if any(sums is not None for sums in partial):
-        part = config.tile(256)
+        part = config.tile(256, triton_runtime.arch(device))
         triton_runtime.launch(
             _layer_norm_backward_columns_kernel,
             _SPLITS * triton.cdiv(width, part.cols),
@@ -202,15 +207,3 @@ def _walk_wide(
             stages=1,
         )
     return partial
-
-
-@functools.cache
-def _device_multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _device_multiprocessors(index)
