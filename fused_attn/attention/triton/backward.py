@@ -84,7 +84,7 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _accumulate_queries(
-    dk, dv, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head, where, queries,
+    dk, dv, key, value, q, dout, rows, dweights, n0, head, where, queries,
     tiles, terms, sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of tiles [a, b) and [c, d) of one head give to a tile of keys."""
@@ -97,7 +97,7 @@ def _accumulate_queries(
     for i in tl.range(a, b + d - c):
         m0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_M
         row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[None, :]
-        query = load_rows(q, q_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
+        query = load_rows(q, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                           CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, not MASKED)
         dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, not MASKED)
@@ -114,7 +114,7 @@ def _accumulate_queries(
             keep = tl.trans(keep_mask(terms, scalars, position, n0, batch * sizes.num_heads + head,
                                       CONFIG.BLOCK_M, CONFIG.BLOCK_N))  # fmt: skip
             kept = tl.where(keep != 0, p * scalars.keep_scale, 0.0)
-        doutput = load_rows(dout, dout_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M,
+        doutput = load_rows(dout, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                             CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
         dp = tl.dot(value, tl.trans(doutput), input_precision=CONFIG.PRECISION)
@@ -128,7 +128,7 @@ def _accumulate_queries(
 
 @triton.jit(do_not_specialize=["sizes", "scalars", "num_tiles"])
 def _attention_backward_dkdv_kernel(
-    q, k, v, dout, rows, dk, dv, dweights, q_desc, dout_desc, terms, sizes, scalars,
+    q, k, v, dout, rows, dk, dv, dweights, terms, sizes, scalars,
     num_tiles, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one key head, from all queries of its group."""
@@ -163,11 +163,11 @@ def _attention_backward_dkdv_kernel(
     for member in range(sizes.group):
         head = head_kv * sizes.group + member
         dkey, dvalue = _accumulate_queries(
-            dkey, dvalue, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head,
+            dkey, dvalue, key, value, q, dout, rows, dweights, n0, head,
             where, queries, (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
         )  # fmt: skip
         dkey, dvalue = _accumulate_queries(
-            dkey, dvalue, key, value, q, dout, rows, dweights, q_desc, dout_desc, n0, head,
+            dkey, dvalue, key, value, q, dout, rows, dweights, n0, head,
             where, queries, (a, b, c, d), terms, sizes, scalars, True, CONFIG,
         )  # fmt: skip
     stop = start_k + len_k
@@ -181,7 +181,7 @@ def _attention_backward_dkdv_kernel(
 
 @triton.jit
 def _accumulate_keys(
-    dq, query, doutput, rows, delta, k, v, dweights, k_desc, v_desc, m0, where, keys, tiles, terms,
+    dq, query, doutput, rows, delta, k, v, dweights, m0, where, keys, tiles, terms,
     sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys of tiles [a, b) and [c, d) give to a tile of queries."""
@@ -196,9 +196,9 @@ def _accumulate_keys(
         n0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_N
         key_index = n0 + tl.arange(0, CONFIG.BLOCK_N)
         col = key_index[None, :]
-        key = load_rows(k, k_desc, index, head // sizes.group, start_k + n0, last,
+        key = load_rows(k, None, index, head // sizes.group, start_k + n0, last,
                         CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
-        value = load_rows(v, v_desc, index, head // sizes.group, start_k + n0, last,
+        value = load_rows(v, None, index, head // sizes.group, start_k + n0, last,
                           CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV,
                           not MASKED)  # fmt: skip
         loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, not MASKED)
@@ -225,7 +225,7 @@ def _accumulate_keys(
 
 @triton.jit(do_not_specialize=["sizes", "scalars", "num_tiles"])
 def _attention_backward_dq_kernel(
-    q, k, v, dout, rows, dq, dweights, k_desc, v_desc, terms, sizes, scalars, num_tiles,
+    q, k, v, dout, rows, dq, dweights, terms, sizes, scalars, num_tiles,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head."""
@@ -254,11 +254,11 @@ def _attention_backward_dq_kernel(
     where = (batch, head, index, start_q, len_q, start_k, len_k, shift)
     keys = (low, high, first, end)
     dquery = _accumulate_keys(
-        dquery, query, doutput, rows, delta, k, v, dweights, k_desc, v_desc, m0, where, keys,
+        dquery, query, doutput, rows, delta, k, v, dweights, m0, where, keys,
         (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
     )  # fmt: skip
     dquery = _accumulate_keys(
-        dquery, query, doutput, rows, delta, k, v, dweights, k_desc, v_desc, m0, where, keys,
+        dquery, query, doutput, rows, delta, k, v, dweights, m0, where, keys,
         (a, b, c, d), terms, sizes, scalars, True, CONFIG,
     )  # fmt: skip
     store_rows(dq, index, head, start_q + m0, start_q + len_q, dquery * scalars.scale,

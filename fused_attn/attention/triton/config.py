@@ -1,7 +1,7 @@
 """Tile sizes: a pure function of the problem.
 
-Every line was compiled for all architectures it serves; `tests/test_triton_compile.py` holds it to
-no spilled register and to the shared memory that the architecture has.
+`tests/test_triton_compile.py` compiles every line and holds it to no spilled register and to the
+shared memory that the architecture has; `python -m fused_attn.triton_report` prints what comes out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,80 @@ class Tile(NamedTuple):
     stages: int
 
 
-def padded_size(head_dim: int) -> int:
-    """Head size as the kernels see it: a power of two that the matrix units take."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+class Kind(NamedTuple):
+    """What of a call decides the tiles."""
 
+    head_dim: int  # the larger one
+    itemsize: int
+    arch: int
+    pressure: int  # optional operands that every tile of scores has to load or draw
+
+
+# Lines by head size; in each, tiles for calls with none, one and several of the operands that make
+# registers scarce (bias, mask, padding mask, dropout, softcap, gradient of the weights).
+_Table = dict[int, tuple[tuple[int, int, int, int], ...]]
+
+# 227 KiB of shared memory and wgmma.
+_HOPPER: dict[str, _Table] = {
+    "forward": {
+        64: ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    },
+    "dkdv": {
+        64: ((64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
+        128: ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+        256: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "dq": {
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+}
+
+# 99 KiB, which GPUs of compute capability 8.6, 8.9 and 12.0 have; 8.0 and AMD's run it too.
+_AMPERE: dict[str, _Table] = {
+    "forward": {
+        64: ((128, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+        128: ((128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    },
+    "dkdv": {
+        64: ((64, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+        128: ((32, 64, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
+        256: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "dq": {
+        64: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        128: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+}
+
+# Three products of TF32 stand for one of float32: each operand takes two registers.
+_FLOAT32: dict[str, _Table] = {
+    "forward": {64: ((64, 32, 8, 2),), 128: ((32, 32, 8, 2),), 256: ((16, 16, 8, 1),)},
+    "dkdv": {64: ((16, 32, 8, 2),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
+    "dq": {64: ((32, 32, 4, 2),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
+    "bias": {64: ((32, 32, 4, 1),), 128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)},
+    "weights": {64: ((32, 32, 4, 1),), 128: ((32, 32, 4, 1),), 256: ((16, 16, 4, 1),)},
+}
+
+# Kernels of optional results: one line a head size serves all.
+_SHARED: dict[str, _Table] = {
+    "bias": {64: ((32, 64, 8, 1),), 128: ((32, 64, 8, 1),), 256: ((16, 32, 4, 1),)},
+    "weights": {64: ((64, 64, 8, 1),), 128: ((64, 64, 8, 1),), 256: ((64, 64, 8, 1),)},
+}
+
+# Small ones, so that short tests meet the edges of tiles; rows and columns of unequal size.
+_INTERPRETED = {
+    "forward": Tile(32, 64, 4, 1),
+    "dkdv": Tile(64, 32, 4, 1),
+    "dq": Tile(32, 64, 4, 1),
+    "bias": Tile(32, 64, 4, 1),
+    "weights": Tile(64, 64, 4, 1),
+}
 
 # Queries, of all heads of a group together, up to which keys are split among programs.
 MAX_DECODE_ROWS = 32
@@ -32,37 +102,38 @@ MAX_SPLITS = 64
 # Below this length a descriptor costs more to make than it saves.
 DESCRIPTOR_SEQLEN = 512
 
+# Programs that keep a GPU busy: about two on each multiprocessor.
+ENOUGH_PROGRAMS = 256
+
+
+def padded_size(head_dim: int) -> int:
+    """Head size as the kernels see it: a power of two that the matrix units take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tile(kernel: str, kind: Kind) -> Tile:
+    """The tile of "forward", "dkdv", "dq", "bias" or "weights"."""
+    if kind.arch == INTERPRETER:
+        return _INTERPRETED[kernel]
+    table = _HOPPER if has_descriptors(kind.arch) else _AMPERE
+    if kind.itemsize == 4:
+        table = _FLOAT32
+    elif kernel in _SHARED:
+        table = _SHARED
+    lines = table[kernel][max(64, padded_size(kind.head_dim))]
+    return Tile(*lines[min(kind.pressure, len(lines) - 1)])
+
 
 def has_descriptors(arch: int) -> bool:
     """Whether tiles are copied by tensor descriptors: data-centre GPUs from Hopper on."""
     return 90 <= arch < 120
 
 
-def forward_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
-    if arch == INTERPRETER:
-        return Tile(32, 64, 4, 2)
-    return Tile(64, 64, 4, 2)
-
-
-def dkdv_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
-    return Tile(32, 32, 4, 2)
-
-
-def dq_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
-    return Tile(32, 32, 4, 2)
-
-
-def bias_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
-    return Tile(32, 32, 4, 2)
-
-
-def weights_tile(head_dim: int, itemsize: int, arch: int) -> Tile:
-    return Tile(32, 32, 4, 2)
-
-
-def decode_tile(rows: int, head_dim: int, itemsize: int, arch: int) -> Tile:
+def decode_tile(rows: int, kind: Kind) -> Tile:
+    """Tile of the decoding kernel for `rows` queries of all heads of a group."""
     block_m = max(16, 1 << (rows - 1).bit_length())
-    return Tile(block_m, 32 if padded_size(head_dim) > 128 or itemsize == 4 else 64, 4, 2)
+    wide = padded_size(kind.head_dim) > 128 or kind.itemsize == 4
+    return Tile(block_m, 32 if wide else 64, 4, 2)
 
 
 def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -> int:
@@ -79,7 +150,3 @@ def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -
 def delta_rows(head_dim: int) -> int:
     """Rows of a program of the delta kernel: about 4096 elements."""
     return 4096 // padded_size(head_dim)
-
-
-# Programs that keep a GPU busy: about two on each multiprocessor.
-ENOUGH_PROGRAMS = 256

@@ -82,11 +82,16 @@ def _terms(operands: Operands) -> Terms:
 class Call:
     """What all kernels of one call share."""
 
-    def __init__(self, operands: Operands, options: Options) -> None:
+    def __init__(
+        self, operands: Operands, options: Options, dweights: Tensor | None = None
+    ) -> None:
         q, k = operands.q, operands.k
         self.operands, self.options = operands, options
         head_dim = max(q.shape[3], operands.v.shape[3])
-        self.kind = head_dim, q.element_size(), triton_runtime.arch(q.device)
+        heavy = (operands.bias, operands.mask, operands.key_padding_mask, operands.rng, dweights)
+        pressure = sum(x is not None for x in heavy) + (options.softcap > 0)
+        arch = triton_runtime.arch(q.device)
+        self.kind = config.Kind(head_dim, q.element_size(), arch, pressure)
         self.packed = operands.cu_seqlens_q is not None
         self.batch = q.shape[0]
         if operands.cu_seqlens_q is not None:
@@ -122,7 +127,7 @@ class Call:
     def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:
         """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
         long_enough = min(self.seqlen_q, self.seqlen_k) >= config.DESCRIPTOR_SEQLEN
-        if not (long_enough and config.has_descriptors(self.kind[2])):
+        if not (long_enough and config.has_descriptors(self.kind.arch)):
             return (None,) * len(tensors)
         if not all(_can_describe(tensor) for tensor, _ in tensors):
             return (None,) * len(tensors)
@@ -183,7 +188,7 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
     if splits > 1:
         _decode(call, out, lse, splits)
         return
-    tile = config.forward_tile(*call.kind)
+    tile = config.tile("forward", call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     with triton_runtime.on_device_of(q):
         triton_runtime.launch(
@@ -208,7 +213,7 @@ def _decode_splits(call: Call) -> int:
 
 def _decode(call: Call, out: Tensor, lse: Tensor | None, splits: int) -> None:
     q, k, v = call.operands[:3]
-    tile = config.decode_tile(call.seqlen_q * call.sizes.group, *call.kind)
+    tile = config.decode_tile(call.seqlen_q * call.sizes.group, call.kind)
     rows = call.batch * call.num_heads * call.seqlen_q
     block_dv = config.padded_size(v.shape[3])
     partial = torch.empty((rows, splits, block_dv), dtype=torch.float32, device=q.device)
@@ -237,7 +242,7 @@ def weights(
     operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
 ) -> None:
     call = Call(operands, options)
-    tile = config.weights_tile(*call.kind)
+    tile = config.tile("weights", call.kind)
     tiles_m = triton.cdiv(call.seqlen_q, tile.block_m)
     tiles_n = triton.cdiv(call.seqlen_k, tile.block_n)
     with triton_runtime.on_device_of(lse):
@@ -262,7 +267,7 @@ def backward(
     dweights: Tensor | None,
     grads: tuple[Tensor | None, ...],
 ) -> None:
-    call = Call(operands, options)
+    call = Call(operands, options, dweights)
     dq, dk, dv, dbias = grads
     if call.packed:
         for grad in (dq, dk, dv):
@@ -286,7 +291,7 @@ def _rows(call: Call, lse: Tensor, delta: Tensor | None) -> Rows:
     if call.operands.bias is None:
         return Rows(lse, None, delta)
     peaks, weights = torch.empty_like(lse), torch.empty_like(lse)
-    tile = config.weights_tile(*call.kind)
+    tile = config.tile("weights", call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     triton_runtime.launch(
         _attention_refine_kernel,
@@ -316,7 +321,7 @@ def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor
 
 def _add_weights_to_delta(call: Call, given: tuple[Any, ...], dweights: View) -> None:
     q, k, _, _, rows = given
-    tile = config.weights_tile(*call.kind)
+    tile = config.tile("weights", call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     triton_runtime.launch(
         _attention_weights_delta_kernel,
@@ -333,36 +338,27 @@ def _keys_and_values(
 ) -> None:
     if dk is None and dv is None:
         return
-    tile = config.dkdv_tile(*call.kind)
+    tile = config.tile("dkdv", call.kind)
     num_tiles = triton.cdiv(call.seqlen_k, tile.block_n)
     triton_runtime.launch(
         _attention_backward_dkdv_kernel,
         num_tiles * call.num_heads_kv * call.batch,
         *(*given, _view(dk), _view(dv), dweights),
-        *_query_descriptors(call, given, tile),
         *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
         warps=tile.warps,
         stages=tile.stages,
     )
 
 
-def _query_descriptors(call: Call, given: tuple[Any, ...], tile: config.Tile) -> tuple[Any, ...]:
-    if call.packed:  # they do not stop at the end of a sequence, and what follows may be NaN
-        return None, None
-    return call.descriptors((call.operands.q, tile.block_m), (given[3].ptr, tile.block_m))
-
-
 def _queries(call: Call, given: tuple[Any, ...], dweights: View | None, dq: Tensor | None) -> None:
     if dq is None:
         return
-    _, k, v = call.operands[:3]
-    tile = config.dq_tile(*call.kind)
+    tile = config.tile("dq", call.kind)
     num_tiles = triton.cdiv(call.seqlen_q, tile.block_m)
     triton_runtime.launch(
         _attention_backward_dq_kernel,
         num_tiles * call.num_heads * call.batch,
         *(*given, _view(dq), dweights),
-        *call.descriptors((k, tile.block_n), (v, tile.block_n)),
         *(call.terms, call.sizes, call.scalars, num_tiles, call.config(tile)),
         warps=tile.warps,
         stages=tile.stages,
@@ -370,7 +366,7 @@ def _queries(call: Call, given: tuple[Any, ...], dweights: View | None, dq: Tens
 
 
 def _bias(call: Call, given: tuple[Any, ...], dweights: View | None, dbias: Tensor) -> None:
-    tile = config.bias_tile(*call.kind)
+    tile = config.tile("bias", call.kind)
     sizes = tuple(dbias.shape)
     whole = (call.batch, call.num_heads, call.seqlen_q, call.seqlen_k)
     if 0 in whole:

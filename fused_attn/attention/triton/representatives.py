@@ -26,7 +26,7 @@ def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
     result: dict[str, Callable[[], None]] = {}
     for dtype in ("bf16", "fp32") if wide else ("bf16",):
         for head_dim in (64, 128, 256) if wide else (128,):
-            for kind in ("full", "causal", "everything"):
+            for kind in ("full", "causal", "bias", "dropout", "everything"):
                 name = f"attention {dtype} {head_dim} {kind}"
                 result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
     return result
@@ -42,6 +42,10 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str) -> None:
     dbias = dweights = None
     if kind != "full":
         causal = True
+    if kind == "bias":
+        operands = operands._replace(bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype))
+    if kind == "dropout":
+        operands, dropout_p = operands._replace(rng=_meta(2, dtype=torch.int64)), 0.1
     if kind == "everything":
         operands = operands._replace(
             k=_meta(2, 4, _LENGTH, head_dim, dtype=dtype),
