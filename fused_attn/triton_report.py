@@ -22,7 +22,7 @@ from . import triton_runtime
 
 # Groups of machine instructions, by what their names start with.
 INSTRUCTIONS = {
-    "mma": ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QGMMA", "WARPGROUP.ARRIVE"),
+    "mma": ("HMMA", "HGMMA", "UTCHMMA"),
     "wgmma": ("HGMMA",),
     "tcgen05": ("UTCHMMA",),
     "cp.async": ("LDGSTS",),

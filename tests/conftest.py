@@ -64,7 +64,7 @@ def _dtype_of(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True, scope="session")
 def faster_interpreter() -> None:
-    """Triton's interpreter patches `triton.language` anew in every call of a helper; once will do."""
+    """Triton's interpreter patches its language anew in every call of a helper; once will do."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     from triton.runtime import interpreter

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..problem import Causal, Operands, make_options
 from . import launch
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LENGTH = 2048
 
 
@@ -19,16 +19,22 @@ def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
     """Name -> a function that launches forward and backward; on "meta" tensors.
 
     Args:
-        everything: all head sizes and dtypes on each architecture; otherwise on sm_90 only, and
-            head size 128 in bfloat16 on the others.
+        everything: all combinations on each architecture; otherwise all of bfloat16 on sm_90, and
+            elsewhere what differs most.
     """
-    wide = everything or arch == 90
+    kinds = ("full", "causal", "bias", "dropout", "everything")
     result: dict[str, Callable[[], None]] = {}
-    for dtype in ("bf16", "fp32") if wide else ("bf16",):
-        for head_dim in (64, 128, 256) if wide else (128,):
-            for kind in ("full", "causal", "bias", "dropout", "everything"):
-                name = f"attention {dtype} {head_dim} {kind}"
-                result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
+    for dtype in ("bf16", "fp32"):
+        for head_dim in (64, 128, 256):
+            for kind in kinds:
+                wide = everything or (arch == 90 and dtype == "bf16")
+                brief = kind in ("causal", "everything") and (
+                    (dtype == "bf16" and head_dim == 128) or (arch == 90 and head_dim <= 128)
+                )
+                if wide or brief:
+                    name = f"attention {dtype} {head_dim} {kind}"
+                    result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
+    result["attention bf16 128 decode"] = functools.partial(_decode, torch.bfloat16, 128)
     return result
 
 
@@ -85,3 +91,11 @@ def _launch_all(
         launch.weights(operands, options, lse, dweights, True)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias)
     launch.backward(operands, options, out, lse, out, None, dweights, grads)
+
+
+def _decode(dtype: torch.dtype, head_dim: int) -> None:
+    q = _meta(2, 8, 1, head_dim, dtype=dtype)
+    k = _meta(2, 2, _LENGTH, head_dim, dtype=dtype)
+    options = make_options(max_seqlen_q=1, max_seqlen_k=_LENGTH, head_dim=head_dim)
+    operands = Operands(q, k, k, key_lengths=_meta(2, dtype=torch.int64))
+    launch.forward(operands, options, torch.empty_like(q), _meta(*q.shape[:3]))
