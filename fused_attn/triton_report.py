@@ -52,10 +52,11 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([tools / "cuobjdump", "-res-usage"], [tools / "nvdisasm", "-c"])
         usage, code = (
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in commands
+            subprocess.run(
+                [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     return usage, code
 
@@ -75,14 +76,16 @@ def inspect(call: str, name: str, arch: int, compiled: Any, seconds: float) -> K
     )  # fmt: skip
 
 
+def _appending_to(found: list[tuple[str, Any]]) -> Callable[[str, Any], None]:
+    return lambda name, compiled: found.append((name, compiled))
+
+
 def kernels(arch: int, calls: dict[str, Callable[[], None]]) -> Iterator[tuple[Kernel, Any]]:
     """Compile what each of `calls` launches; every kernel and what Triton made of it."""
     for call, run in calls.items():
         found: list[tuple[str, Any]] = []
         start = time.perf_counter()
-        with triton_runtime.compiling_for(
-            arch, lambda name, c, found=found: found.append((name, c))
-        ):  # type: ignore[misc]
+        with triton_runtime.compiling_for(arch, _appending_to(found)):
             run()
         each = (time.perf_counter() - start) / max(len(found), 1)
         for name, compiled in found:

@@ -37,7 +37,7 @@ def why_not(device: torch.device) -> list[str]:
     if device.type not in ("cpu", "cuda"):
         return [f"needs tensors on an NVIDIA or AMD GPU, these are on {device}"]
     reasons = []
-    missing = _why_no_triton()
+    missing = _triton_reason()
     if missing is not None:
         reasons.append(missing)
     if device.type == "cuda" and not torch.version.hip and arch(device) < OLDEST_ARCH:
@@ -46,8 +46,17 @@ def why_not(device: torch.device) -> list[str]:
     return reasons
 
 
+def _triton_reason() -> str | None:
+    return _import_triton()
+
+
+# The compiler cannot trace an import; see `native.why_not`.
+_triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
-def _why_no_triton() -> str | None:
+def _import_triton() -> str | None:
+    """Why Triton cannot be used; None if it can."""
     try:
         import triton
     except Exception as error:  # a broken installation raises anything
@@ -79,12 +88,13 @@ def arch(device: torch.device) -> int:
 
 @functools.cache
 def _device_shared_memory(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program may use; more than any kernel wants where nobody knows."""
-    if _compile_only is not None or device.type != "cuda" or torch.version.hip:
+    if _compile_only is not None or device.type != "cuda":
         return 1 << 20
     return _device_shared_memory(
         torch.cuda.current_device() if device.index is None else device.index

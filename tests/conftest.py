@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fused_attn
+from fused_attn import dispatch
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
 from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from fused_attn.layer_norm import call as layer_norm_call
@@ -31,6 +32,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, names, indirect=True)
     if "fuzz_seed" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
+
+
+# Of what takes long in Triton's interpreter and tells little that the other cases don't.
+INTERPRETED_SHARE_OF_FUZZ = 5
+NOT_INTERPRETED = ("test_opcheck[everything", "test_opcheck[weights", "test_opcheck[pre")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out most random cases, and the largest others, of a backend that is interpreted."""
+    slow = {
+        backend.NAME
+        for backend in (*ATTENTION_BACKENDS, *LAYER_NORM_BACKENDS)
+        if dispatch.only_by_name(backend)
+    }
+    dropped = [item for item in items if _is_left_out(item, slow)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
+
+
+def _is_left_out(item: pytest.Item, slow: set[str]) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if not slow.intersection(x for x in params.values() if isinstance(x, str)):
+        return False
+    seldom = params.get("fuzz_seed", 0) % INTERPRETED_SHARE_OF_FUZZ != 0
+    return seldom or item.name.startswith(NOT_INTERPRETED)
 
 
 @pytest.fixture

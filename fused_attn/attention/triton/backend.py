@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import triton_runtime
 from ..problem import AttentionProblem, Operands, Options
+from . import config
 
 NAME = "triton"
 
@@ -26,7 +27,19 @@ def why_not(problem: AttentionProblem) -> list[str]:
         size = getattr(problem, name)
         if size > MAX_HEAD_DIM:
             reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
+    if not reasons:
+        reasons += config.why_not(_kind(problem))
     return reasons
+
+
+def _kind(problem: AttentionProblem) -> config.Kind:
+    return config.Kind(
+        max(problem.head_dim, problem.head_dim_v),
+        problem.dtype.itemsize,
+        triton_runtime.arch(problem.device),
+        0,
+        triton_runtime.shared_memory(problem.device),
+    )
 
 
 def only_by_name() -> bool:

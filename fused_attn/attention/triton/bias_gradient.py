@@ -27,7 +27,7 @@ from .primitives import (
 def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, sizes,
                     scalars, CONFIG: tl.constexpr):  # fmt: skip
     """Gradient of one tile of scores, 0 where they are hidden or outside."""
-    start_q, len_q, start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
+    start_q, len_q, _start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
     first, end, _holes = present_keys(terms, batch, len_k)
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
     itemsize: int
     arch: int
     pressure: int  # optional operands that every tile of scores has to load or draw
+    shared_memory: int  # bytes that one program may use
 
 
 # Lines by head size; in each, tiles for calls with none, one and several of the operands that make
@@ -121,7 +122,33 @@ def tile(kernel: str, kind: Kind) -> Tile:
     elif kernel in _SHARED:
         table = _SHARED
     lines = table[kernel][max(64, padded_size(kind.head_dim))]
-    return Tile(*lines[min(kind.pressure, len(lines) - 1)])
+    best = Tile(*lines[min(kind.pressure, len(lines) - 1)])
+    while best.stages > 1 and shared_bytes(kernel, best, kind) > kind.shared_memory:
+        best = best._replace(stages=best.stages - 1)
+    return best
+
+
+def shared_bytes(kernel: str, tile: Tile, kind: Kind) -> int:
+    """About how much shared memory a kernel takes: what stays, and what streams by in stages."""
+    stays, streams = tile.block_m, 2 * tile.block_n
+    if kernel == "dkdv":
+        stays, streams = 2 * tile.block_n, 2 * tile.block_m
+    elif kernel == "dq":
+        stays = 2 * tile.block_m
+    return (stays + tile.stages * streams) * padded_size(kind.head_dim) * kind.itemsize
+
+
+def why_not(kind: Kind) -> list[str]:
+    """Reasons why no tile fits; empty on every GPU that has at least 99 KiB of shared memory."""
+    if kind.arch == INTERPRETER:
+        return []
+    wanted = max(shared_bytes(name, tile(name, kind), kind) for name in ("forward", "dkdv", "dq"))
+    if wanted <= kind.shared_memory:
+        return []
+    return [
+        f"needs {wanted} bytes of shared memory at head size {kind.head_dim}, "
+        f"this device has {kind.shared_memory}"
+    ]
 
 
 def has_descriptors(arch: int) -> bool:

@@ -90,8 +90,13 @@ class Call:
         head_dim = max(q.shape[3], operands.v.shape[3])
         heavy = (operands.bias, operands.mask, operands.key_padding_mask, operands.rng, dweights)
         pressure = sum(x is not None for x in heavy) + (options.softcap > 0)
-        arch = triton_runtime.arch(q.device)
-        self.kind = config.Kind(head_dim, q.element_size(), arch, pressure)
+        self.kind = config.Kind(
+            head_dim,
+            q.element_size(),
+            triton_runtime.arch(q.device),
+            pressure,
+            triton_runtime.shared_memory(q.device),
+        )
         self.packed = operands.cu_seqlens_q is not None
         self.batch = q.shape[0]
         if operands.cu_seqlens_q is not None:
