@@ -24,7 +24,8 @@ def _emulator() -> ModuleType | None:
     if not path:
         return None
     spec = importlib.util.spec_from_file_location("_emulator", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"FUSED_ATTN_EMULATOR={path} is no extension module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -33,6 +34,10 @@ def _emulator() -> ModuleType | None:
 def emulated() -> bool:
     """True if the kernels run on the emulator, on CPU tensors."""
     return _emulator() is not None
+
+
+# The compiler cannot trace an import: see native.py.
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def module() -> ModuleType:

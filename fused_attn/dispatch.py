@@ -87,7 +87,7 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
     refusals = []
     for backend in candidates:
         reasons = backend.why_not(problem)
-        if not reasons and name is None and _only_by_name(backend):
+        if not reasons and name is None and only_by_name(backend):
             reasons = [_BY_NAME]
         if not reasons:
             return backend
@@ -100,7 +100,7 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
 def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
     """What `select` would do with `problem`, and every backend's reasons; runs nothing."""
     reasons = tuple((backend.NAME, tuple(backend.why_not(problem))) for backend in backends)
-    asked = {b.NAME for b in backends if not _only_by_name(b)} if name is None else {name}
+    asked = {b.NAME for b in backends if not only_by_name(b)} if name is None else {name}
     able = [backend for backend, why in reasons if not why and backend in asked]
     if name is not None:
         find(backends, name)
@@ -110,7 +110,8 @@ def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None)
 _BY_NAME = "could run this, but only when it is asked for by name"
 
 
-def _only_by_name(backend: Backend) -> bool:
+def only_by_name(backend: Backend) -> bool:
+    """True if `backend` is not to be taken unless it is asked for."""
     return getattr(backend, "only_by_name", lambda: False)()
 
 

@@ -139,3 +139,11 @@ def skip_unless_supported(case: Case, backend: str, tensors: dict[str, Tensor]) 
     reasons = dispatch.find(BACKENDS, backend).why_not(problem)
     if reasons:
         pytest.skip("; ".join(reasons))
+
+
+def finest_dtype(backend: str) -> torch.dtype:
+    """float64 if `backend` serves it, else float32."""
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    problem = call.problem_of(Operands(x, x, x), Scalars())
+    refuses = dispatch.find(BACKENDS, backend).why_not(problem)
+    return torch.float32 if refuses else torch.float64

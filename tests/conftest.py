@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import without_gpu
 
-# Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+without_gpu.arrange()
 
-# The CUDA kernels likewise on an emulated device, where `make test` has built it.
-ROOT = Path(__file__).parents[1]
-EMULATORS = sorted(ROOT.glob(f"build/cmake-{sys.implementation.cache_tag}-*/csrc/emulator/*.so"))
-if EMULATORS and not torch.cuda.is_available():
-    os.environ.setdefault("FUSED_ATTN_EMULATOR", str(EMULATORS[0]))
-
+# ruff: noqa: E402
 import fused_attn
+from fused_attn import dispatch
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
 from fused_attn.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
 from fused_attn.bias_activation import call as bias_activation_call
@@ -43,6 +34,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, names, indirect=True)
     if "fuzz_seed" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    interpreted = {
+        backend.NAME
+        for backend in (*ATTENTION_BACKENDS, *LAYER_NORM_BACKENDS, *BIAS_ACTIVATION_BACKENDS)
+        if dispatch.only_by_name(backend) and ".triton" in backend.__name__
+    }
+    dropped = {item for item in items if without_gpu.is_left_out(item, interpreted)}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -90,41 +92,22 @@ def _dtypes_of(request: pytest.FixtureRequest) -> tuple[torch.dtype, ...]:
 
 @pytest.fixture(autouse=True, scope="session")
 def faster_interpreter() -> None:
-    """Triton's interpreter patches `triton.language` anew in every call of a helper; once will do."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):
-        return
-    patch, core = interpreter._patch_lang, interpreter.tl.core
-    scopes: dict[bool, Any] = {}
-
-    class Whole:
-        """The scopes of one launch, undone together when it ends."""
-
-        def restore(self) -> None:
-            while scopes:
-                scopes.popitem()[1].restore()
-
-    def patch_once(function: Any) -> Any:
-        through_core = any(value is core for value in function.__globals__.values())
-        if through_core not in scopes:
-            scopes[through_core] = patch(function)
-        return Whole()
-
-    interpreter._patch_lang = patch_once
+    without_gpu.make_interpreter_faster()
 
 
 @pytest.fixture
 def bias_activation_backend(request: pytest.FixtureRequest) -> str:
     """As `attention_backend`, for bias + activation."""
-    operands = BiasActivationOperands(torch.zeros(1, 1))
-    problem = bias_activation_call.problem_of(operands, bias_activation_call.Scalars("relu"))
     [backend] = [b for b in BIAS_ACTIVATION_BACKENDS if request.param == b.NAME]
-    if reasons := backend.why_not(problem):
-        pytest.skip("; ".join(reasons))
-    return request.param
+    refusals = []
+    for dtype in _dtypes_of(request):
+        operands = BiasActivationOperands(torch.zeros(1, 1, dtype=dtype))
+        problem = bias_activation_call.problem_of(operands, bias_activation_call.Scalars("relu"))
+        reasons = backend.why_not(problem)
+        if not reasons:
+            return request.param
+        refusals += reasons
+    pytest.skip("; ".join(refusals))
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fused_attn
-from fused_attn.layer_norm import reference
-from fused_attn.layer_norm.problem import Options
+from fused_attn import dispatch
+from fused_attn.layer_norm import BACKENDS, call, reference
+from fused_attn.layer_norm.problem import Operands, Options
 from fused_attn.testing import check_against_oracle
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RNG = (123_456_789_012_345, 77)
 
 
@@ -115,6 +118,7 @@ class Case:
     def check(self, backend: str) -> None:
         """Results and gradients against the float64 oracle."""
         tensors = self.tensors()
+        self._skip_unless_supported(backend, tensors)
         names = ("y", "sum") if self.residual == "pre" else ("y",)
 
         def ours(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -124,6 +128,13 @@ class Case:
             self._check_exactly(ours, tensors)
         else:
             check_against_oracle(ours, self.plain, tensors, names)
+
+    def _skip_unless_supported(self, backend: str, tensors: dict[str, Tensor]) -> None:
+        rng = torch.tensor(RNG) if self.dropout_p else None
+        scalars = call.Scalars(self.row, self.eps, self.rms, self.dropout_p)
+        problem = call.problem_of(Operands(**tensors, rng=rng), scalars)
+        if reasons := dispatch.find(BACKENDS, backend).why_not(problem):
+            pytest.skip("; ".join(reasons))
 
     def _check_exactly(self, ours, tensors: dict[str, Tensor]) -> None:
         """float64 has no better oracle: equal to plain PyTorch but for the order of additions."""
@@ -135,6 +146,22 @@ class Case:
             results.append((*outputs, *grads))
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def served_dtypes(backend: str) -> list[torch.dtype]:
+    """Those of `DTYPES` that `backend` runs."""
+    served = []
+    for dtype in DTYPES:
+        operands = Operands(torch.zeros(1, 1, dtype=dtype))
+        problem = call.problem_of(operands, call.Scalars(1, 1e-5, False))
+        if not dispatch.find(BACKENDS, backend).why_not(problem):
+            served.append(dtype)
+    return served
+
+
+def finest_dtype(backend: str) -> torch.dtype:
+    """float64 if `backend` serves it, else float32."""
+    return torch.float64 if torch.float64 in served_dtypes(backend) else torch.float32
 
 
 def random_case(seed: int) -> Case:

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import Case, run_backend, skip_unless_supported
+from cases import Case, finest_dtype, run_backend, skip_unless_supported
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -65,7 +65,8 @@ def test_gradgradcheck(attention_backend: str, name: str) -> None:
 
 
 def test_forward_mode_agrees_with_the_reference(attention_backend: str) -> None:
-    q, k, v, tangent = (torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(4))
+    dtype = finest_dtype(attention_backend)
+    q, k, v, tangent = (torch.randn(1, 2, 9, 4, dtype=dtype) for _ in range(4))
 
     def push(backend: str) -> Tensor:
         with forward_ad.dual_level():
@@ -76,7 +77,8 @@ def test_forward_mode_agrees_with_the_reference(attention_backend: str) -> None:
 
 
 def test_torch_func_transforms(attention_backend: str) -> None:
-    q, k, v = (torch.randn(3, 1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    dtype = finest_dtype(attention_backend)
+    q, k, v = (torch.randn(3, 1, 2, 9, 4, dtype=dtype) for _ in range(3))
     run = functools.partial(attention, causal=True, backend=attention_backend)
     expected = torch.stack([run(*x) for x in zip(q, k, v, strict=True)])
     torch.testing.assert_close(torch.func.vmap(run)(q, k, v), expected)
@@ -92,7 +94,8 @@ def test_torch_func_transforms(attention_backend: str) -> None:
 
 
 def test_only_lse_is_differentiated(attention_backend: str) -> None:
-    q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dtype = finest_dtype(attention_backend)
+    q, k, v = (torch.randn(1, 2, 9, 4, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def gradients(backend: str) -> tuple[Tensor, ...]:
         lse = attention(q, k, v, return_lse=True, backend=backend)[1]

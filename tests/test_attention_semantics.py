@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import finest_dtype
 from torch import Tensor
 
 import fused_attn
@@ -245,7 +246,8 @@ def test_the_smallest_finite_bias_is_not_a_mask(attention_backend: str, dtype: t
 
 
 def test_lse_joins_two_sets_of_keys(attention_backend: str) -> None:
-    q, k, v = (torch.randn(2, 2, n, 8, dtype=torch.float64) for n in (10, 30, 30))
+    dtype = finest_dtype(attention_backend)
+    q, k, v = (torch.randn(2, 2, n, 8, dtype=dtype) for n in (10, 30, 30))
     whole, lse = attention(q, k, v, return_lse=True, backend=attention_backend)
     halves = [
         attention(q, k[:, :, part], v[:, :, part], return_lse=True, backend=attention_backend)

@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU: parts that hang or fail do not stop the rest, the table reads."""
+"""`make gpu` where there is no GPU: parts may hang or fail, and the table tells."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_the_table_shows_ratios_and_what_is_missing(tmp_path: Path) -> None:
     })  # fmt: skip
     write("norms", {"direction": "forward", "width": 1024, "cuda": 3000.0, "torch": 1500.0})
     text = table.render(tmp_path, {"build": "ok", "sanitizer": "failed (1)"})
-    assert "0.75" in text and "400 (cudnn)" in text and "WRONG" in text
-    assert "75%" in text and "failed (1)" in text
+    for shown in ("0.75", "400 (cudnn)", "WRONG", "75%", "failed (1)"):
+        assert shown in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu tells more")

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from norm_cases import RNG, Case, random_case
+from norm_cases import DTYPES, RNG, Case, random_case, served_dtypes
 
 from fused_attn import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # One column; below, at and above one vector of 16; four vectors and one lane; the width at which
 # sums go through a double.
@@ -63,7 +61,7 @@ def test_mixed_dtypes(layer_norm_backend: str, variant: str, dtype: torch.dtype)
 
 
 def test_rms_norm_takes_weights_of_any_dtype(layer_norm_backend: str) -> None:
-    for dtype in DTYPES:
+    for dtype in served_dtypes(layer_norm_backend):
         for weight_dtype in DTYPES:
             case = Case((4, 33), dtype=dtype, weight_dtype=weight_dtype, rms=True)
             x, weight = case.tensors().values()
@@ -88,7 +86,7 @@ def test_fuzz(layer_norm_backend: str, fuzz_seed: int) -> None:
 
 def test_the_sum_changes_nothing_else(layer_norm_backend: str) -> None:
     """Y of a pre-norm call is y of a post-norm call, and the norm of the sum."""
-    for dtype in DTYPES:
+    for dtype in served_dtypes(layer_norm_backend):
         case = Case((50, 300), dtype=dtype, residual="pre", dropout_p=0.2)
         tensors = case.tensors(requires_grad=False)
         y, total = case.run(layer_norm_backend, **tensors)
@@ -116,7 +114,7 @@ def test_empty(layer_norm_backend: str, shape: tuple[int, ...]) -> None:
 
 def test_constant_rows_have_finite_gradients(layer_norm_backend: str) -> None:
     """The variance is 0, eps below what float16 can hold: statistics must not be in float16."""
-    for dtype in DTYPES:
+    for dtype in served_dtypes(layer_norm_backend):
         x = torch.full((3, 40), 0.3, dtype=dtype, requires_grad=True)
         weight = torch.ones(40, dtype=dtype, requires_grad=True)
         y = layer_norm(x, 40, weight, None, 1e-9, backend=layer_norm_backend)
@@ -198,7 +196,7 @@ def test_dropped_values_do_not_matter(layer_norm_backend: str) -> None:
 
 
 def test_outputs_in_place(layer_norm_backend: str) -> None:
-    for dtype in DTYPES:
+    for dtype in served_dtypes(layer_norm_backend):
         case = Case((40, 130), dtype=dtype, residual="pre")
         tensors = case.tensors(requires_grad=False)
         y, total = case.run(layer_norm_backend, **tensors)

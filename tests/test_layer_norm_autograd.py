@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from norm_cases import Case
+from norm_cases import Case, finest_dtype, served_dtypes
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -27,10 +27,12 @@ CASES = {
 FUSED = [backend.NAME for backend in BACKENDS if backend is not reference]
 
 
-def as_function(case: Case, backend: str):
-    """The case in float64 as a function of its tensors, and these tensors."""
+def as_function(case: Case, backend: str, dtype: torch.dtype = torch.float64):
+    """The case in `dtype` as a function of its tensors, and these tensors."""
+    if dtype not in served_dtypes(backend):
+        pytest.skip(f"{backend} does not serve {dtype}")
     tensors = {
-        name: tensor.detach().double().requires_grad_() for name, tensor in case.tensors().items()
+        name: tensor.detach().to(dtype).requires_grad_() for name, tensor in case.tensors().items()
     }
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +57,7 @@ def test_gradgradcheck(layer_norm_backend: str, name: str) -> None:
 
 def test_gradients_to_differentiate_again_are_the_same_gradients(layer_norm_backend: str) -> None:
     """x may have been computed from the residual: its own history is not part of the norm."""
-    residual = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(4, 9, dtype=finest_dtype(layer_norm_backend), requires_grad=True)
     for return_sum in (False, True):
         results = add_layer_norm(
             residual.sin(), residual, 9, return_sum=return_sum, backend=layer_norm_backend
@@ -71,8 +73,9 @@ def test_gradients_to_differentiate_again_are_the_same_gradients(layer_norm_back
 @pytest.mark.parametrize("name", CASES)
 def test_each_gradient_alone(layer_norm_backend: str, name: str) -> None:
     """Any subset of gradients may be wanted, and any subset of outputs used."""
-    function, values = as_function(CASES[name], layer_norm_backend)
-    expected_function, _ = as_function(CASES[name], "reference")
+    dtype = finest_dtype(layer_norm_backend)
+    function, values = as_function(CASES[name], layer_norm_backend, dtype)
+    expected_function, _ = as_function(CASES[name], "reference", dtype)
     for index in range(len(function(*values))):
         everything = torch.autograd.grad(
             expected_function(*values)[index].sin().sum(), values, materialize_grads=True
@@ -87,7 +90,8 @@ def test_each_gradient_alone(layer_norm_backend: str, name: str) -> None:
 
 
 def test_forward_mode_agrees_with_the_reference(layer_norm_backend: str) -> None:
-    x, residual, tangent = (torch.randn(4, 9, dtype=torch.float64) for _ in range(3))
+    dtype = finest_dtype(layer_norm_backend)
+    x, residual, tangent = (torch.randn(4, 9, dtype=dtype) for _ in range(3))
 
     def push(backend: str) -> list[Tensor]:
         with forward_ad.dual_level():
@@ -100,7 +104,8 @@ def test_forward_mode_agrees_with_the_reference(layer_norm_backend: str) -> None
 
 
 def test_torch_func_transforms(layer_norm_backend: str) -> None:
-    x, weight = torch.randn(3, 4, 9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    dtype = finest_dtype(layer_norm_backend)
+    x, weight = torch.randn(3, 4, 9, dtype=dtype), torch.randn(9, dtype=dtype)
     run = functools.partial(
         layer_norm, normalized_shape=9, weight=weight, backend=layer_norm_backend
     )

@@ -1,1 +1,1 @@
-"""What `make gpu` runs on a machine with a GPU: build, parity, sanitizer, measurements, one table."""
+"""What `make gpu` runs: build, parity, sanitizer, measurements, one table."""

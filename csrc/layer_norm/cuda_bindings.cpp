@@ -41,6 +41,12 @@ class Reader {
     check_shape(tensor, {problem_.width});
     return {tensor.data, tensor.dtype, {}, {}};
   }
+  Rows gradient(py::handle object, const char* name) const {
+    const TensorView tensor = dense(object, name);
+    check_dtype(tensor, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+    check_shape(tensor, {problem_.width});
+    return {tensor.data, tensor.dtype, {}, {}};
+  }
   float* statistics(py::handle object, const char* name) const {
     const TensorView tensor = dense(object, name);
     check_dtype(tensor, {DType::kFloat32});
@@ -106,8 +112,8 @@ void backward_binding(py::handle x, py::handle residual, py::handle weight, py::
   p.dh = reader.rows(dh, "dh");
   p.dx = reader.rows(dx, "dx");
   p.dresidual = reader.rows(dresidual, "dresidual");
-  p.dweight = reader.parameter(dweight, "dweight");
-  p.dbias = reader.parameter(dbias, "dbias");
+  p.dweight = reader.gradient(dweight, "dweight");
+  p.dbias = reader.gradient(dbias, "dbias");
   p.rms = rms;
   const TensorView workspace = Reader::dense(workspace_, "workspace");
   check_present(workspace);

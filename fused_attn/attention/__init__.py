@@ -1,6 +1,7 @@
 """softmax(Q K^T / sqrt(D)) V with its masks: one problem, one reference, one file a backend."""
 
 from . import cpu, cuda, reference
+from .triton import backend as triton_backend
 
 # In order of preference; `why_not` decides. A new backend is one more name here.
-BACKENDS = (cuda, cpu, reference)
+BACKENDS = (cuda, triton_backend, cpu, reference)

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and later (`csrc/layer_norm/cuda*`)."""
+"""CUDA C++ kernels for NVIDIA GPUs from compute capability 8.0 on (`csrc/layer_norm/cuda*`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ def why_not(problem: LayerNormProblem) -> list[str]:
         dtype = getattr(problem, f"{name}_dtype")
         if dtype not in (None, problem.dtype):
             reasons.append(f"takes {name} in the dtype of the sum, {problem.dtype}, got {dtype}")
-    for name in ("weight", "bias"):
-        dtype = getattr(problem, f"{name}_dtype")
-        if dtype not in (None, problem.dtype, torch.float32):
-            reasons.append(f"takes {name} in {problem.dtype} or float32, got {dtype}")
-    if problem.weight_dtype and problem.bias_dtype not in (None, problem.weight_dtype):
-        reasons.append("takes weight and bias of one dtype")
     return reasons
 
 
@@ -49,8 +43,7 @@ def forward(
         cuda_runtime.module().layer_norm_forward_cuda(
             rows.read(operands.x),
             rows.read(operands.residual),
-            _flat(operands.weight),
-            _flat(operands.bias),
+            *_parameters(y.dtype, operands.weight, operands.bias),
             operands.rng,
             *(y_rows, h_rows, _flat(mean), _flat(rstd)),
             *options[1:],
@@ -74,23 +67,50 @@ def backward(
     rows = _Rows(options.dims)
     x = rows.read(operands.x)
     dy_rows = rows.read(dy)
-    assert x is not None and dy_rows is not None
+    assert dy_rows is not None
     count, width = dy_rows.shape
     module = cuda_runtime.module()
+    parameters = [_Parameter(dweight), _Parameter(dbias)]
     with cuda_runtime.on(dy.device), rows.written_back(dx, dresidual) as (dx_rows, dres_rows):
         parts = module.layer_norm_parts_cuda(count)
         workspace = torch.empty(2 * parts * width, dtype=torch.float32, device=dy.device)
         module.layer_norm_backward_cuda(
             *((None, None) if summed else (x, rows.read(operands.residual))),
-            *(_flat(operands.weight), operands.rng, x if summed else None),
+            *(*_parameters(dy.dtype, operands.weight), operands.rng, x if summed else None),
             *(_flat(mean), _flat(rstd), dy_rows, rows.read(dh)),
-            *(dx_rows, dres_rows, _flat(dweight), _flat(dbias), workspace),
+            *(dx_rows, dres_rows, parameters[0].sums, parameters[1].sums, workspace),
             *(options.rms, options.dropout_p, cuda_runtime.stream(dy.device)),
         )
+        for parameter in parameters:
+            parameter.write_back()
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1).contiguous()
+
+
+def _parameters(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Flat, and all in `dtype` or all in float32, which is what the kernels read."""
+    flat = [_flat(parameter) for parameter in parameters]
+    if all(parameter is None or parameter.dtype == dtype for parameter in flat):
+        return flat
+    return [None if parameter is None else parameter.float() for parameter in flat]
+
+
+class _Parameter:
+    """A parameter's gradient; kernels write no float64, so that goes by way of float32."""
+
+    def __init__(self, gradient: Tensor | None) -> None:
+        self._gradient = gradient
+        self.sums = _flat(gradient)
+        if self.sums is not None and self.sums.dtype not in _DTYPES:
+            self.sums = torch.empty_like(self.sums, dtype=torch.float32)
+
+    def write_back(self) -> None:
+        if self._gradient is None or self.sums is None:
+            return
+        if self._gradient.data_ptr() != self.sums.data_ptr():
+            self._gradient.copy_(self.sums.view(self._gradient.shape))
 
 
 class _Rows:

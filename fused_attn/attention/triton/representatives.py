@@ -1,0 +1,101 @@
+"""Calls that between them launch every shipped configuration of the attention kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..problem import Causal, Operands, make_options
+from . import launch
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LENGTH = 2048
+
+
+def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
+    """Name -> a function that launches forward and backward; on "meta" tensors.
+
+    Args:
+        everything: all combinations on each architecture; otherwise all of bfloat16 on sm_90, and
+            elsewhere what differs most.
+    """
+    kinds = ("full", "causal", "bias", "dropout", "everything")
+    result: dict[str, Callable[[], None]] = {}
+    for dtype in ("bf16", "fp32"):
+        for head_dim in (64, 128, 256):
+            for kind in kinds:
+                wide = everything or (arch == 90 and dtype == "bf16")
+                brief = kind in ("causal", "everything") and (
+                    (dtype == "bf16" and head_dim == 128) or (arch == 90 and head_dim <= 128)
+                )
+                if wide or brief:
+                    name = f"attention {dtype} {head_dim} {kind}"
+                    result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
+    result["attention bf16 128 decode"] = functools.partial(_decode, torch.bfloat16, 128)
+    return result
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _run(dtype: torch.dtype, head_dim: int, kind: str) -> None:
+    q = _meta(2, 8, _LENGTH, head_dim, dtype=dtype)
+    operands, causal, softcap, dropout_p = Operands(q, q, q), False, 0.0, 0.0
+    dbias = dweights = None
+    if kind != "full":
+        causal = True
+    if kind == "bias":
+        operands = operands._replace(bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype))
+    if kind == "dropout":
+        operands, dropout_p = operands._replace(rng=_meta(2, dtype=torch.int64)), 0.1
+    if kind == "everything":
+        operands = operands._replace(
+            k=_meta(2, 4, _LENGTH, head_dim, dtype=dtype),
+            v=_meta(2, 4, _LENGTH, head_dim, dtype=dtype),
+            bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype),
+            mask=_meta(2, 1, _LENGTH, _LENGTH, dtype=torch.bool),
+            key_padding_mask=_meta(2, _LENGTH, dtype=torch.bool),
+            alibi_slopes=_meta(8),
+            rng=_meta(2, dtype=torch.int64),
+        )
+        softcap, dropout_p = 30.0, 0.1
+        dbias = _meta(1, 8, _LENGTH, _LENGTH)
+        dweights = _meta(2, 1, _LENGTH, _LENGTH)
+    _launch_all(operands, causal, softcap, dropout_p, dweights, dbias)
+
+
+def _launch_all(
+    operands: Operands,
+    causal: Causal,
+    softcap: float,
+    dropout_p: float,
+    dweights: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    q, k, v = operands[:3]
+    options = make_options(
+        max_seqlen_q=_LENGTH,
+        max_seqlen_k=_LENGTH,
+        head_dim=q.shape[3],
+        causal=causal,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+    out, lse = torch.empty_like(q), _meta(*q.shape[:3])
+    launch.forward(operands, options, out, lse)
+    if dweights is not None:
+        launch.weights(operands, options, lse, dweights, True)
+    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias)
+    launch.backward(operands, options, out, lse, out, None, dweights, grads)
+
+
+def _decode(dtype: torch.dtype, head_dim: int) -> None:
+    q = _meta(2, 8, 1, head_dim, dtype=dtype)
+    k = _meta(2, 2, _LENGTH, head_dim, dtype=dtype)
+    options = make_options(max_seqlen_q=1, max_seqlen_k=_LENGTH, head_dim=head_dim)
+    operands = Operands(q, k, k, key_lengths=_meta(2, dtype=torch.int64))
+    launch.forward(operands, options, torch.empty_like(q), _meta(*q.shape[:3]))

@@ -1,0 +1,1 @@
+"""Triton kernels of the norms: `launch.py` in front, `backend.py` the entry."""

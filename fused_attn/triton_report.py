@@ -1,0 +1,130 @@
+"""What Triton's compiler makes of the shipped kernels, for any architecture, without a GPU.
+
+`python -m fused_attn.triton_report [--arch 80 90 100 120] [--all] [--json]` compiles the kernels
+of representative calls as a launch would and prints registers, spills, shared memory and the
+instructions that matter, read from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import triton_runtime
+
+# Groups of machine instructions, by what their names start with.
+INSTRUCTIONS = {
+    "mma": ("HMMA", "HGMMA", "UTCHMMA"),
+    "wgmma": ("HGMMA",),
+    "tcgen05": ("UTCHMMA",),
+    "cp.async": ("LDGSTS",),
+    "tma": ("UTMALDG",),
+    "local": ("LDL", "STL"),
+}
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel."""
+
+    call: str
+    kernel: str
+    arch: int
+    registers: int
+    stack: int  # bytes; spilled registers live there
+    shared: int  # bytes
+    counts: dict[str, int]  # of the groups of INSTRUCTIONS
+    seconds: float  # of compiling
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, machine code) by the tools in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    return usage, code
+
+
+def inspect(call: str, name: str, arch: int, compiled: Any, seconds: float) -> Kernel:
+    """What a compiled kernel needs, from its machine code."""
+    usage, code = disassemble(compiled.asm["cubin"])
+    numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", code)
+    counts = {
+        group: sum(opcode.startswith(starts) for opcode in opcodes)
+        for group, starts in INSTRUCTIONS.items()
+    }
+    return Kernel(
+        call, name, arch, numbers["REG"], numbers["STACK"] + numbers["LOCAL"],
+        compiled.metadata.shared, counts, seconds,
+    )  # fmt: skip
+
+
+def _appending_to(found: list[tuple[str, Any]]) -> Callable[[str, Any], None]:
+    return lambda name, compiled: found.append((name, compiled))
+
+
+def kernels(arch: int, calls: dict[str, Callable[[], None]]) -> Iterator[tuple[Kernel, Any]]:
+    """Compile what each of `calls` launches; every kernel and what Triton made of it."""
+    for call, run in calls.items():
+        found: list[tuple[str, Any]] = []
+        start = time.perf_counter()
+        with triton_runtime.compiling_for(arch, _appending_to(found)):
+            run()
+        each = (time.perf_counter() - start) / max(len(found), 1)
+        for name, compiled in found:
+            yield inspect(call, name, arch, compiled, each), compiled
+
+
+def all_calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
+    """The representative calls of every operation."""
+    from .attention.triton import representatives as attention
+    from .layer_norm.triton import representatives as layer_norm
+
+    return {**attention.calls(arch, everything), **layer_norm.calls(arch, everything)}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fused_attn.triton_report")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100, 120])
+    parser.add_argument("--all", action="store_true", help="every head size on every architecture")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--match", default="", help="only calls whose name contains this")
+    options = parser.parse_args(arguments)
+    if not options.json:
+        print("| arch | call | kernel | registers | stack | shared | mma | cp.async | tma | s |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+    for arch in options.arch:
+        calls = all_calls(arch, options.all)
+        calls = {name: call for name, call in calls.items() if options.match in name}
+        for kernel, _ in kernels(arch, calls):
+            if options.json:
+                print(json.dumps(kernel._asdict()), flush=True)
+                continue
+            counts = kernel.counts
+            print(
+                f"| {arch} | {kernel.call} | {kernel.kernel} | {kernel.registers} | {kernel.stack} "
+                f"| {kernel.shared} | {counts['mma']} | {counts['cp.async']} | {counts['tma']} "
+                f"| {kernel.seconds:.1f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,191 @@
+"""What every Triton backend needs: whether Triton can run here, which GPU it is, and launching.
+
+Nothing here imports Triton before somebody asks on behalf of a GPU tensor. With TRITON_INTERPRET=1
+Triton executes kernels in Python on CPU tensors; that is for tests, so a backend that runs this way
+is taken only when it is asked for by name (`only_by_name`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# What the tests have compiled; a later Triton may run too, but nobody has looked.
+TESTED_VERSIONS = ((3, 5), (3, 7))
+OLDEST_ARCH = 80
+INTERPRETER = 0
+
+_compile_only: _CompileOnly | None = None
+
+
+def interpreted() -> bool:
+    """True if Triton executes kernels in Python instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(device: torch.device) -> list[str]:
+    """Reasons why no Triton kernel can run on tensors on `device`."""
+    if _compile_only is not None:
+        return []
+    if device.type == "cpu" and not interpreted():
+        return [f"needs tensors on a GPU, these are on {device}"]
+    if device.type not in ("cpu", "cuda"):
+        return [f"needs tensors on an NVIDIA or AMD GPU, these are on {device}"]
+    reasons = []
+    missing = _triton_reason()
+    if missing is not None:
+        reasons.append(missing)
+    if device.type == "cuda" and not torch.version.hip and arch(device) < OLDEST_ARCH:
+        major, minor = divmod(arch(device), 10)
+        reasons.append(f"needs compute capability 8.0 or later, {device} has {major}.{minor}")
+    return reasons
+
+
+def _triton_reason() -> str | None:
+    return _import_triton()
+
+
+# The compiler cannot trace an import; see `native.why_not`.
+_triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _import_triton() -> str | None:
+    """Why Triton cannot be used; None if it can."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation raises anything
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    low, high = TESTED_VERSIONS
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not low <= version <= high:
+        tested = " to ".join(".".join(map(str, version)) for version in TESTED_VERSIONS)
+        return f"Triton {triton.__version__} is outside the tested range {tested}"
+    return None
+
+
+@functools.cache
+def _device_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; OLDEST_ARCH for AMD, INTERPRETER for the interpreter."""
+    if _compile_only is not None:
+        return _compile_only.arch
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip:
+        return OLDEST_ARCH
+    return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _device_shared_memory(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use; more than any kernel wants where nobody knows."""
+    if _compile_only is not None or device.type != "cuda":
+        return 1 << 20
+    return _device_shared_memory(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+@functools.cache
+def _device_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least; as many as an H200's where there is no GPU."""
+    if _compile_only is not None or device.type != "cuda":
+        return 132
+    return _device_multiprocessors(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> None:
+    """Run `programs` programs of `kernel` on the current stream of the arguments' device."""
+    if _compile_only is not None:
+        _compile_only.compile(kernel, args, warps, stages)
+    elif programs > 0:
+        kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(tensor.device):
+            yield
+
+
+class _CompileOnly:
+    """Stands in for the launches: compiles what they would run, for any architecture, on no GPU."""
+
+    def __init__(self, arch: int, record: Callable[[str, Any], None]) -> None:
+        self.arch = arch
+        self._record = record
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], warps: int, stages: int) -> None:
+        from triton.runtime import driver
+
+        before = driver.active if _has_driver() else None
+        driver.set_active(_Driver(self.arch))
+        try:
+            compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, num_stages=stages)
+        finally:
+            if before is not None:
+                driver.set_active(before)
+        self._record(kernel.__name__, compiled)
+
+
+def _has_driver() -> bool:
+    return torch.cuda.is_available()
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return -self._arch  # compiled kernels are kept by device: no real one has this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._arch, 32)
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int, record: Callable[[str, Any], None]) -> Iterator[None]:
+    """Within this, launches compile for `arch` and run nothing; tensors may be on "meta".
+
+    Args:
+        arch: compute capability, 90 for 9.0.
+        record: called with each kernel's name and what `triton.compile` made of it.
+    """
+    global _compile_only
+    before, _compile_only = _compile_only, _CompileOnly(arch, record)
+    try:
+        yield
+    finally:
+        _compile_only = before
