@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "bias_activation/bindings.h"
 #include "common/cpu_level.h"
 #include "common/peak.h"
 #include "common/tensor.h"
@@ -56,4 +57,5 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
+  fused_attn::bias_activation::bind(m);
 }

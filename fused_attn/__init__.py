@@ -1,6 +1,7 @@
 """Fused attention for PyTorch: drop-in modules and the functions behind them."""
 
 from ._version import __version__
+from .activations import bias_activation
 from .convert import fuse, unfuse
 from .dispatch import UnsupportedError
 from .functional import (
@@ -44,6 +45,7 @@ __all__ = [
     "attention",
     "attention_backends",
     "attention_varlen",
+    "bias_activation",
     "explain",
     "fuse",
     "last_backend",

@@ -20,14 +20,19 @@ Formula = Callable[..., Sequence[Tensor | None]]
 def gradients_through(
     formula: Formula, inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `formula(*inputs)`, themselves differentiable; call with grad mode on."""
-    outputs = formula(*inputs)
+    """Gradients of `formula(*inputs)`; where grad mode is on, themselves differentiable."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views of the inputs, because one input may have been computed from another: a gradient
+        # that went on to the inputs themselves would run through that history as well.
+        points = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        outputs = formula(*points)
     pairs = [
         (output, grad)
         for output, grad in zip(outputs, grad_outputs, strict=True)
         if output is not None and grad is not None and output.requires_grad
     ]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    wanted = [x for x in points if x is not None and x.requires_grad]
     if not pairs or not wanted:
         return [None] * len(inputs)
     grads = iter(
@@ -35,11 +40,11 @@ def gradients_through(
             [output for output, _ in pairs],
             wanted,
             [grad for _, grad in pairs],
-            create_graph=True,
+            create_graph=again,
             allow_unused=True,
         )
     )
-    return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
+    return [next(grads) if x is not None and x.requires_grad else None for x in points]
 
 
 def tangents_through(
@@ -83,6 +88,24 @@ def derivative_wanted(tensors: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         [getattr(tensor, "requires_grad", False) for tensor in tensors]
     )
+
+
+def backward_needs_formula(grad_outputs: Iterable[Tensor | None]) -> bool:
+    """True where a backward must go through the formula, and not a kernel.
+
+    That is where its result is to be differentiated again, and where each of `grad_outputs` stands
+    for many (`torch.autograd.grad(..., is_grads_batched=True)`, `torch.func.vmap` of a backward).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(
+        [grad is not None and _is_batched(grad) for grad in grad_outputs]
+    )
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def needs_formula() -> bool:

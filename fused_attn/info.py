@@ -14,6 +14,9 @@ from ._version import __version__
 from .attention import BACKENDS as ATTENTION_BACKENDS
 from .attention import call as attention_call
 from .attention.problem import Operands as AttentionOperands
+from .bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
+from .bias_activation import call as bias_activation_call
+from .bias_activation.problem import Operands as BiasActivationOperands
 from .layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from .layer_norm import call as layer_norm_call
 from .layer_norm.problem import Operands as LayerNormOperands
@@ -84,9 +87,12 @@ def _explanations(device: str) -> list[tuple[str, dispatch.Explanation]]:
     attention = attention_call.problem_of(AttentionOperands(x, x, x), attention_call.Scalars())
     norm_scalars = layer_norm_call.Scalars((1,), None, False)
     norm = layer_norm_call.problem_of(LayerNormOperands(x), norm_scalars)
+    activation_scalars = bias_activation_call.Scalars("relu")
+    activation = bias_activation_call.problem_of(BiasActivationOperands(x), activation_scalars)
     return [
         ("attention", dispatch.explain(ATTENTION_BACKENDS, attention)),
         ("layer norm", dispatch.explain(LAYER_NORM_BACKENDS, norm)),
+        ("bias activation", dispatch.explain(BIAS_ACTIVATION_BACKENDS, activation)),
     ]
 
 

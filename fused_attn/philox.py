@@ -29,6 +29,19 @@ def threshold(dropout_p: float) -> int:
     return int(dropout_p * 2.0**32)
 
 
+def kept_in_rows(rng: Tensor, dropout_p: float, rows: int, width: int) -> Tensor:
+    """Which elements of `rows` rows of `width` survive a dropout: (rows, width) bool.
+
+    A function of seed, offset, row and column alone: column j of row i draws word j mod 4 of the
+    counter (j div 4, low word of i, high word of i, low word of the offset).
+    """
+    row = torch.arange(rows, device=rng.device)[:, None]
+    quad = torch.arange((width + 3) // 4, device=rng.device)
+    counter = (quad, row & _WORD, row >> 32, rng[1] & _WORD)
+    drawn = words(counter, rng[0]).flatten(-2)[:, :width]
+    return drawn >= threshold(dropout_p)
+
+
 def words(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> Tensor:
     """The four 32-bit words of `counter` under the 64-bit key `seed`.
 

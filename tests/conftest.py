@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 import fused_attn
 from fused_attn import dispatch
 from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
+from fused_attn.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
+from fused_attn.bias_activation import call as bias_activation_call
+from fused_attn.bias_activation.problem import Operands as BiasActivationOperands
 from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from fused_attn.layer_norm import call as layer_norm_call
 from fused_attn.layer_norm.problem import Operands as LayerNormOperands
@@ -27,6 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, backends in (
         ("attention_backend", ATTENTION_BACKENDS),
         ("layer_norm_backend", LAYER_NORM_BACKENDS),
+        ("bias_activation_backend", BIAS_ACTIVATION_BACKENDS),
     ):
         if fixture in metafunc.fixturenames:
             names = [backend.NAME for backend in backends]
@@ -47,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out most random cases, and the largest others, of a backend that is interpreted."""
     slow = {
         backend.NAME
-        for backend in (*ATTENTION_BACKENDS, *LAYER_NORM_BACKENDS)
+        for backend in (*ATTENTION_BACKENDS, *LAYER_NORM_BACKENDS, *BIAS_ACTIVATION_BACKENDS)
         if dispatch.only_by_name(backend)
     }
     dropped = [item for item in items if _is_left_out(item, slow)]
@@ -82,6 +86,17 @@ def layer_norm_backend(request: pytest.FixtureRequest) -> str:
     operands = LayerNormOperands(torch.zeros(1, 1, dtype=_dtype_of(request)))
     problem = layer_norm_call.problem_of(operands, layer_norm_call.Scalars(1, 1e-5, False))
     [backend] = [b for b in LAYER_NORM_BACKENDS if request.param == b.NAME]
+    if reasons := backend.why_not(problem):
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
+@pytest.fixture
+def bias_activation_backend(request: pytest.FixtureRequest) -> str:
+    """As `attention_backend`, for bias + activation."""
+    operands = BiasActivationOperands(torch.zeros(1, 1, dtype=_dtype_of(request)))
+    problem = bias_activation_call.problem_of(operands, bias_activation_call.Scalars("relu"))
+    [backend] = [b for b in BIAS_ACTIVATION_BACKENDS if request.param == b.NAME]
     if reasons := backend.why_not(problem):
         pytest.skip("; ".join(reasons))
     return request.param
@@ -123,7 +138,7 @@ def faster_interpreter() -> None:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every uninitialised tensor starts as NaN, so that an unwritten element cannot pass."""
-    for name in ("empty", "empty_like"):
+    for name in ("empty", "empty_like", "empty_permuted"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
 
 

@@ -40,7 +40,22 @@ def as_function(case: Case, backend: str):
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(attention_backend: str, name: str) -> None:
     function, values = as_function(CASES[name], attention_backend)
-    assert gradcheck(function, values, check_forward_ad=True, fast_mode=False)
+    assert gradcheck(
+        function, values, check_forward_ad=True, check_batched_grad=True, fast_mode=False
+    )
+
+
+def test_gradients_to_differentiate_again_are_the_same_gradients(attention_backend: str) -> None:
+    """q, k and v mostly come from one tensor: that history is not part of the attention."""
+    q = torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True)
+    k = q.sin()
+    out = attention(q, k, k.cos(), backend=attention_backend)
+    vector = torch.randn_like(out)
+    grads = [
+        torch.autograd.grad(out, q, vector, create_graph=create_graph)[0]
+        for create_graph in (True, False)
+    ]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,8 @@ from fused_attn.__main__ import main
 def test_info_names_every_backend_and_why_it_is_missing(capsys: pytest.CaptureFixture) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for name in ("versions", "compiled part", "layer norm backends", *attention_backends()):
+    operations = ("layer norm backends", "bias activation backends")
+    for name in ("versions", "compiled part", *operations, *attention_backends()):
         assert name in text
     assert torch.__version__ in text
 

@@ -44,13 +44,30 @@ def as_function(case: Case, backend: str, dtype: torch.dtype = torch.float64):
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(layer_norm_backend: str, name: str) -> None:
     function, values = as_function(CASES[name], layer_norm_backend)
-    assert gradcheck(function, values, check_forward_ad=True, fast_mode=False)
+    assert gradcheck(
+        function, values, check_forward_ad=True, check_batched_grad=True, fast_mode=False
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(layer_norm_backend: str, name: str) -> None:
     function, values = as_function(CASES[name], layer_norm_backend)
     assert gradgradcheck(function, values)
+
+
+def test_gradients_to_differentiate_again_are_the_same_gradients(layer_norm_backend: str) -> None:
+    """x may have been computed from the residual: its own history is not part of the norm."""
+    residual = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    for return_sum in (False, True):
+        results = add_layer_norm(
+            residual.sin(), residual, 9, return_sum=return_sum, backend=layer_norm_backend
+        )
+        y = results[0] * results[1] if return_sum else results
+        grads = [
+            torch.autograd.grad(y, residual, torch.ones_like(y), create_graph=create_graph)[0]
+            for create_graph in (True, False)
+        ]
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("name", CASES)

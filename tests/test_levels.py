@@ -15,7 +15,12 @@ import pytest
 from fused_attn import native
 
 FOLDER = Path(__file__).parent
-FILES = ("test_attention.py", "test_attention_semantics.py", "test_layer_norm.py")
+FILES = (
+    "test_attention.py",
+    "test_attention_semantics.py",
+    "test_bias_activation.py",
+    "test_layer_norm.py",
+)
 
 
 def levels_below_the_best() -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
 import torch
+from packed_cases import FF, LENGTHS, E, H, L, N, Recording, padding, rows, unpacked
 from torch import Tensor, nn
 
 from fused_attn import (
@@ -21,25 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
 ]
 
-N, L, E, H, FF = 4, 7, 16, 4, 32
-LENGTHS = [L, 4, 1, 0]
 LAYOUTS = [torch.strided, torch.jagged]
-
-
-class Recording(nn.Module):
-    """An activation that remembers how many tokens passed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.rows.append(x.numel() // x.shape[-1])
-        return torch.tanh(x)
-
-
-def padding(lengths: list[int] = LENGTHS) -> Tensor:
-    return torch.arange(L) >= torch.tensor(lengths)[:, None]
 
 
 def layer(**settings) -> FusedTransformerEncoderLayer:
@@ -52,17 +34,10 @@ def layer(**settings) -> FusedTransformerEncoderLayer:
     return ours
 
 
-def unpacked(module: nn.Module) -> nn.Module:
-    """The same module, computing its padding."""
-    other = copy.deepcopy(module)
-    for child in other.modules():
-        if isinstance(child, FusedTransformerEncoderLayer):
-            child.pack_padding = False
-    return other
-
-
-def rows(module: nn.Module) -> list[int]:
-    return [m.rows.pop() for m in module.modules() if isinstance(m, Recording)]
+def stack(prototype: FusedTransformerEncoderLayer) -> FusedTransformerEncoder:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return FusedTransformerEncoder(prototype, 2, nn.LayerNorm(E))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -93,6 +68,15 @@ def test_packed_layer_gives_the_same_at_every_token(
     torch.testing.assert_close(grads, expected_grads)
 
 
+def test_tokens_are_found_in_any_memory_layout() -> None:
+    ours, hidden = layer(batch_first=False), padding()
+    x = torch.randn(N, L, E)
+    expected = layer()(x, src_key_padding_mask=hidden).transpose(0, 1)
+    strided = torch.randn(L, 2 * N, E)[:, ::2].copy_(x.transpose(0, 1))
+    for src in (x.transpose(0, 1), x.transpose(0, 1).contiguous(), strided):
+        torch.testing.assert_close(ours(src, src_key_padding_mask=hidden), expected)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_encoder_packs_once_for_all_layers_and_agrees_with_torch(training: bool) -> None:
     with warnings.catch_warnings():
@@ -112,16 +96,55 @@ def test_encoder_packs_once_for_all_layers_and_agrees_with_torch(training: bool)
     torch.testing.assert_close(out[~hidden], expected[~hidden])
 
 
-def test_causal_hint_and_padding_together_run_packed() -> None:
-    ours = layer()
+TRIANGLE = torch.ones(L, L, dtype=torch.bool).triu(1)
+CAUSAL = {
+    "hint": {"is_causal": True},
+    "bool": {"src_mask": TRIANGLE},
+    "float": {"src_mask": nn.Transformer.generate_square_subsequent_mask(L)},
+    "mask and hint": {"src_mask": TRIANGLE, "is_causal": True},
+    "hint and a mask of nothing": {"src_mask": torch.zeros(L, L), "is_causal": True},
+    "mask of nothing": {"src_mask": TRIANGLE & False},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_masks_and_padding_together_run_packed(name: str, training: bool) -> None:
     hidden = padding([L, 4, 1, 2])
     x = torch.randn(N, L, E)
-    out = ours(x, src_key_padding_mask=hidden, is_causal=True)
-    assert rows(ours) == [L + 4 + 1 + 2]
-    mask = torch.ones(L, L, dtype=torch.bool).triu(1)
-    expected = ours(x, src_mask=mask, src_key_padding_mask=hidden)
+    for model in (layer(), stack(layer())):
+        plain = unpacked(model.train(training))
+        arguments = dict(CAUSAL[name])
+        if isinstance(model, FusedTransformerEncoder) and "src_mask" in arguments:
+            arguments["mask"] = arguments.pop("src_mask")
+        out = model(x, src_key_padding_mask=hidden, **arguments)
+        assert set(rows(model)) == {L + 4 + 1 + 2}
+        expected = plain(x, src_key_padding_mask=hidden, **arguments)
+        assert set(rows(plain)) == {N * L}
+        torch.testing.assert_close(out[~hidden], expected[~hidden])
+
+
+@pytest.mark.parametrize("mask", [
+    TRIANGLE.roll(1, 1), torch.full((L, L), 0.5), TRIANGLE.expand(N * H, -1, -1),
+    torch.zeros(L, L).masked_fill(TRIANGLE, -1e9), torch.zeros(L, L, requires_grad=True),
+], ids=["other", "soft", "3-D", "large but finite", "learned"])  # fmt: skip
+def test_masks_that_are_not_causal_run_dense(mask: Tensor) -> None:
+    ours = layer()
+    hidden = padding([L, 4, 1, 2])
+    out = ours(torch.randn(N, L, E), src_mask=mask, src_key_padding_mask=hidden)
     assert rows(ours) == [N * L]
-    torch.testing.assert_close(out[~hidden], expected[~hidden])
+    if mask.requires_grad:
+        out[~hidden].sin().sum().backward()
+        assert float(mask.grad.abs().max()) > 0
+
+
+def test_attention_with_appended_keys_runs_dense() -> None:
+    ours = layer()
+    ours.self_attn = FusedMultiheadAttention(E, H, add_bias_kv=True, batch_first=True)
+    x, hidden = torch.randn(N, L, E), padding([L, 4, 1, 2])
+    out = ours(x, src_key_padding_mask=hidden)
+    assert rows(ours) == [N * L]
+    torch.testing.assert_close(out, unpacked(ours)(x, src_key_padding_mask=hidden))
 
 
 def test_unbatched_padding_runs_packed_as_a_batch_of_one_does() -> None:
@@ -187,8 +210,26 @@ def test_packed_layer_has_double_backward_and_jvp() -> None:
     def run(x: Tensor) -> Tensor:
         return ours(x, src_key_padding_mask=hidden)[~hidden]
 
-    assert torch.autograd.gradcheck(run, x, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        run, x, fast_mode=True, check_forward_ad=True, check_batched_grad=True
+    )
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
+
+
+def test_packed_layer_pulls_many_vectors_back_at_once() -> None:
+    ours = layer(activation="gelu")
+    hidden = padding([L, 2, 1, 0])
+    x = torch.randn(N, L, E, requires_grad=True)
+    out = ours(x, src_key_padding_mask=hidden)
+    vectors = torch.randn(3, N, L, E)
+
+    def pull_back(vector: Tensor) -> Tensor:
+        return torch.autograd.grad(out, x, vector, retain_graph=True)[0]
+
+    expected = torch.stack([pull_back(vector) for vector in vectors])
+    torch.testing.assert_close(torch.func.vmap(pull_back)(vectors), expected)
+    together = torch.autograd.grad(out, x, vectors, is_grads_batched=True)[0]
+    torch.testing.assert_close(together, expected)
 
 
 def test_autocast_with_padding() -> None:
@@ -209,15 +250,13 @@ def ragged(lengths: list[int], requires_grad: bool = False) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
 def test_nested_encoder_equals_one_sequence_at_a_time(
-    stack: bool, norm_first: bool, layout: torch.layout
+    stacked: bool, norm_first: bool, layout: torch.layout
 ) -> None:
     ours: nn.Module = layer(norm_first=norm_first, activation="gelu")
-    if stack:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ours = FusedTransformerEncoder(ours, 2, nn.LayerNorm(E))
+    if stacked:
+        ours = stack(ours)
     parts = ragged([5, 1, 7], requires_grad=True)
     out = ours(torch.nested.as_nested_tensor(parts, layout=layout))
     assert out.is_nested
@@ -312,3 +351,19 @@ def test_what_cannot_go_with_a_nested_tensor_raises_as_torch() -> None:
     empty = torch.nested.nested_tensor([])
     with pytest.raises(AssertionError, match="received 1-D query"):
         ours(empty, empty, empty)
+    for model in (layer(), stack(layer())):
+        with pytest.raises(AssertionError, match="does not support NestedTensor outside"):
+            model(empty)
+
+
+def test_compiled_layer_takes_jagged_tensors_as_one_graph_and_trains() -> None:
+    torch._dynamo.reset()
+    ours = layer(activation="gelu")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 1, 7], [2, 4, 3]):
+        parts = ragged(lengths, requires_grad=True)
+        grads = []
+        for run in (compiled, ours):
+            out = run(torch.nested.as_nested_tensor(parts, layout=torch.jagged))
+            grads.append(torch.autograd.grad(out.values().sin().sum(), parts))
+        torch.testing.assert_close(*grads)

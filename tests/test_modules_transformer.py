@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn import (
@@ -253,6 +254,16 @@ def test_copies_and_pickles(kind: str) -> None:
         assert torch.equal(other(*inputs(kind)), expected)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_copies_keep_an_activation_that_is_a_module(kind: str) -> None:
+    """torch.nn's decoder layer has relu instead in every copy, and so in every stack."""
+    _, ours = pair(kind, activation=nn.GELU(approximate="tanh"))
+    expected = ours(*inputs(kind))
+    stack = FusedTransformerEncoder if kind == "encoder" else FusedTransformerDecoder
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), stack(ours, 1)):
+        assert torch.equal(other(*inputs(kind)), expected)
+
+
 def test_state_without_activation_gets_relu() -> None:
     for kind, cls in LAYERS.items():
         _, ours = pair(kind)
@@ -321,6 +332,31 @@ def test_checkpointing_repeats_every_dropout() -> None:
         out.sin().sum().backward()
         grads.append([p.grad.clone() for p in ours.parameters()])
     torch.testing.assert_close(*grads)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators that copy an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_):
+            self.count += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_heads_are_split_and_merged_with_one_copy_at_most(kind: str, batch_first: bool) -> None:
+    """Sequence-first: one for each attention, of its output; batch-first: none."""
+    _, ours = pair(kind, batch_first=batch_first)
+    tensors = [x if batch_first else x.transpose(0, 1).contiguous() for x in inputs(kind)]
+    with torch.no_grad(), Copies() as copies:
+        ours(*tensors)
+    attentions = 1 if kind == "encoder" else 2
+    assert copies.count <= (0 if batch_first else attentions)
 
 
 def test_layers_of_others_get_masks_as_torch_hands_them_on() -> None:

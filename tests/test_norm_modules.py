@@ -195,3 +195,26 @@ def test_a_row_of_zeros_survives_a_missing_eps() -> None:
     expected = F.rms_norm(x.double(), (8,), None, torch.finfo(torch.float32).eps)
     torch.testing.assert_close(FusedRMSNorm(8, dtype=torch.float16)(x).double(), expected,
                                rtol=2e-3, atol=0)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["layer", "rms"])
+def test_tensors_that_want_torch_s_own_function_get_it(name: str) -> None:
+    """NestedTensors, per-sample gradients by ExpandedWeight, and torch.fx's proxies."""
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    fused_class, torch_class = PAIRS[name]
+    ours, theirs = fused_class(8), filled(torch_class(8))
+    ours.load_state_dict(theirs.state_dict())
+    parts = [torch.randn(n, 8, requires_grad=True) for n in (3, 5)]
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    torch.testing.assert_close(list(ours(x).unbind()), list(theirs(x).unbind()))
+    traced = torch.fx.symbolic_trace(ours)
+    torch.testing.assert_close(traced(parts[0]), ours(parts[0]))
+    if name == "layer":  # torch has no rule for rms_norm
+        batch = torch.randn(4, 6, 8)
+        for module in (ours, theirs):
+            call_for_per_sample_grads(module)(batch).sin().sum().backward()
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert mine.grad_sample.shape == (4, 8)
+            torch.testing.assert_close(mine.grad_sample, other.grad_sample)

@@ -1,7 +1,6 @@
 """The classes of problems of the CPU gates, one module a kind."""
 
-from . import attention, calls, encoder, layer_norm, modules, packed
+from . import attention, bias_activation, calls, encoder, layer_norm, modules, packed
 
-ROWS = [
-    row for kind in (attention, packed, layer_norm, modules, encoder, calls) for row in kind.rows()
-]
+KINDS = (attention, packed, layer_norm, bias_activation, modules, encoder, calls)
+ROWS = [row for kind in KINDS for row in kind.rows()]

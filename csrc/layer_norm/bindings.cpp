@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "common/row_bindings.h"
 #include "common/tensor.h"
 #include "layer_norm/cpu.h"
 
@@ -9,50 +10,6 @@ namespace py = pybind11;
 
 namespace fused_attn::layer_norm {
 namespace {
-
-// Dimensions [begin, end) of a tensor, neighbours merged where one stride leads through both.
-Dims merged(const TensorView& tensor, int begin, int end) {
-  Dims dims;
-  for (int d = begin; d < end; ++d) {
-    const int64_t size = tensor.shape[d], stride = tensor.stride[d];
-    if (size == 1) continue;
-    if (dims.count > 0 && dims.stride[dims.count - 1] == size * stride) {
-      dims.shape[dims.count - 1] *= size;
-      dims.stride[dims.count - 1] = stride;
-    } else {
-      dims.shape[dims.count] = size;
-      dims.stride[dims.count++] = stride;
-    }
-  }
-  return dims;
-}
-
-// The last `dims` dimensions are the row. Shapes and dtypes have been checked in Python.
-Rows rows(const TensorView& tensor, int dims) {
-  if (!tensor) return {};
-  check_device(tensor, DeviceType::kCPU);
-  check_dtype(tensor, {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64});
-  const int outer = tensor.ndim - dims;
-  if (outer < 0) {
-    fail_check(tensor.name, "have at least " + std::to_string(dims) + " dimensions",
-               std::to_string(tensor.ndim));
-  }
-  return {tensor.data, tensor.dtype, merged(tensor, 0, outer), merged(tensor, outer, tensor.ndim)};
-}
-
-int64_t size(const TensorView& tensor, int begin, int end) {
-  int64_t size = 1;
-  for (int d = begin; d < end; ++d) size *= tensor.shape[d];
-  return size;
-}
-
-void check_same_shape(const TensorView& tensor, const TensorView& like, int first = 0) {
-  if (!tensor) return;
-  bool same = tensor.ndim == like.ndim - first;
-  for (int d = 0; same && d < tensor.ndim; ++d) same = tensor.shape[d] == like.shape[first + d];
-  if (!same)
-    fail_check(tensor.name, std::string("have the shape of `") + like.name + "`", "another");
-}
 
 // Statistics: one number a row, dense.
 void* statistics(const TensorView& tensor, const Problem& problem) {
@@ -82,10 +39,7 @@ void fill(Problem& problem, const TensorView& like, DType dtype, const TensorVie
   problem.residual = rows(residual, dims);
   problem.weight = rows(weight, dims);
   problem.bias = rows(bias, dims);
-  check_dtype(rng, {DType::kInt64});
-  check_shape(rng, {2});
-  check_contiguous(rng);
-  problem.rng = rng.as<const int64_t>();
+  problem.rng = dropout_rng(rng);
   problem.rms = rms;
   problem.dropout_p = dropout_p;
   problem.threads = threads;

@@ -7,26 +7,15 @@
 //
 // Blocks of rows go through two passes: one for the averages, one for the gradients. In the second
 // pass the rows of a block add to dweight and dbias together, so that these are read and written
-// once a block. Sums over rows are taken in three steps, so that their error grows with the cube
-// root of the number of rows: over a block, over the blocks of a group, over the groups of a task.
-// The tasks' sums are then added in a fixed order.
-#include "layer_norm/dropout.h"
-#include "layer_norm/rows.h"
+// once a block (common/row_sums.h).
+#include "common/row_dropout.h"
+#include "common/row_sums.h"
+#include "layer_norm/params.h"
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 namespace {
 
 using layer_norm::BackwardParams;
-
-constexpr int kBlockRows = 4;
-constexpr int64_t kGroupRows = 32 * kBlockRows;
-
-template <class A>
-void add_to(A* sums, const A* more, int64_t width) {
-  for_columns(width, [=](int64_t j, auto lanes) FUSED_ATTN_BODY {
-    put(sums + j, load(sums + j, lanes) + load(more + j, lanes), lanes, false);
-  });
-}
 
 // What the second pass needs of a row. H: the type of h in memory, that of the operands or, where
 // it is computed again, that of the arithmetic.
@@ -239,26 +228,13 @@ class Backward {
   bool stream_dx_ = false;
 };
 
-// Adds the tasks' sums (one after the other, `stride` apart) and writes them out.
-template <class A>
-void write_parameter_gradient(const layer_norm::Rows& rows, int64_t width, A* sums, int64_t tasks,
-                              int64_t stride) {
-  const Writer<A> writer(rows, width);
-  if (writer.absent()) return;
-  for (int64_t t = 1; t < tasks; ++t) add_to(sums, sums + t * stride, width);
-  static thread_local Buffer buffer;
-  A* row = writer.get(0, buffer.get<A>(writer.scratch_size()));
-  std::copy_n(sums, width, row);
-  writer.put(0, row);
-}
-
 template <class T, class H>
 void backward(const BackwardParams& p) {
   using A = Compute<T>;
   static thread_local Buffer weight_buffer, sums_buffer;
   const A* weight = parameter_row<A>(p.weight, p.width, A(1), weight_buffer);
   const Backward<T, H> kernel(p, weight);
-  const int threads = threads_for(p);
+  const int threads = threads_for(p.rows, p.width, p.threads);
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(blocks, threads));
   // Whole cache lines for each task, and none shared.

@@ -2,8 +2,9 @@
 // from memory once: it stays in a buffer in the first cache for the variance and the output.
 #include <cmath>
 
-#include "layer_norm/dropout.h"
-#include "layer_norm/rows.h"
+#include "common/row_dropout.h"
+#include "common/rows.h"
+#include "layer_norm/params.h"
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 namespace {
@@ -188,7 +189,7 @@ void forward(const Params& p) {
   const A* bias =
       p.bias.data == nullptr ? nullptr : parameter_row<A>(p.bias, p.width, A(0), bias_buffer);
   const Forward<T> kernel(p, weight, bias);
-  const int threads = threads_for(p);
+  const int threads = threads_for(p.rows, p.width, p.threads);
   const int64_t tasks = threads == 1 ? 1 : std::min<int64_t>(p.rows, threads * kTasksPerThread);
   parallel_for(threads, tasks,
                [&](int64_t t) { kernel.run(p.rows * t / tasks, p.rows * (t + 1) / tasks); });

@@ -138,12 +138,11 @@ def _empty_out(operands: Operands, token_major: bool) -> Tensor:
     q = operands.q
     batch, num_heads, seqlen_q, head_dim = q.shape
     head_dim_v = operands.v.shape[3]
-    if token_major:
-        shape = (batch, seqlen_q, num_heads, head_dim_v)
-        return torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
+    shape = (batch, num_heads, seqlen_q, head_dim_v)
+    if token_major:  # not a transposed view: forward-mode AD treats views differently
+        return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     if head_dim == head_dim_v:  # twice as fast as a shape, which counts for tiny calls
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    shape = (batch, num_heads, seqlen_q, head_dim_v)
     return torch.empty(shape, dtype=q.dtype, device=q.device)
 
 
@@ -257,7 +256,7 @@ class _Attention(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         operands = Operands(*tensors)
         options, settings = ctx.options, ctx.settings
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if higher_order.backward_needs_formula(grad_outputs):
             formula = _formula(operands, options, settings.weights)
             grads = higher_order.gradients_through(formula, operands[:4], grad_outputs)
             return (*grads, None, None, None, None)

@@ -248,7 +248,7 @@ class _LayerNorm(torch.autograd.Function):
         *tensors, mean, rstd = ctx.saved_tensors
         operands = Operands(*tensors)
         options, settings = ctx.options, ctx.settings
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if higher_order.backward_needs_formula((dy, dh)):
             return (*_differentiable_gradients(ctx, operands, dy, dh), None, None, None, None)
         if dy is None and dh is None:
             return (None,) * 8

@@ -71,8 +71,4 @@ def keep_mask(rng: Tensor, options: Options, shape: torch.Size) -> Tensor:
     """Which elements of x survive the dropout: bool of `shape`."""
     rows = math.prod(shape[: len(shape) - options.dims])
     width = math.prod(shape[len(shape) - options.dims :])
-    row = torch.arange(rows, device=rng.device)[:, None]
-    quad = torch.arange((width + 3) // 4, device=rng.device)
-    counter = (quad, row & 0xFFFFFFFF, row >> 32, rng[1] & 0xFFFFFFFF)
-    drawn = philox.words(counter, rng[0]).flatten(-2)[:, :width]
-    return (drawn >= philox.threshold(options.dropout_p)).reshape(shape)
+    return philox.kept_in_rows(rng, options.dropout_p, rows, width).reshape(shape)

@@ -3,9 +3,10 @@
 from torch import nn
 
 from .attention import FusedMultiheadAttention
+from .decoder_layer import FusedTransformerDecoderLayer
+from .encoder_layer import FusedTransformerEncoderLayer
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
-from .transformer import FusedTransformerDecoderLayer, FusedTransformerEncoderLayer
 
 # What `fuse` puts in the place of what. The classes are taken now: a program may later put other
 # ones under torch.nn's names.

@@ -11,11 +11,15 @@ from torch import Tensor
 from .. import norms
 from .scripting import NotScriptable
 
+_DISABLED = torch._C._disabled_torch_function_impl
+
 
 class FusedLayerNorm(NotScriptable, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on fused kernels: same arguments, parameters, results and errors."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if _wants_torch(input, self.weight, self.bias):
+            return super().forward(input)
         return _as_torch_raises(
             norms.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps
         )
@@ -25,6 +29,8 @@ class FusedRMSNorm(NotScriptable, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on fused kernels: same arguments, parameters, results and errors."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _wants_torch(x, self.weight):
+            return super().forward(x)
         return _as_torch_raises(norms.rms_norm, x, self.normalized_shape, self.weight, self.eps)
 
 
@@ -143,6 +149,22 @@ class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.dropout}, return_sum={self.return_sum}"
+
+
+def _wants_torch(x: object, *parameters: Tensor | None) -> bool:
+    """True for NestedTensors, and for tensors that want to see torch's own function.
+
+    Such are those of `torch.nn.utils._per_sample_grad`, and torch.fx's proxies.
+    """
+    if isinstance(x, Tensor) and x.is_nested:
+        return True
+    return any(
+        [
+            type(t) not in (Tensor, torch.nn.Parameter, type(None))
+            and getattr(t, "__torch_function__", _DISABLED) is not _DISABLED
+            for t in (x, *parameters)
+        ]
+    )
 
 
 def _as_torch_raises(norm: Any, x: Tensor, *arguments: Any) -> Tensor:

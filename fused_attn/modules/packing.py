@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import higher_order
 from .residual import has_hooks
 
 _TOKEN_WISE = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.Identity)
@@ -29,47 +28,33 @@ class Sequences(NamedTuple):
 class Padding(NamedTuple):
     """A padded batch: which of its rows are tokens."""
 
-    rows: Tensor  # (T,) int64, row of each token in the flattened batch
+    rows: Tensor | None  # (T,) int64, row of each token in the flattened batch; None: all, in turn
     shape: torch.Size  # (N, L), (L, N) or (L,)
+    batch_first: bool = True  # False for (L, N)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(N, L, E), (L, N, E) or (L, E) -> (T, E)."""
-        return _Gather.apply(x.reshape(-1, x.shape[-1]), self.rows)
+        """(N, L, E), (L, N, E) or (L, E) -> (T, E), one sequence after the other."""
+        width = x.shape[-1]
+        if self.rows is None:
+            return (x if self.batch_first else x.transpose(0, 1)).reshape(-1, width)
+        rows = self.rows
+        if x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
+            # A transposed view of a batch: take its rows where they lie, instead of copying twice.
+            first, second = self.shape
+            rows = rows % second * first + rows // second
+            x = x.transpose(0, 1)
+        return _Gather.apply(x.reshape(-1, width), rows)
 
     def scatter(self, tokens: Tensor) -> Tensor:
         """(T, E) -> (N, L, E), (L, N, E) or (L, E), 0 where there is padding."""
-        padded = _Scatter.apply(tokens, self.rows, self.shape.numel())
-        return padded.view(*self.shape, tokens.shape[-1])
-
-
-def find_padding(
-    x: Tensor, key_padding_mask: Tensor | None, batch_first: bool
-) -> tuple[Padding, Sequences] | None:
-    """How to pack `x`, if it is a batch whose sequences are padded at their ends; else None.
-
-    Reading the mask waits for the device, once. None where that cannot be: while somebody traces or
-    captures, and inside torch.func's transforms.
-
-    Args:
-        x: (N, L, E), or (L, N, E) if not batch_first; unbatched (L, E).
-        key_padding_mask: (N, L) or (L,) bool, True = padding.
-    """
-    if key_padding_mask is None or x.dim() not in (2, 3) or _is_traced(x):
-        return None
-    if x.dim() == 2 and key_padding_mask.dim() == 1:
-        found = find_padding(x[None], key_padding_mask[None], batch_first=True)
-        return found and (found[0]._replace(shape=x.shape[:1]), found[1])
-    length, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
-    if key_padding_mask.dtype != torch.bool or tuple(key_padding_mask.shape) != (batch, length):
-        return None
-    lengths = length - key_padding_mask.sum(dim=1)
-    at_end = torch.arange(length, device=x.device) >= lengths[:, None]
-    packable = torch.stack([key_padding_mask.any(), (at_end == key_padding_mask).all()])
-    if not all(packable.tolist()):
-        return None
-    sequence, position = torch.nonzero(~key_padding_mask, as_tuple=True)
-    rows = sequence * length + position if batch_first else position * batch + sequence
-    return Padding(rows, x.shape[:2]), Sequences(_cumulative(lengths), length)
+        width = tokens.shape[-1]
+        if self.rows is not None:
+            padded = _Scatter.apply(tokens, self.rows, self.shape.numel())
+            return padded.view(*self.shape, width)
+        if self.batch_first:
+            return tokens.view(*self.shape, width)
+        length, batch = self.shape
+        return tokens.view(batch, length, width).transpose(0, 1).contiguous()
 
 
 def is_token_wise(modules: Iterable[nn.Module]) -> bool:
@@ -85,7 +70,7 @@ def from_nested(x: Any) -> tuple[Tensor, Sequences]:
     parts = x.unbind()
     lengths = [part.shape[0] for part in parts]
     tokens = torch.cat(parts)
-    boundaries = _cumulative(torch.tensor(lengths, dtype=torch.int64)).to(tokens.device)
+    boundaries = cumulative(torch.tensor(lengths, dtype=torch.int64)).to(tokens.device)
     return tokens, Sequences(boundaries, max(lengths, default=0))
 
 
@@ -118,19 +103,13 @@ def nested_padding(sequences: Sequences) -> Tensor:
     return position >= lengths[:, None]
 
 
-def _cumulative(lengths: Tensor) -> Tensor:
+def cumulative(lengths: Tensor) -> Tensor:
+    """(N,) lengths -> (N + 1,) int32, where each sequence starts, and the end."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _is_traced(x: Tensor) -> bool:
-    return (
-        x.is_meta
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, nn.Parameter)
-        or higher_order.needs_formula()
-        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+def _put_rows(tokens: Tensor, rows: Tensor, total: int) -> Tensor:
+    return tokens.new_zeros((total, tokens.shape[1])).index_copy_(0, rows, tokens)
 
 
 class _Gather(torch.autograd.Function):
@@ -145,7 +124,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(grad, *ctx.saved_tensors, ctx.total), None
+        (rows,) = ctx.saved_tensors
+        return _put_rows(grad, rows, ctx.total), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -160,13 +140,13 @@ class _Scatter(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.save_for_forward(rows)
         ctx.total = total
-        return tokens.new_zeros((total, tokens.shape[1])).index_copy_(0, rows, tokens)
+        return _put_rows(tokens, rows, total)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Gather.apply(grad, *ctx.saved_tensors), None, None
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (rows,) = ctx.saved_tensors
-        return tangent.new_zeros((ctx.total, tangent.shape[1])).index_copy_(0, rows, tangent)
+        return _put_rows(tangent, rows, ctx.total)

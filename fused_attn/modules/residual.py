@@ -32,6 +32,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_plain_tensor(tensor: object) -> bool:
+    """True for one of torch's own tensors, or none: no quantized, sharded or other subclass."""
+    return type(tensor) in _PLAIN_TENSORS
+
+
 def add_norm(x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) -> Tensor:
     """norm(residual + dropout(x)), as a post-norm block wants it; x and residual (..., E)."""
     if _is_fusible(dropout, norm):
@@ -55,8 +60,8 @@ def _is_fusible(dropout: nn.Module, norm: nn.Module) -> bool:
         and type(dropout) is nn.Dropout
         and not has_hooks(norm)
         and not has_hooks(dropout)
-        and type(norm.weight) in _PLAIN_TENSORS
-        and type(getattr(norm, "bias", None)) in _PLAIN_TENSORS
+        and is_plain_tensor(norm.weight)
+        and is_plain_tensor(getattr(norm, "bias", None))
     )
 
 

@@ -8,16 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import packing
+from . import packing, padding
+from .children import Activation, check_nested, fuse_children
+from .decoder_layer import FusedTransformerDecoderLayer
+from .encoder_layer import FusedTransformerEncoderLayer
 from .packing import Sequences
+from .padding import PackedCross
 from .scripting import NotScriptable
-from .transformer import (
-    Activation,
-    FusedTransformerDecoderLayer,
-    FusedTransformerEncoderLayer,
-    fuse_children,
-    refuse_masks_of_nested,
-)
 
 
 class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
@@ -47,13 +44,13 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         """
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
-        if src_key_padding_mask is not None and mask is None and self._is_packable():
-            batch_first = self.layers[0].self_attn.batch_first
-            found = packing.find_padding(src, src_key_padding_mask, batch_first)
+        if src_key_padding_mask is not None and self._is_packable():
+            attention = self.layers[0].self_attn
+            found = padding.find(src, src_key_padding_mask, mask, bool(is_causal), attention)
             if found is not None:
-                padding, sequences = found
-                output = self._layers_packed(padding.gather(src), sequences, bool(is_causal))
-                return self._finish(padding.scatter(output))
+                tokens = found.padding.gather(src)
+                output = self._layers_packed(tokens, found.sequences, found.causal)
+                return self._finish(found.padding.scatter(output))
         output = src
         for layer in self.layers:
             ours = isinstance(layer, nn.TransformerEncoderLayer)
@@ -68,13 +65,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         return self._finish(output)
 
     def _is_packable(self) -> bool:
-        layers = self.layers
-        return len(layers) > 0 and all(
-            isinstance(layer, FusedTransformerEncoderLayer)
-            and layer.is_packable()
-            and layer.self_attn.batch_first == layers[0].self_attn.batch_first
-            for layer in layers
-        )
+        return _are_packable(self.layers, FusedTransformerEncoderLayer)
 
     def _layers_packed(self, tokens: Tensor, sequences: Sequences, is_causal: bool) -> Tensor:
         for layer in self.layers:
@@ -89,21 +80,25 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         is_causal: bool,
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first if len(self.layers) else True
-        refuse_masks_of_nested(mask, src_key_padding_mask, batch_first)
+        check_nested((src,), (mask, src_key_padding_mask), batch_first)
         if self._is_packable() and (self.norm is None or packing.is_token_wise([self.norm])):
             tokens, sequences = packing.from_nested(src)
             output = self._layers_packed(tokens, sequences, is_causal)
             return packing.to_nested(self._finish(output), src)
-        padded, padding = packing.pad_nested(src)
-        output = self.forward(padded, src_key_padding_mask=padding, is_causal=is_causal)
-        return packing.unpad_nested(output, padding, src)
+        padded, hidden = packing.pad_nested(src)
+        output = self.forward(padded, src_key_padding_mask=hidden, is_causal=is_causal)
+        return packing.unpad_nested(output, hidden, src)
 
     def _finish(self, output: Tensor) -> Tensor:
         return output if self.norm is None else self.norm(output)
 
 
 class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
-    """`torch.nn.TransformerDecoder` without its look into the mask."""
+    """`torch.nn.TransformerDecoder` that packs a padded batch once for all layers.
+
+    Padding of `tgt` and of `memory` costs nothing where `FusedTransformerDecoderLayer` says so.
+    Torch's look into the mask is not taken.
+    """
 
     def forward(
         self,
@@ -119,9 +114,27 @@ class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
         """The layers in turn, then the norm; as `torch.nn.TransformerDecoder.forward`.
 
         Args:
+            tgt: (L, N, E), or (N, L, E) if the layers are batch_first; unbatched (L, E). May be a
+                NestedTensor (N, *, E), and `memory` too, if they are batch_first.
             tgt_is_causal: no target position sees a later one. None is False: the mask says it all,
                 and is not read back to find out whether it is causal.
         """
+        tgt_causal = bool(tgt_is_causal)
+        if memory_mask is None and not tgt.is_nested and self._is_packable():
+            found = padding.find_cross(
+                tgt,
+                memory,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_mask,
+                tgt_causal,
+                memory_is_causal,
+                self.layers[0].self_attn,
+                self.layers[0].multihead_attn,
+            )
+            if found is not None:
+                output = self._layers_packed(tgt, memory, found, memory_is_causal)
+                return output if self.norm is None else self.norm(output)
         return super().forward(
             tgt,
             memory,
@@ -129,9 +142,28 @@ class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
             memory_mask=memory_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,
             memory_key_padding_mask=memory_key_padding_mask,
-            tgt_is_causal=bool(tgt_is_causal),
+            tgt_is_causal=tgt_causal,
             memory_is_causal=memory_is_causal,
         )
+
+    def _is_packable(self) -> bool:
+        return _are_packable(self.layers, FusedTransformerDecoderLayer)
+
+    def _layers_packed(
+        self, tgt: Tensor, memory: Tensor, found: PackedCross, memory_is_causal: bool
+    ) -> Tensor:
+        tokens = found.tgt.padding.gather(tgt)
+        memory_tokens = found.memory.gather(memory)
+        for layer in self.layers:
+            tokens = layer.forward_packed(
+                tokens,
+                found.tgt.sequences,
+                memory_tokens,
+                found.memory_sequences,
+                found.tgt.causal,
+                memory_is_causal,
+            )
+        return found.tgt.padding.scatter(tokens)
 
 
 class FusedTransformer(NotScriptable, nn.Transformer):
@@ -176,6 +208,16 @@ class FusedTransformer(NotScriptable, nn.Transformer):
             _fuse_stack(self.encoder, FusedTransformerEncoder, FusedTransformerEncoderLayer)
         if custom_decoder is None:
             _fuse_stack(self.decoder, FusedTransformerDecoder, FusedTransformerDecoderLayer)
+
+
+def _are_packable(layers: Any, layer_class: Any) -> bool:
+    """True if all of `layers` are such, packable, and of one layout."""
+    return len(layers) > 0 and all(
+        isinstance(layer, layer_class)
+        and layer.is_packable()
+        and layer.self_attn.batch_first == layers[0].self_attn.batch_first
+        for layer in layers
+    )
 
 
 def _fuse_stack(stack: Any, stack_class: Any, layer_class: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fused_attn import FusedTransformerEncoderLayer, fuse
+from fused_attn import FusedTransformerDecoderLayer, FusedTransformerEncoderLayer, fuse
 from fused_attn.modules import DROP_INS
 
 common_modules = pytest.importorskip("torch.testing._internal.common_modules")
@@ -71,7 +71,7 @@ def test_torch_has_inputs_for_every_class_of_ours() -> None:
 def test_outputs_and_gradients_agree(name: str, training: bool) -> None:
     for case, stock, ours in cases(name, torch.float64, training):
         for module in ours.modules():
-            if isinstance(module, FusedTransformerEncoderLayer):
+            if isinstance(module, (FusedTransformerEncoderLayer, FusedTransformerDecoderLayer)):
                 module.pack_padding = False  # compare the positions of the padding as well
         expected = call(stock, case)
         if not all(x.isfinite().all() for x in expected):

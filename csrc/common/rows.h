@@ -1,5 +1,6 @@
-// Rows in and out of the norm kernels: dense rows of the kernel's own type are used where they lie,
-// all others pass through a scratch row. Also the loops and stores that both directions share.
+// Rows in and out of the kernels that treat each row by itself (norms, activations): dense rows of
+// the kernel's own type are used where they lie, all others pass through a scratch row. Also the
+// loops and stores that these kernels share.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +8,8 @@
 
 #include "common/kernel_dtypes.h"
 #include "common/parallel.h"
+#include "common/row_view.h"
 #include "common/vec.h"
-#include "layer_norm/params.h"
 
 #if FUSED_ATTN_LEVEL_ID >= 1
 #include <immintrin.h>
@@ -19,6 +20,10 @@ namespace fused_attn::FUSED_ATTN_LEVEL {
 // Of statistics and arithmetic.
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Of what is computed and then stored as T.
+template <class T>
+constexpr Precision kPrecisionOf = sizeof(T) == 2 ? Precision::kHalf : Precision::kFull;
 
 template <class T>
 constexpr DType kDTypeOf = std::is_same_v<T, float>      ? DType::kFloat32
@@ -95,8 +100,6 @@ void convert_dense(const From* from, To* to, int64_t count) {
 template <class T>
 class Reader {
  public:
-  using Rows = layer_norm::Rows;
-
   Reader(const Rows& rows, int64_t width)
       : rows_(&rows), width_(width), direct_(rows.dtype == kDTypeOf<T> && rows.inner.dense()) {}
 
@@ -130,8 +133,6 @@ class Reader {
 template <class T>
 class Writer {
  public:
-  using Rows = layer_norm::Rows;
-
   Writer(const Rows& rows, int64_t width)
       : rows_(&rows), width_(width), direct_(rows.dtype == kDTypeOf<T> && rows.inner.dense()) {}
 
@@ -313,7 +314,7 @@ FUSED_ATTN_INLINE void for_columns(int64_t width, const Step& step) {
 // Weight or bias as one dense row of the arithmetic's type; `absent` fills the row where there is
 // none.
 template <class A>
-const A* parameter_row(const layer_norm::Rows& rows, int64_t width, A absent, Buffer& buffer) {
+const A* parameter_row(const Rows& rows, int64_t width, A absent, Buffer& buffer) {
   const Reader<A> reader(rows, width);
   if (reader.absent()) {
     A* row = buffer.get<A>(width);
@@ -333,8 +334,8 @@ FUSED_ATTN_INLINE void prefetch(const void* address) {
 #endif
 }
 
-inline int threads_for(const layer_norm::Problem& problem) {
-  return problem.rows * problem.width < kSerialElements ? 1 : std::max(1, problem.threads);
+inline int threads_for(int64_t rows, int64_t width, int threads) {
+  return rows * width < kSerialElements ? 1 : std::max(1, threads);
 }
 
 }  // namespace fused_attn::FUSED_ATTN_LEVEL

@@ -1,4 +1,4 @@
-// Which elements of a row survive the dropout of x: Philox 4x32-10 (Salmon et al., "Parallel random
+// Which elements of a row survive its dropout: Philox 4x32-10 (Salmon et al., "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011, section 3.3), 16 counters at once.
 //
 // Column j of row i draws word j & 3 of the block with counter (j >> 2, low word of i, high word of

@@ -1,0 +1,6 @@
+"""dropout(act(x + bias)) and its gated form: what stands between the linears of a feed-forward."""
+
+from . import cpu, reference
+
+# In order of preference; `why_not` decides. A new backend is one more name here.
+BACKENDS = (cpu, reference)

@@ -1,0 +1,230 @@
+"""The decoder layer behind torch.nn's interface.
+
+Attention Is All You Need (Vaswani et al. 2017), figure 1, and its pre-norm form (Xiong et al. 2020,
+https://arxiv.org/abs/2002.04745). One path runs in training and in inference; torch.nn's inference
+fast path, which calls none of a layer's modules, is never taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import packing, padding
+from .children import Activation, check_nested, fuse_children
+from .feed_forward import feed_forward
+from .packing import Sequences
+from .residual import add_norm, add_norm_sum, has_hooks
+from .scripting import NotScriptable
+
+
+class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on fused kernels.
+
+    Same constructor, children and state_dict. Sub-modules are called, and joined to one operation
+    where they are plain, as in `FusedTransformerEncoderLayer`.
+
+    A batch runs packed as `FusedTransformerEncoderLayer` says if its `tgt` is padded at the ends
+    (`tgt_key_padding_mask` bool; `tgt_mask` None or causal), its `memory` anywhere
+    (`memory_key_padding_mask` bool, no `memory_mask`), or both; the output is 0 at the padding of
+    `tgt`.
+
+    Attributes:
+        pack_padding: False to never run packed.
+    """
+
+    pack_padding: bool = True
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Activation = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
+        fuse_children(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch.nn's puts relu in front of an activation that is a module, in every copy.
+        nn.Module.__setstate__(self, state)
+        if not hasattr(self, "activation"):
+            self.activation = F.relu
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Self-attention, attention over `memory`, feed-forward, each with residual and norm.
+
+        Args:
+            tgt: (L, N, E), or (N, L, E) if batch_first; unbatched (L, E).
+            memory: (S, N, E), (N, S, E) or (S, E).
+            tgt_mask, memory_mask: as `attn_mask` of `FusedMultiheadAttention`.
+            tgt_key_padding_mask, memory_key_padding_mask: as its `key_padding_mask`.
+            tgt_is_causal, memory_is_causal: as its `is_causal`.
+
+        Returns:
+            A new tensor in the shape of `tgt`.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
+        """
+        if tgt.is_nested or memory.is_nested:
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)
+        if memory_mask is None and self.is_packable():
+            found = padding.find_cross(
+                tgt,
+                memory,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_mask,
+                tgt_is_causal,
+                memory_is_causal,
+                self.self_attn,
+                self.multihead_attn,
+            )
+            if found is not None:
+                tokens = self.forward_packed(
+                    found.tgt.padding.gather(tgt),
+                    found.tgt.sequences,
+                    found.memory.gather(memory),
+                    found.memory_sequences,
+                    found.tgt.causal,
+                    memory_is_causal,
+                )
+                return found.tgt.padding.scatter(tokens)
+        return self._blocks(
+            tgt,
+            lambda x: self.self_attn(
+                x,
+                x,
+                x,
+                key_padding_mask=tgt_key_padding_mask,
+                need_weights=False,
+                attn_mask=tgt_mask,
+                is_causal=tgt_is_causal,
+            )[0],
+            lambda x: self.multihead_attn(
+                x,
+                memory,
+                memory,
+                key_padding_mask=memory_key_padding_mask,
+                need_weights=False,
+                attn_mask=memory_mask,
+                is_causal=memory_is_causal,
+            )[0],
+        )
+
+    def is_packable(self) -> bool:
+        """True if `forward_packed` computes what the sub-modules say, and calls all that hooks."""
+        return (
+            self.pack_padding
+            and type(self) is FusedTransformerDecoderLayer
+            and not has_hooks(self)
+            and padding.is_plain_attention(self.self_attn)
+            and padding.is_plain_attention(self.multihead_attn)
+            and packing.is_token_wise(
+                (
+                    self.linear1,
+                    self.dropout,
+                    self.linear2,
+                    self.norm1,
+                    self.norm2,
+                    self.norm3,
+                    self.dropout1,
+                    self.dropout2,
+                    self.dropout3,
+                )
+            )
+        )
+
+    def forward_packed(
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        memory: Tensor,
+        memory_sequences: Sequences,
+        is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The layer on sequences packed one after the other; (T, E) and (Tk, E) -> (T, E)."""
+        own: Any = self.self_attn
+        cross: Any = self.multihead_attn
+        return self._blocks(
+            tokens,
+            lambda x: own.attend_packed(x, x, x, sequences, sequences, is_causal),
+            lambda x: cross.attend_packed(
+                x, memory, memory, sequences, memory_sequences, memory_is_causal
+            ),
+        )
+
+    def _forward_nested(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: Iterable[Tensor | None],
+        *causal: bool,
+    ) -> Tensor:
+        if not (tgt.is_nested and memory.is_nested):
+            raise AssertionError("`tgt` and `memory` must both be NestedTensors, or neither")
+        check_nested((tgt, memory), masks, self.self_attn.batch_first)
+        if self.is_packable():
+            tokens, sequences = packing.from_nested(tgt)
+            out = self.forward_packed(tokens, sequences, *packing.from_nested(memory), *causal)
+            return packing.to_nested(out, tgt)
+        padded, hidden = packing.pad_nested(tgt)
+        padded_memory, hidden_memory = packing.pad_nested(memory)
+        none = (None, None)
+        out = self.forward(padded, padded_memory, *none, hidden, hidden_memory, *causal)
+        return packing.unpad_nested(out, hidden, tgt)
+
+    def _blocks(
+        self,
+        x: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        attend_memory: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The three sub-layers on x (..., E)."""
+        if self.norm_first:
+            h, x = add_norm_sum(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            h, x = add_norm_sum(attend_memory(h), x, self.dropout2, self.norm3)
+            return x + self.dropout3(self._feed_forward(h))
+        x = add_norm(attend(x), x, self.dropout1, self.norm1)
+        x = add_norm(attend_memory(x), x, self.dropout2, self.norm2)
+        return add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        activation: Any = self.activation
+        return feed_forward(x, self.linear1, activation, self.dropout, self.linear2)
