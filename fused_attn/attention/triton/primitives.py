@@ -114,7 +114,7 @@ def split_tiles(low, high, full_low, full_high, BLOCK: tl.constexpr):
     A full tile lies in [full_low, full_high). There is none where the second equals the third.
     """
     first = low // BLOCK
-    last = tl.maximum(tl.cdiv(high, BLOCK), first)
+    last = tl.where(high > low, tl.cdiv(high, BLOCK), first)
     full_first = tl.cdiv(tl.maximum(full_low, low), BLOCK)
     full_last = tl.maximum(tl.minimum(full_high, high), 0) // BLOCK
     some = full_last > full_first
@@ -174,9 +174,9 @@ def elements_of(view, batch, head, origin, row, col):
 @triton.jit
 def load_rows(view, descriptor, batch, head, row0, last, ROWS: tl.constexpr, SIZE: tl.constexpr,
               BLOCK: tl.constexpr, INSIDE: tl.constexpr = False):  # fmt: skip
-    """Rows [row0, row0 + ROWS) of a head; zero from column SIZE to BLOCK.
+    """Rows [row0, row0 + ROWS) of a head, row0 <= last; zero from column SIZE to BLOCK.
 
-    Rows past `last` hold anything, unless INSIDE says that there are none.
+    Rows past `last` hold copies of it, or by descriptor anything; INSIDE: there are none.
     """
     if descriptor is not None:
         tile = descriptor.load([batch.to(tl.int32), head, row0, 0])
