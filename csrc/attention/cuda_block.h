@@ -98,13 +98,26 @@ struct Ring {
   }
 };
 
-// Addresses of tiles and barriers. Every stage of K and V has a barrier for "full" and one for
-// "empty"; V a third, "raw", for tiles that have to be cleaned before use.
+// Where a kernel's shared memory begins, aligned for swizzled tiles, and its barriers: one alone,
+// then kinds of one per stage.
 template <class Tile>
-struct SharedMap {
+struct SharedBase {
   SharedAddress base;
 
-  FUSED_ATTN_DEVICE SharedMap() : base((device::shared_base() + 1023u) & ~1023u) {}
+  FUSED_ATTN_DEVICE SharedBase() : base((device::shared_base() + 1023u) & ~1023u) {}
+
+ protected:
+  FUSED_ATTN_DEVICE SharedAddress first_barrier() const { return base + Tile::kBarriers; }
+  FUSED_ATTN_DEVICE SharedAddress barrier(int kind, int stage) const {
+    return base + Tile::kBarriers + 8 * (1 + kind * Tile::kStages + stage);
+  }
+};
+
+// Addresses of tiles and barriers of the forward. Every stage of K and V has a barrier for "full"
+// and one for "empty"; V a third, "raw", for tiles that have to be cleaned before use.
+template <class Tile>
+struct SharedMap : SharedBase<Tile> {
+  using SharedBase<Tile>::base;
 
   FUSED_ATTN_DEVICE SharedAddress q() const { return base + Tile::kQ; }
   FUSED_ATTN_DEVICE SharedAddress k(int stage) const {
@@ -114,12 +127,12 @@ struct SharedMap {
     return base + Tile::kV + stage * Tile::KvTile::kBytes;
   }
   FUSED_ATTN_DEVICE SharedAddress padding() const { return base + Tile::kPadding; }
-  FUSED_ATTN_DEVICE SharedAddress q_full() const { return base + Tile::kBarriers; }
-  FUSED_ATTN_DEVICE SharedAddress k_full(int stage) const { return barrier(0, stage); }
-  FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return barrier(1, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return barrier(2, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return barrier(3, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_raw(int stage) const { return barrier(4, stage); }
+  FUSED_ATTN_DEVICE SharedAddress q_full() const { return this->first_barrier(); }
+  FUSED_ATTN_DEVICE SharedAddress k_full(int stage) const { return this->barrier(0, stage); }
+  FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return this->barrier(1, stage); }
+  FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return this->barrier(2, stage); }
+  FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return this->barrier(3, stage); }
+  FUSED_ATTN_DEVICE SharedAddress v_raw(int stage) const { return this->barrier(4, stage); }
 
   // By one thread; a barrier of the block must follow.
   FUSED_ATTN_DEVICE void init_barriers() const {
@@ -132,11 +145,6 @@ struct SharedMap {
       device::barrier_init(v_raw(stage), 1, "v_raw");
     }
     device::fence_barrier_init();
-  }
-
- private:
-  FUSED_ATTN_DEVICE SharedAddress barrier(int kind, int stage) const {
-    return base + Tile::kBarriers + 8 * (1 + kind * Tile::kStages + stage);
   }
 };
 

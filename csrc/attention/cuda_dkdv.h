@@ -46,9 +46,8 @@ struct DkDvMaps {
 };
 
 template <class Tile>
-struct DkDvShared {
-  SharedAddress base;
-  FUSED_ATTN_DEVICE DkDvShared() : base((device::shared_base() + 1023u) & ~1023u) {}
+struct DkDvShared : SharedBase<Tile> {
+  using SharedBase<Tile>::base;
 
   FUSED_ATTN_DEVICE SharedAddress k() const { return base + Tile::kK; }
   FUSED_ATTN_DEVICE SharedAddress v() const { return base + Tile::kV; }
@@ -64,11 +63,11 @@ struct DkDvShared {
   FUSED_ATTN_DEVICE SharedAddress delta(int stage) const {
     return base + Tile::kDelta + stage * Tile::kStatisticsBytes;
   }
-  FUSED_ATTN_DEVICE SharedAddress kv_full() const { return base + Tile::kBarriers; }
-  FUSED_ATTN_DEVICE SharedAddress q_full(int stage) const { return barrier(0, stage); }
-  FUSED_ATTN_DEVICE SharedAddress q_empty(int stage) const { return barrier(1, stage); }
-  FUSED_ATTN_DEVICE SharedAddress dout_full(int stage) const { return barrier(2, stage); }
-  FUSED_ATTN_DEVICE SharedAddress dout_empty(int stage) const { return barrier(3, stage); }
+  FUSED_ATTN_DEVICE SharedAddress kv_full() const { return this->first_barrier(); }
+  FUSED_ATTN_DEVICE SharedAddress q_full(int stage) const { return this->barrier(0, stage); }
+  FUSED_ATTN_DEVICE SharedAddress q_empty(int stage) const { return this->barrier(1, stage); }
+  FUSED_ATTN_DEVICE SharedAddress dout_full(int stage) const { return this->barrier(2, stage); }
+  FUSED_ATTN_DEVICE SharedAddress dout_empty(int stage) const { return this->barrier(3, stage); }
 
   FUSED_ATTN_DEVICE void init_barriers() const {
     device::barrier_init(kv_full(), 1, "kv_full");
@@ -79,11 +78,6 @@ struct DkDvShared {
       device::barrier_init(dout_empty(stage), Tile::kGroups, "dout_empty");
     }
     device::fence_barrier_init();
-  }
-
- private:
-  FUSED_ATTN_DEVICE SharedAddress barrier(int kind, int stage) const {
-    return base + Tile::kBarriers + 8 * (1 + kind * Tile::kStages + stage);
   }
 };
 

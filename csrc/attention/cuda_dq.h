@@ -39,9 +39,8 @@ struct DqMaps {
 };
 
 template <class Tile>
-struct DqShared {
-  SharedAddress base;
-  FUSED_ATTN_DEVICE DqShared() : base((device::shared_base() + 1023u) & ~1023u) {}
+struct DqShared : SharedBase<Tile> {
+  using SharedBase<Tile>::base;
 
   FUSED_ATTN_DEVICE SharedAddress q() const { return base + Tile::kQ; }
   FUSED_ATTN_DEVICE SharedAddress dout() const { return base + Tile::kDout; }
@@ -52,12 +51,12 @@ struct DqShared {
     return base + Tile::kV + stage * Tile::KvTile::kBytes;
   }
   FUSED_ATTN_DEVICE SharedAddress padding() const { return base + Tile::kPadding; }
-  FUSED_ATTN_DEVICE SharedAddress q_full() const { return base + Tile::kBarriers; }
-  FUSED_ATTN_DEVICE SharedAddress k_full(int stage) const { return barrier(0, stage); }
-  FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return barrier(1, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return barrier(2, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return barrier(3, stage); }
-  FUSED_ATTN_DEVICE SharedAddress k_raw(int stage) const { return barrier(4, stage); }
+  FUSED_ATTN_DEVICE SharedAddress q_full() const { return this->first_barrier(); }
+  FUSED_ATTN_DEVICE SharedAddress k_full(int stage) const { return this->barrier(0, stage); }
+  FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return this->barrier(1, stage); }
+  FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return this->barrier(2, stage); }
+  FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return this->barrier(3, stage); }
+  FUSED_ATTN_DEVICE SharedAddress k_raw(int stage) const { return this->barrier(4, stage); }
 
   FUSED_ATTN_DEVICE void init_barriers() const {
     device::barrier_init(q_full(), 1, "q_full");
@@ -69,11 +68,6 @@ struct DqShared {
       device::barrier_init(k_raw(stage), 1, "k_raw");
     }
     device::fence_barrier_init();
-  }
-
- private:
-  FUSED_ATTN_DEVICE SharedAddress barrier(int kind, int stage) const {
-    return base + Tile::kBarriers + 8 * (1 + kind * Tile::kStages + stage);
   }
 };
 
