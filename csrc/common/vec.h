@@ -4,7 +4,8 @@
 //   Vec<T>::zero() set1(x) load(p) load(p, n), v.store(p) v.store(p, n)   T: float double uint32_t
 //   load(p), load(p, n), store(p, v), store(p, v, n)   the same, and for BFloat16 and Float16 in
 //       memory, converted (round to nearest even); n: the first n lanes only, the rest is 0
-//   + - * / fma max min abs sqrt sum round exp2 exp log tanh select greater transpose
+//   + - * / fma max min abs sqrt sum sum_each largest round exp2 exp log tanh select greater
+//   transpose
 //
 // max(a, b) and min(a, b) give b where either is NaN. Nothing here may be included by a file that
 // is not compiled per level (see cpu_level.h).
