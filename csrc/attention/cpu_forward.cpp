@@ -176,7 +176,7 @@ class ForwardFew {
   template <class Call>
   void pass(int64_t t, const Call& call) const {
     const Sequence sequence(p_, t / passes_ / p_.num_heads_kv);
-    if (!F::fits(p_, sequence)) return;
+    if (sequence.seqlen_q > kFewRows) return;
     const int64_t group = p_.num_heads / p_.num_heads_kv;
     const int64_t together = heads_together(p_, sequence.seqlen_q);
     const int64_t first = t % passes_ * together;
@@ -213,13 +213,12 @@ void forward(const Params& p) {
     const int64_t heads = p.batch * p.num_heads;
     const int64_t blocks = ceil_div(p.seqlen_q, kBlockQ);
     if (heads == 0 || blocks == 0) return;
-    bool (*few)(const Params&, const Sequence&) = nullptr;
-    with_few<E>(p, [&](auto* type) {
-      using F = std::remove_pointer_t<decltype(type)>;
-      few = F::fits;
-      if (p.seqlen_q <= kFewRows || p.cu_seqlens_q != nullptr) ForwardFew<F>(p, threads).run();
-    });
-    if (p.cu_seqlens_q == nullptr && few(p, Sequence(p, 0))) return;
+    if (p.seqlen_q <= kFewRows || p.cu_seqlens_q != nullptr) {
+      with_few<E>(p, [&](auto* type) {
+        ForwardFew<std::remove_pointer_t<decltype(type)>>(p, threads).run();
+      });
+    }
+    if (p.seqlen_q <= kFewRows) return;
     // Several tasks per thread even out causal problems; a whole head per task saves preparing its
     // keys more than once.
     const int64_t parts =
@@ -228,7 +227,7 @@ void forward(const Params& p) {
       const int64_t head = task / parts;
       const int64_t part = parts - 1 - task % parts;  // the longest first
       const Sequence sequence(p, head / p.num_heads);
-      if (few(p, sequence)) return;
+      if (sequence.seqlen_q <= kFewRows) return;
       const int64_t end = smaller(sequence.seqlen_q, (part + 1) * blocks / parts * kBlockQ);
       const int64_t begin = part * blocks / parts * kBlockQ;
       if (begin < end) run_head<E>(p, sequence, head % p.num_heads, begin, end);

@@ -8,6 +8,7 @@
 #include "attention/pack.h"
 #include "attention/rows_ahead.h"
 #include "attention/softmax.h"
+#include "attention/tile_rows.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -17,7 +18,7 @@ constexpr int kPackedKeys = 32;                   // that are transposed at once
 constexpr int64_t kNearBytes = int64_t{4} << 20;  // of K and V that caches may still hold
 
 struct FewBuffers {
-  Buffer keep, q, columns, scores, bias, acc;
+  Buffer keep, q, k, v, columns, scores, bias, acc;
 };
 
 // The heads [first_head, first_head + num_heads) of one sequence, which share keys.
@@ -44,12 +45,6 @@ class FewQueries {
  public:
   using Number = Real;  // of a record
 
-  // Can this sequence be computed here?
-  static bool fits(const Params& p, const Sequence& sequence) {
-    return sequence.seqlen_q <= kFewRows && (p.k.stride[3] == 1 || p.head_dim == 1) &&
-           (p.v.stride[3] == 1 || p.head_dim_v == 1);
-  }
-
   FewQueries(const Params& p, const FewTask& task, FewBuffers& buffers)
       : p_(p),
         task_(task),
@@ -58,13 +53,14 @@ class FewQueries {
         visibility_(p, task.sequence, task.first_head),
         formula_(p),
         dropout_(p),
-        k_(key_view(p, p.k, task.sequence, task.first_head, p.head_dim)),
-        v_(key_view(p, p.v, task.sequence, task.first_head, p.head_dim_v)),
+        k_(key_view(p, p.k, task.sequence, task.first_head, p.head_dim), buffers.k),
+        v_(key_view(p, p.v, task.sequence, task.first_head, p.head_dim_v), buffers.v),
         width_(ceil_div(p.head_dim, kLanes) * kLanes),
         width_v_(ceil_div(p.head_dim_v, kLanes) * kLanes),
-        cold_((p.head_dim + p.head_dim_v) * p.batch * p.num_heads_kv * p.seqlen_k *
-                  int64_t{sizeof(T)} >
-              kNearBytes),
+        cold_(k_.in_place() && v_.in_place() &&
+              (p.head_dim + p.head_dim_v) * p.batch * p.num_heads_kv * p.seqlen_k *
+                      int64_t{sizeof(T)} >
+                  kNearBytes),
         lines_k_(ceil_div(p.head_dim * sizeof(T), RowsAhead::kLine)),
         lines_v_(ceil_div(p.head_dim_v * sizeof(T), RowsAhead::kLine)) {
     // A mask needs no look at the keys: those that nobody sees are left out below.
@@ -97,7 +93,7 @@ class FewQueries {
       if (map_.seen == Seen::kNone) continue;
       list_keys(j);
       if (count_ == 0) continue;
-      if (cold_) ahead_.start(v_tile_, v_.stride_row(), p_.head_dim_v, map_.keys);
+      if (cold_) ahead_.start(v_.first(), v_.stride(), p_.head_dim_v, map_.keys);
       if (rows_ < kPackedRows) {
         multiply_queries();
       } else {
@@ -108,9 +104,10 @@ class FewQueries {
       } else {
         for (int h = 0; h < task_.num_heads; ++h) softmax_of_head(h, j);
       }
-      if (cold_)
-        ahead_.start(k_tile_ + kBlockK * k_.stride_row(), k_.stride_row(), p_.head_dim,
+      if (cold_) {
+        ahead_.start(k_.first() + kBlockK * k_.stride(), k_.stride(), p_.head_dim,
                      smaller<int64_t>(end - j - kBlockK, kBlockK));
+      }
       accumulate_output();
     }
   }
@@ -162,14 +159,14 @@ class FewQueries {
  private:
   // The keys of the tile that some query sees. Tiles that all see have the same list.
   void list_keys(int64_t j) {
-    k_tile_ = k_.template row<const T>(j);
-    v_tile_ = v_.template row<const T>(j);
+    k_.select(j, map_.keys);
+    v_.select(j, map_.keys);
     const bool all = map_.seen == Seen::kAll && keep_ == nullptr;
     if (all && listed_ >= map_.keys) {
       count_ = map_.keys;
       return;
     }
-    const int64_t stride_k = k_.stride_row(), stride_v = v_.stride_row();
+    const int64_t stride_k = k_.stride(), stride_v = v_.stride();
     const uint64_t* visible = map_.mask();
     int count = 0;
     for (int c = 0; c < map_.keys; ++c) {
@@ -183,8 +180,8 @@ class FewQueries {
     count_ = count;
     listed_ = all ? count : 0;
   }
-  const T* k_row(int n) const { return k_tile_ + k_row_[n]; }
-  const T* v_row(int n) const { return v_tile_ + v_row_[n]; }
+  const T* k_row(int n) const { return k_.first() + k_row_[n]; }
+  const T* v_row(int n) const { return v_.first() + v_row_[n]; }
 
   // 16 keys at once, row by row: the order in which memory is read fastest.
   void multiply_queries() {
@@ -435,8 +432,8 @@ class FewQueries {
   const Visibility visibility_;
   const ScoreFormula<Real> formula_;
   const Dropout dropout_;
-  const HeadView k_;
-  const HeadView v_;
+  TileRows<T> k_;
+  TileRows<T> v_;
   const int64_t width_;    // of a row of q_
   const int64_t width_v_;  // of a row of acc_
   const bool cold_;        // K and V are surely not in a cache near the core
@@ -453,10 +450,8 @@ class FewQueries {
   TileMap map_;
   int count_ = 0;           // of the keys that some query sees
   int key_[kBlockK];        // their positions in the tile
-  int64_t k_row_[kBlockK];  // their rows, as offsets from those of the tile's first key
+  int64_t k_row_[kBlockK];  // their rows, from that of the tile's first key on
   int64_t v_row_[kBlockK];
-  const T* k_tile_ = nullptr;
-  const T* v_tile_ = nullptr;
   int listed_ = 0;  // the list is 0, 1, ..., listed_ - 1 and may serve another tile
   alignas(64) Real weights_[kFewRows][kBlockK];  // scores, then probabilities of those keys
   RunningSoftmax<Real> state_;                   // of each row

@@ -89,10 +89,12 @@ FUSED_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
   return scale2(exp2_fraction<kPrecision>(x - n), n);
 }
 
-// e^x. x must not be -inf; the relative error grows with |x|, as it does for e^(rounded x).
+// e^x. x must not be -inf. The product with log2(e) is not rounded before its fraction is taken.
 template <Precision kPrecision = Precision::kFull, class T>
 FUSED_ATTN_INLINE Vec<T> exp(Vec<T> x) {
-  return exp2<kPrecision>(x * Vec<T>::set1(static_cast<T>(kLog2e)));
+  const Vec<T> log2e = Vec<T>::set1(static_cast<T>(kLog2e));
+  const Vec<T> n = round(x * log2e);
+  return scale2(exp2_fraction<kPrecision>(fma(x, log2e, Vec<T>::zero() - n)), n);
 }
 
 // tanh(x): x + x^3 Q(x^2) near 0, where 1 - 2 / (e^2x + 1) would cancel.
