@@ -69,7 +69,7 @@ def layer_norm(
     """
     traced = not plain or dispatch.is_traced()
     if needs_grad:
-        # The backward reads the sum faster than it adds up x and residual again; x need not be kept.
+        # To read the sum is faster than to add up x and residual again, and x can be freed.
         kept = settings.need_sum or operands.residual is not None
         kept_settings = settings._replace(need_statistics=True, need_sum=kept)
         y, h = _LayerNorm.apply(*operands, options, kept_settings, traced)
