@@ -1,4 +1,4 @@
-"""The kernels' threads: as many as torch says, the same results, safe beside others and after a fork.
+"""Threads of the kernels: as many as torch says, equal results, safe beside others and in a fork.
 
 What has to start from a process without threads runs in one of its own.
 """

@@ -137,11 +137,10 @@ class BackwardHead {
   KeyRange visible_keys() const { return tile_.visibility.keys(tile_.i, tile_.i + tile_.rows); }
 
   void add_weights_to_delta(RowStatistics<Real>& row) {
-    alignas(64) Real unused[kBlockQ] = {};
     uint64_t keep[kBlockK];
     const auto factor = Vec<Real>::set1(static_cast<Real>(tile_.dropout.factor()));
     tile_.for_each_tile(visible_keys(), kTileKeys, [&] {
-      tile_.compute(unused);
+      tile_.recompute();
       probability_tile<E>(tile_.map, tile_.formula, row, tile_.scores);
       load_bias<Real>(tile_.tile(), p_.dweights, dweights_);
       const bool dropout = tile_.dropout.active();
@@ -161,8 +160,7 @@ class BackwardHead {
     tile_.select_queries(b * kBlockQ, rows_of(b));
     load_dout(row);
     tile_.for_each_tile(range, kTileKeys, [&] {
-      alignas(64) Real unused[kBlockQ] = {};
-      tile_.compute(unused);
+      tile_.recompute();
       multiply_values();
       compute_gradients(row);
       const TileMap& map = tile_.map;
