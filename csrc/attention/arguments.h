@@ -3,11 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <string>
 
 #include "attention/params.h"
 #include "common/tensor.h"
+#include "common/threads.h"
 
 namespace fused_attn::attention {
 
@@ -141,7 +141,7 @@ inline void read_scalars(Arguments& args, Params& p) {
 }
 
 inline void read_threads(Arguments& args, Params& p) {
-  p.threads = static_cast<int>(std::clamp<int64_t>(args.integer(), 1, 1024));
+  p.threads = usable_threads(args.integer());
   args.finish();
 }
 

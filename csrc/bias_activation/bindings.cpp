@@ -5,6 +5,7 @@
 #include "bias_activation/cpu.h"
 #include "common/row_bindings.h"
 #include "common/tensor.h"
+#include "common/threads.h"
 
 namespace py = pybind11;
 
@@ -41,7 +42,7 @@ void fill(Problem& problem, const TensorView& result, const TensorView& x, const
   problem.rng = dropout_rng(rng);
   problem.activation = activation_of(activation);
   problem.dropout_p = dropout_p;
-  problem.threads = threads;
+  problem.threads = usable_threads(threads);
 }
 
 void forward_binding(py::handle x, py::handle bias, py::handle rng, py::handle y_,
