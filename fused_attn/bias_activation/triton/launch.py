@@ -1,0 +1,71 @@
+"""From the tensors of a call to the launches of its kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import triton_runtime
+from ...triton_rows import Result, dropout_of, rows_of, vector_of
+from ..problem import Operands, Options, result_shape
+from .kernels import _bias_activation_backward_kernel, _bias_activation_forward_kernel
+
+_ROWS, _COLS, _WARPS = 4, 512, 4
+_NARROW_ROWS, _NARROW_COLS = 32, 64
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """(rows, columns) of a tile: wide loads where the rows are wide."""
+    return (_ROWS, _COLS) if width > _NARROW_COLS else (_NARROW_ROWS, _NARROW_COLS)
+
+
+def forward(operands: Operands, options: Options, y: Tensor) -> None:
+    x, bias, rng = operands
+    *outer, width = result_shape(operands, options)
+    num_rows = math.prod(outer)
+    result = Result(y, (num_rows, width))
+    rows, cols = _tile(width)
+    with triton_runtime.on_device_of(x):
+        triton_runtime.launch(
+            _bias_activation_forward_kernel,
+            triton.cdiv(num_rows, rows) * triton.cdiv(width, cols),
+            *(rows_of(x, (num_rows, x.shape[-1])), vector_of(bias)),
+            *(dropout_of(rng, options.dropout_p), result.view, num_rows, width),
+            *(options.activation, options.gated, rows, cols),
+            warps=_WARPS,
+            stages=1,
+        )
+        result.finish()
+
+
+def backward(
+    operands: Operands, options: Options, dy: Tensor, dx: Tensor | None, dbias: Tensor | None
+) -> None:
+    x, bias, rng = operands
+    *outer, width = result_shape(operands, options)
+    num_rows, full_width = math.prod(outer), x.shape[-1]
+    rows, cols = _tile(width)
+    tiles = triton.cdiv(width, cols)
+    wanted = 4 * triton_runtime.multiprocessors(x.device)
+    splits = max(1, min(triton.cdiv(num_rows, rows), triton.cdiv(wanted, max(tiles, 1))))
+    if triton_runtime.arch(x.device) == triton_runtime.INTERPRETER:
+        splits = 2
+    sums = None
+    if dbias is not None:
+        sums = torch.zeros((splits, full_width), dtype=torch.float32, device=x.device)
+    with triton_runtime.on_device_of(x):
+        triton_runtime.launch(
+            _bias_activation_backward_kernel,
+            tiles * splits,
+            *(rows_of(x, (num_rows, full_width)), vector_of(bias)),
+            *(dropout_of(rng, options.dropout_p), rows_of(dy, (num_rows, width))),
+            *(rows_of(dx, (num_rows, full_width)), sums, num_rows, width, splits),
+            *(options.activation, options.gated, rows, cols),
+            warps=_WARPS,
+            stages=1,
+        )
+        if dbias is not None and sums is not None:
+            dbias.copy_(sums.sum(0))
