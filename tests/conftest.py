@@ -47,6 +47,12 @@ NOT_INTERPRETED = re.compile(
 )
 
 
+LACKING_DTYPES = (
+    "has no kernels for torch.float64",
+    "Triton's interpreter multiplies bfloat16 matrices wrongly",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out most random cases, and the largest others, of a backend that is interpreted."""
     slow = {
@@ -65,6 +71,20 @@ def _is_left_out(item: pytest.Item, slow: set[str]) -> bool:
         return False
     seldom = params.get("fuzz_seed", 0) % INTERPRETED_SHARE_OF_FUZZ != 0
     return seldom or NOT_INTERPRETED.match(item.name) is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that wants a dtype which its backend lacks is skipped, with the backend's words."""
+    try:
+        return (yield)
+    except fused_attn.UnsupportedError as error:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        for backend in (x for x in params.values() if isinstance(x, str)):
+            for reason in LACKING_DTYPES:
+                if f"  {backend}: {reason}" in str(error):
+                    pytest.skip(f"{backend}: {reason}")
+        raise
 
 
 @pytest.fixture

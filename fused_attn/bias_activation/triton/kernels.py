@@ -13,37 +13,25 @@ from ...triton_rows import drop, load, load_vector, store
 
 
 @triton.jit
-def tanh(x):
-    """Hyperbolic tangent to about a unit in the last place: Cephes (Moshier 1989), tanhf."""
-    z = x * x
-    small = -5.70498872745e-3 * z + 2.06390887954e-2
-    small = small * z - 5.37397155531e-2
-    small = small * z + 1.33314422036e-1
-    small = small * z - 3.33332819422e-1
-    small = small * z * x + x
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """(act(x), its derivative). GELU: Hendrycks, Gimpel 2016; SiLU: Elfwing, Uchibe, Doya 2017."""
     if ACTIVATION == "relu":
         value = tl.where(x < 0.0, 0.0, x)
         slope = tl.where(x <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        value = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
     elif ACTIVATION == "gelu":
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * share
         slope = share + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
-    else:
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        value = 0.5 * x * (1.0 + t)
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+    else:  # x sigmoid(z), where (1 + tanh(z / 2)) / 2 = sigmoid(z)
+        z = x
+        steepness = 1.0
+        if ACTIVATION == "gelu_tanh":
+            z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+            steepness = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        rest = 1.0 / (1.0 + tl.exp(z))  # 1 - sigmoid, without its cancellation
+        value = x * sigmoid
+        slope = sigmoid + x * sigmoid * rest * steepness
     return value, slope
 
 

@@ -13,13 +13,15 @@ from ...triton_rows import Result, dropout_of, rows_of, vector_of
 from ..problem import Operands, Options, result_shape
 from .kernels import _bias_activation_backward_kernel, _bias_activation_forward_kernel
 
-_ROWS, _COLS, _WARPS = 4, 512, 4
-_NARROW_ROWS, _NARROW_COLS = 32, 64
+_WIDE, _NARROW, _WARPS = (4, 512), (32, 64), 4
+_INTERPRETED = (64, 512)  # the interpreter's time goes by operations, whatever their size
 
 
-def _tile(width: int) -> tuple[int, int]:
+def _tile(width: int, device: torch.device) -> tuple[int, int]:
     """(rows, columns) of a tile: wide loads where the rows are wide."""
-    return (_ROWS, _COLS) if width > _NARROW_COLS else (_NARROW_ROWS, _NARROW_COLS)
+    if triton_runtime.arch(device) == triton_runtime.INTERPRETER:
+        return _INTERPRETED if width > 1 else _NARROW
+    return _WIDE if width > _NARROW[1] else _NARROW
 
 
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
@@ -27,7 +29,7 @@ def forward(operands: Operands, options: Options, y: Tensor) -> None:
     *outer, width = result_shape(operands, options)
     num_rows = math.prod(outer)
     result = Result(y, (num_rows, width))
-    rows, cols = _tile(width)
+    rows, cols = _tile(width, x.device)
     with triton_runtime.on_device_of(x):
         triton_runtime.launch(
             _bias_activation_forward_kernel,
@@ -47,12 +49,10 @@ def backward(
     x, bias, rng = operands
     *outer, width = result_shape(operands, options)
     num_rows, full_width = math.prod(outer), x.shape[-1]
-    rows, cols = _tile(width)
+    rows, cols = _tile(width, x.device)
     tiles = triton.cdiv(width, cols)
     wanted = 4 * triton_runtime.multiprocessors(x.device)
     splits = max(1, min(triton.cdiv(num_rows, rows), triton.cdiv(wanted, max(tiles, 1))))
-    if triton_runtime.arch(x.device) == triton_runtime.INTERPRETER:
-        splits = 2
     sums = None
     if dbias is not None:
         sums = torch.zeros((splits, full_width), dtype=torch.float32, device=x.device)
