@@ -50,6 +50,8 @@ def backward(
     *outer, width = result_shape(operands, options)
     num_rows, full_width = math.prod(outer), x.shape[-1]
     rows, cols = _tile(width, x.device)
+    if (rows, cols) == _WIDE:  # two values and two sums an element: half the tile
+        rows, cols = _WIDE[0], _WIDE[1] // 2
     tiles = triton.cdiv(width, cols)
     wanted = 4 * triton_runtime.multiprocessors(x.device)
     splits = max(1, min(triton.cdiv(num_rows, rows), triton.cdiv(wanted, max(tiles, 1))))
