@@ -7,7 +7,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 INSTALLED := $(VENV)/installed
 
-.PHONY: test demo style format gates sanitize venv clean
+.PHONY: test demo style format gates gpu sanitize venv clean
 
 test: style
 	python -m pytest -n 2
@@ -28,6 +28,11 @@ format: $(INSTALLED)
 
 gates: $(INSTALLED)
 	python benchmarks/cpu_gates.py
+
+# On a machine with a GPU, with the Python, torch and Triton that are installed there; no network.
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu/parity.py
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu/attention.py
 
 # The kernels' tests with AddressSanitizer and UBSan, on a copy of the package with its own `_C`.
 SANITIZED := build/sanitized
