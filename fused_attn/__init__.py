@@ -26,6 +26,7 @@ from .modules import (
 )
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
+from .warmup import warmup
 
 __all__ = [
     "FusedAddLayerNorm",
@@ -54,4 +55,5 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "unfuse",
+    "warmup",
 ]

@@ -95,9 +95,11 @@ def kernels(arch: int, calls: dict[str, Callable[[], None]]) -> Iterator[tuple[K
 def all_calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
     """The representative calls of every operation."""
     from .attention.triton import representatives as attention
+    from .bias_activation.triton import representatives as bias_activation
     from .layer_norm.triton import representatives as layer_norm
 
-    return {**attention.calls(arch, everything), **layer_norm.calls(arch, everything)}
+    operations = (attention, layer_norm, bias_activation)
+    return {k: v for operation in operations for k, v in operation.calls(arch, everything).items()}
 
 
 def main(arguments: list[str]) -> None:

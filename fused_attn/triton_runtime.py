@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +25,11 @@ INTERPRETER = 0
 _compile_only: _CompileOnly | None = None
 
 
+def _foreign() -> int | None:
+    """The architecture that is being compiled for in place of the one that is there."""
+    return None if _compile_only is None else _compile_only.arch
+
+
 def interpreted() -> bool:
     """True if Triton executes kernels in Python instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -30,7 +37,7 @@ def interpreted() -> bool:
 
 def why_not(device: torch.device) -> list[str]:
     """Reasons why no Triton kernel can run on tensors on `device`."""
-    if _compile_only is not None:
+    if _foreign() is not None:
         return []
     if device.type == "cpu" and not interpreted():
         return [f"needs tensors on a GPU, these are on {device}"]
@@ -77,8 +84,9 @@ def _device_arch(index: int) -> int:
 
 def arch(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; OLDEST_ARCH for AMD, INTERPRETER for the interpreter."""
-    if _compile_only is not None:
-        return _compile_only.arch
+    foreign = _foreign()
+    if foreign is not None:
+        return foreign
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip:
@@ -94,7 +102,7 @@ def _device_shared_memory(index: int) -> int:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program may use; more than any kernel wants where nobody knows."""
-    if _compile_only is not None or device.type != "cuda":
+    if _foreign() is not None or device.type != "cuda":
         return 1 << 20
     return _device_shared_memory(
         torch.cuda.current_device() if device.index is None else device.index
@@ -108,7 +116,7 @@ def _device_multiprocessors(index: int) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once, at least; as many as an H200's where there is no GPU."""
-    if _compile_only is not None or device.type != "cuda":
+    if _foreign() is not None or device.type != "cuda":
         return 132
     return _device_multiprocessors(
         torch.cuda.current_device() if device.index is None else device.index
@@ -120,7 +128,18 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> N
     if _compile_only is not None:
         _compile_only.compile(kernel, args, warps, stages)
     elif programs > 0:
+        first = (kernel, args[-1], warps) not in _launched
+        start = time.perf_counter() if first else 0.0
         kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
+        if first:
+            _launched.add((kernel, args[-1], warps))
+            seconds = time.perf_counter() - start
+            _logger.info("first launch of %s took %.2f s", kernel.__name__, seconds)
+
+
+# What has been launched: the first time includes compiling, or reading Triton's cache on disk.
+_launched: set[tuple[Any, Any, int]] = set()
+_logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -134,27 +153,29 @@ def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
 
 
 class _CompileOnly:
-    """Stands in for the launches: compiles what they would run, for any architecture, on no GPU."""
+    """Stands in for the launches: compiles what they would run.
 
-    def __init__(self, arch: int, record: Callable[[str, Any], None]) -> None:
+    Args:
+        arch: for this architecture, on no GPU; None: for the GPU that is there.
+        record: called with each kernel's name and what Triton made of it.
+    """
+
+    def __init__(self, arch: int | None, record: Callable[[str, Any], None]) -> None:
         self.arch = arch
         self._record = record
 
     def compile(self, kernel: Any, args: tuple[Any, ...], warps: int, stages: int) -> None:
         from triton.runtime import driver
 
-        before = driver.active if _has_driver() else None
-        driver.set_active(_Driver(self.arch))
+        before = driver.active if torch.cuda.is_available() else None
+        if self.arch is not None:
+            driver.set_active(_Driver(self.arch))
         try:
             compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, num_stages=stages)
         finally:
             if before is not None:
                 driver.set_active(before)
         self._record(kernel.__name__, compiled)
-
-
-def _has_driver() -> bool:
-    return torch.cuda.is_available()
 
 
 class _Driver:
@@ -176,12 +197,12 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compiling_for(arch: int, record: Callable[[str, Any], None]) -> Iterator[None]:
-    """Within this, launches compile for `arch` and run nothing; tensors may be on "meta".
+def compiling_for(arch: int | None, record: Callable[[str, Any], None]) -> Iterator[None]:
+    """Within this, launches compile and run nothing; with an `arch`, tensors may be on "meta".
 
     Args:
-        arch: compute capability, 90 for 9.0.
-        record: called with each kernel's name and what `triton.compile` made of it.
+        arch: compute capability, 90 for 9.0; None for that of the GPU that is there.
+        record: called with each kernel's name and what Triton made of it.
     """
     global _compile_only
     before, _compile_only = _compile_only, _CompileOnly(arch, record)

@@ -36,6 +36,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
 
 
+LACKING_DTYPES = (
+    "has no kernels for torch.float64",
+    "Triton's interpreter multiplies bfloat16 matrices wrongly",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreted = {
         backend.NAME
@@ -45,6 +51,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = {item for item in items if without_gpu.is_left_out(item, interpreted)}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that wants a dtype which its backend lacks is skipped, with the backend's words."""
+    try:
+        return (yield)
+    except fused_attn.UnsupportedError as error:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        for backend in (x for x in params.values() if isinstance(x, str)):
+            for reason in LACKING_DTYPES:
+                if f"  {backend}: {reason}" in str(error):
+                    pytest.skip(f"{backend}: {reason}")
+        raise
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -135,18 +155,6 @@ def fixed_seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=200, help="random cases a backend")
-    parser.addoption("--device", default="cpu", help="where tests make their tensors: cpu or cuda")
-
-
-@pytest.fixture(autouse=True)
-def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """`--device cuda` runs the suite on the GPU's own backends."""
-    device = request.config.getoption("device")
-    if device == "cpu":
-        yield
-        return
-    with torch.device(device):
-        yield
 
 
 @pytest.fixture

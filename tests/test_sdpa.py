@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import finest_dtype
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
@@ -25,14 +24,6 @@ SHAPES = {
     "5-D broadcasts": ((3, 1, 4, 6, 8), (1, 2, 4, 9, 8), (4, 9, 8)),
     "empty batch": ((0, 4, 6, 8), (0, 4, 9, 8), (0, 4, 9, 8)),
 }
-
-
-@pytest.fixture
-def attention_backend(attention_backend: str) -> str:
-    """These tests are about the function, in float64; kernels of other dtypes have their own."""
-    if finest_dtype(attention_backend) != torch.float64:
-        pytest.skip(f"{attention_backend} does not serve float64")
-    return attention_backend
 
 
 def tensors(name: str) -> list[Tensor]:

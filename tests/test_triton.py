@@ -110,6 +110,24 @@ def test_the_interpreter_is_taken_by_name_only() -> None:
         assert fused_attn.explain(q, q, q, backend="triton").chosen == "triton"
 
 
+def test_warming_up_compiles_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    assert fused_attn.warmup(q, k, v, backend="reference") == {}
+    asked = []
+    monkeypatch.setattr(
+        triton_runtime._CompileOnly,
+        "compile",
+        lambda self, kernel, args, warps, stages: (
+            asked.append(kernel.__name__) or self._record(kernel.__name__, None)
+        ),
+    )
+    if not triton_runtime.why_not(q.device):
+        seconds = fused_attn.warmup(q, k, v, causal=True, backend="triton")
+        assert set(seconds) == set(asked)
+        assert {"_attention_forward_kernel", "_attention_backward_dq_kernel"} <= set(asked)
+        assert all(second >= 0 for second in seconds.values())
+
+
 def test_limits_are_reasons() -> None:
     q = torch.randn(1, 1, 2, 300)
     with pytest.raises(fused_attn.UnsupportedError, match="head_dim=300"):

@@ -47,6 +47,7 @@ PARTS = [
     *((90, f"attention fp32 {head_dim}") for head_dim in (64, 128)),
     *((arch, "attention") for arch in (80, 100, 120)),
     *((arch, "layer norm") for arch in (80, 90, 100, 120)),
+    *((arch, "bias activation") for arch in (80, 90, 100, 120)),
 ]
 
 
@@ -60,7 +61,7 @@ def test_shipped_kernels(arch: int, match: str) -> None:
             assert kernel["counts"]["local"] == 0, name
         assert kernel["registers"] <= 255, name
         assert kernel["shared"] <= SHARED_MEMORY[arch] - 1024, name
-        if "attention" in kernel["kernel"] and "delta" not in kernel["kernel"]:
+        if kernel["kernel"].startswith("_attention") and "delta" not in kernel["kernel"]:
             check_instructions(kernel, arch, name)
 
 

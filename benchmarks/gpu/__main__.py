@@ -20,9 +20,6 @@ from pathlib import Path
 from . import machine, table
 
 ROOT = Path(__file__).parents[2]
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda")
-ATTENTION_TESTS = ("tests/test_attention.py", "tests/test_attention_semantics.py")
-NORM_TESTS = ("tests/test_layer_norm.py",)
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ class Part:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def parity(backend: str, *more: str) -> tuple[str, ...]:
-    return (*PYTEST, "-x", *ATTENTION_TESTS, *NORM_TESTS, "-k", backend, *more)
+def parity(backend: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "benchmarks.gpu.parity", backend)
 
 
 PARTS = (
@@ -47,8 +44,6 @@ PARTS = (
     Part("ceilings", (sys.executable, "-m", "benchmarks.gpu.measure", "ceilings"), 60),
     Part("parity-cuda", parity("cuda"), 150),
     Part("parity-triton", parity("triton"), 240),
-    Part("fuzz-cuda", (*PYTEST, "tests/test_attention_fuzz.py", "-k", "cuda", "--fuzz", "1000"),
-         120),
     Part("repeat", (sys.executable, "-m", "benchmarks.gpu.measure", "repeat"), 60),
     Part("sanitizer", ("compute-sanitizer", "--error-exitcode", "1", sys.executable, "-m",
                        "benchmarks.gpu.measure", "small"), 90),

@@ -8,6 +8,7 @@ Before a figure counts, the output is held against float32 attention on the same
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -78,7 +79,22 @@ def forward_sides(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Ca
     return {
         **{name: ours(name) for name in OURS},
         **{name: torchs(backend) for name, backend in SDPA.items()},
+        "flex": lambda: flex()(q, k, v, block_mask=block_mask(q.shape[2]) if causal else None),
     }
+
+
+@functools.cache
+def flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def block_mask(length: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length)
 
 
 def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
@@ -123,7 +139,7 @@ def attention_row(length: int, head_dim: int, causal: bool, direction: str) -> d
     row: dict[str, Any] = {
         "direction": direction, "head_dim": head_dim, "causal": causal, "length": length,
     }  # fmt: skip
-    for name in (*OURS, *SDPA):
+    for name in (*OURS, *SDPA, "flex"):
         if name in wrong:
             row[name] = "WRONG"
         elif name in times:

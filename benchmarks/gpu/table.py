@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-PEERS = ("cudnn", "flash", "efficient")
+PEERS = ("cudnn", "flash", "efficient", "flex")
 
 
 def read(folder: Path, name: str) -> list[dict[str, str]]:

@@ -116,7 +116,9 @@ def tile(kernel: str, kind: Kind) -> Tile:
     """The tile of "forward", "dkdv", "dq", "bias" or "weights"."""
     if kind.arch == INTERPRETER:
         return _INTERPRETED[kernel]
-    table = _HOPPER if has_descriptors(kind.arch) else _AMPERE
+    # The backward's Hopper tiles spill on Blackwell, which keeps accumulators elsewhere.
+    hopper = has_descriptors(kind.arch) and (kind.arch < 100 or kernel == "forward")
+    table = _HOPPER if hopper else _AMPERE
     if kind.itemsize == 4:
         table = _FLOAT32
     elif kernel in _SHARED:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import drop, load, load_sum, load_vector, store
+from ...triton_rows import drop, load, load_vector, store
+from .forward import load_sum
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from ... import philox, triton_runtime
+from ... import triton_runtime
+from ...triton_rows import Dropout, Result, View, dropout_of, rows_of, vector_of
 from ..problem import Operands, Options, sum_dtype
 from . import config
 from .backward import (
@@ -18,35 +19,10 @@ from .backward import (
     _layer_norm_backward_kernel,
     _layer_norm_backward_wide_kernel,
 )
-from .forward import Dropout, View, _layer_norm_forward_kernel
+from .forward import _layer_norm_forward_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _SPLITS = 32  # programs that share the columns of wide rows
-
-
-def _rows(tensor: Tensor | None, shape: tuple[int, int]) -> View | None:
-    """A tensor of any strides as rows; copied only where one stride per dimension cannot say it."""
-    if tensor is None:
-        return None
-    matrix = tensor.reshape(shape)
-    return View(matrix, matrix.stride())
-
-
-def _vector(tensor: Tensor | None) -> View | None:
-    if tensor is None:
-        return None
-    flat = tensor.reshape(-1)
-    return View(flat, flat.stride())
-
-
-def _dropout(operands: Operands, options: Options) -> Dropout:
-    if operands.rng is None:
-        return Dropout(None, 0, 1.0)
-    if options.dropout_p >= 1.0:
-        return Dropout(operands.rng, 0, 0.0)
-    threshold = philox.threshold(options.dropout_p)
-    signed = threshold - (1 << 32 if threshold >= 1 << 31 else 0)
-    return Dropout(operands.rng, signed, 1.0 / (1.0 - options.dropout_p))
 
 
 def _shape(x: Tensor, options: Options) -> tuple[int, int]:
@@ -66,14 +42,19 @@ def forward(
     x, residual, weight, bias, _ = operands
     shape = num_rows, width = _shape(x, options)
     device = x.device
-    results = [_Result(result, shape) for result in (y, h)]
+    results = [Result(result, shape) for result in (y, h)]
     tile = config.tile(width, triton_runtime.arch(device))
     with triton_runtime.on_device_of(x):
         triton_runtime.launch(
             _layer_norm_forward_kernel,
             triton.cdiv(num_rows, tile.rows),
-            *(_rows(x, shape), _rows(residual, shape), _vector(weight), _vector(bias)),
-            *(_dropout(operands, options), *[result.view for result in results], mean, rstd),
+            *(rows_of(x, shape), rows_of(residual, shape), vector_of(weight), vector_of(bias)),
+            *(
+                dropout_of(operands.rng, options.dropout_p),
+                *[result.view for result in results],
+                mean,
+                rstd,
+            ),
             *(num_rows, width, options.eps, _DTYPES[sum_dtype(operands)], tile.rows, tile.cols),
             *(options.rms, tile.fits(width)),
             warps=tile.warps,
@@ -81,25 +62,6 @@ def forward(
         )
         for result in results:
             result.finish()
-
-
-class _Result:
-    """A tensor to write rows to: itself, or a stand-in where its strides don't make rows."""
-
-    def __init__(self, tensor: Tensor | None, shape: tuple[int, int]) -> None:
-        self._tensor, self._stand_in, self.view = tensor, None, None
-        if tensor is None:
-            return
-        try:
-            matrix = tensor.view(shape)
-        except RuntimeError:
-            matrix = self._stand_in = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-        self.view = View(matrix, matrix.stride())
-
-    def finish(self) -> None:
-        """Bring what was written to the tensor."""
-        if self._tensor is not None and self._stand_in is not None:
-            self._tensor.copy_(self._stand_in.view(self._tensor.shape))
 
 
 def backward(
@@ -114,18 +76,18 @@ def backward(
 ) -> None:
     x, residual, weight, _, _ = operands
     shape = _, width = _shape(x, options)
-    dropout = _dropout(operands, options)
-    given = (_rows(x, shape), None if summed else _rows(residual, shape))
+    dropout = dropout_of(operands.rng, options.dropout_p)
+    given = (rows_of(x, shape), None if summed else rows_of(residual, shape))
     dtype = x.dtype if summed else sum_dtype(operands)
-    rows = (mean, rstd, _rows(dy, shape))
-    dx, dresidual = (_rows(grad, shape) for grad in grads[:2])
+    rows = (mean, rstd, rows_of(dy, shape))
+    dx, dresidual = (rows_of(grad, shape) for grad in grads[:2])
     device = x.device
     whole = config.tile(width, triton_runtime.arch(device)).fits(width)
     walk = _walk_whole if whole else _walk_wide
     with triton_runtime.on_device_of(x):
         flags = (summed, _DTYPES[dtype])
         partial = walk(
-            given, _vector(weight), dropout, rows, _rows(dh, shape), (dx, dresidual), grads[2:],
+            given, vector_of(weight), dropout, rows, rows_of(dh, shape), (dx, dresidual), grads[2:],
             shape, flags,
         )  # fmt: skip
         for grad, sums in zip(grads[2:], partial, strict=True):

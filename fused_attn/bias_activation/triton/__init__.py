@@ -1,0 +1,1 @@
+"""Triton kernels of bias + activation; `backend.py` is the entry."""
