@@ -27,7 +27,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
 
 
 def named(kernels: list[Kernel], name: str) -> list[Kernel]:
-    found = [kernel for kernel in kernels if name in kernel.name]
+    found = [kernel for kernel in kernels if f"{len(name)}{name}" in kernel.name]  # mangled
     assert found, f"no kernel is called {name}"
     return found
 

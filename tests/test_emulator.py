@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fused_attn import attention, cuda_runtime
+from fused_attn.attention import cuda
 
 pytestmark = pytest.mark.skipif(
     not cuda_runtime.emulated(), reason="the emulator is not built (make test builds it)"
@@ -71,3 +72,17 @@ def test_the_order_of_threads_and_engines_changes_no_bit() -> None:
         results.append((out, *torch.autograd.grad(out.float().sum(), (q, k, v))))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_padding_of_more_keys_than_there_are_bits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 2, n, 16).half().requires_grad_() for n in (20, 300, 300))
+    keep, mask = torch.rand(2, 300) > 0.5, torch.rand(2, 1, 20, 300) > 0.3
+    results = []
+    for limit in (cuda.MAX_PADDED_KEYS, 256):
+        monkeypatch.setattr(cuda, "MAX_PADDED_KEYS", limit)
+        for operands in ({}, {"mask": mask}):
+            out = attention(q, k, v, key_padding_mask=keep, backend="cuda", **operands)
+            results.append((out, *torch.autograd.grad(out.float().sum(), (q, k, v))))
+    for few, many in zip(results[:2], results[2:], strict=True):
+        for expected, actual in zip(few, many, strict=True):
+            torch.testing.assert_close(actual, expected)

@@ -92,7 +92,7 @@ def test_what_the_kernels_do_not_know_is_refused_by_name(view):
 
 def test_the_module_says_how_it_was_built():
     info = native.module().build_info()
-    assert info["cuda"] is False
+    assert isinstance(info["cuda"], bool)
     assert info["compiler"].split()[0] in ("gcc", "clang")
     assert info["version"] == __version__
 

@@ -11,7 +11,7 @@ from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options
 NAME = "cuda"
 
 MAX_HEAD_DIM = 256
-MAX_PADDED_KEYS = 32 * 1024  # of which the kernels keep a bit each
+MAX_PADDED_KEYS = 32 * 1024  # of which the kernels keep a bit each in shared memory
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)
 
@@ -26,11 +26,6 @@ def why_not(problem: AttentionProblem) -> list[str]:
             reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
     if problem.weights != NO_WEIGHTS:
         reasons.append("has no kernels for attention weights")
-    if "key_padding_mask" in problem.operands and problem.seqlen_k > MAX_PADDED_KEYS:
-        reasons.append(
-            f"serves key_padding_mask up to {MAX_PADDED_KEYS} keys, got {problem.seqlen_k}; "
-            "key_lengths have no limit"
-        )
     return reasons
 
 
@@ -88,10 +83,21 @@ def backward(
 
 def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
     """q, k and v as the copy engine can read them, small vectors dense; the rest by strides."""
+    operands = _within_padding(operands)
     first_vector = Operands._fields.index("key_lengths")
     vectors = [None if x is None else x.contiguous() for x in operands[first_vector:]]
     tiles = [cuda_runtime.for_tiles(x) for x in operands[:3]]
     return (*tiles, *operands[3:first_vector], *vectors)
+
+
+def _within_padding(operands: Operands) -> Operands:
+    """Padding of more keys than the kernels keep bits of, as a bool mask."""
+    padding, mask = operands.key_padding_mask, operands.mask
+    if padding is None or padding.shape[1] <= MAX_PADDED_KEYS:
+        return operands
+    padding = padding[:, None, None, :]
+    mask = padding if mask is None else mask & padding
+    return operands._replace(key_padding_mask=None, mask=mask)
 
 
 def _workspace(operands: Operands) -> int:
