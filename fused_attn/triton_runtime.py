@@ -128,17 +128,18 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> N
     if _compile_only is not None:
         _compile_only.compile(kernel, args, warps, stages)
     elif programs > 0:
-        first = (kernel, args[-1], warps) not in _launched
+        key = (id(kernel), args[-1], warps)
+        first = key not in _launched
         start = time.perf_counter() if first else 0.0
         kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
         if first:
-            _launched.add((kernel, args[-1], warps))
+            _launched.add(key)
             seconds = time.perf_counter() - start
             _logger.info("first launch of %s took %.2f s", kernel.__name__, seconds)
 
 
 # What has been launched: the first time includes compiling, or reading Triton's cache on disk.
-_launched: set[tuple[Any, Any, int]] = set()
+_launched: set[tuple[int, Any, int]] = set()
 _logger = logging.getLogger(__name__)
 
 
