@@ -61,6 +61,16 @@ def _triton_reason() -> str | None:
 _triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def version() -> tuple[int, ...]:
+    """Major and minor version of Triton, which must be there."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+version._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _import_triton() -> str | None:
     """Why Triton cannot be used; None if it can."""
@@ -69,9 +79,8 @@ def _import_triton() -> str | None:
     except Exception as error:  # a broken installation raises anything
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     low, high = TESTED_VERSIONS
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not low <= version <= high:
-        tested = " to ".join(".".join(map(str, version)) for version in TESTED_VERSIONS)
+    if not low <= version() <= high:
+        tested = " to ".join(".".join(map(str, each)) for each in TESTED_VERSIONS)
         return f"Triton {triton.__version__} is outside the tested range {tested}"
     return None
 
@@ -128,17 +137,18 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> N
     if _compile_only is not None:
         _compile_only.compile(kernel, args, warps, stages)
     elif programs > 0:
-        first = (kernel, args[-1], warps) not in _launched
+        key = (id(kernel), args[-1], warps)
+        first = key not in _launched
         start = time.perf_counter() if first else 0.0
         kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
         if first:
-            _launched.add((kernel, args[-1], warps))
+            _launched.add(key)
             seconds = time.perf_counter() - start
             _logger.info("first launch of %s took %.2f s", kernel.__name__, seconds)
 
 
 # What has been launched: the first time includes compiling, or reading Triton's cache on disk.
-_launched: set[tuple[Any, Any, int]] = set()
+_launched: set[tuple[int, Any, int]] = set()
 _logger = logging.getLogger(__name__)
 
 

@@ -94,7 +94,7 @@ def test_tensor_descriptors_give_the_same(case: Case, monkeypatch: pytest.Monkey
     expected = run_backend(case, "triton", **tensors)
     made = []
     describe = launch._descriptor
-    monkeypatch.setattr(config, "has_descriptors", lambda arch: True)
+    monkeypatch.setattr(config, "has_descriptors", lambda *kind: True)
     monkeypatch.setattr(config, "DESCRIPTOR_SEQLEN", 1)
     monkeypatch.setattr(launch, "_descriptor", lambda *a: made.append(a) or describe(*a))
     actual = run_backend(case, "triton", **tensors)

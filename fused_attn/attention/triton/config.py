@@ -74,11 +74,23 @@ _AMPERE: dict[str, _Table] = {
 
 # Three products of TF32 stand for one of float32: each operand takes two registers.
 _FLOAT32: dict[str, _Table] = {
-    "forward": {64: ((64, 32, 8, 2),), 128: ((32, 32, 8, 2),), 256: ((16, 16, 8, 1),)},
-    "dkdv": {64: ((16, 32, 8, 2),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
-    "dq": {64: ((32, 32, 4, 2),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
-    "bias": {64: ((32, 32, 4, 1),), 128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)},
-    "weights": {64: ((32, 32, 4, 1),), 128: ((32, 32, 4, 1),), 256: ((16, 16, 4, 1),)},
+    "forward": {
+        64: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        128: ((32, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 1),),
+    },
+    "dkdv": {
+        64: ((16, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
+        128: ((16, 16, 8, 1),),
+        256: ((16, 16, 8, 1),),
+    },
+    "dq": {
+        64: ((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+        128: ((16, 16, 8, 1),),
+        256: ((16, 16, 8, 1),),
+    },
+    "bias": {64: ((16, 32, 8, 1),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
+    "weights": {64: ((32, 32, 4, 1),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
 }
 
 # Kernels of optional results: one line a head size serves all.
@@ -117,7 +129,7 @@ def tile(kernel: str, kind: Kind) -> Tile:
     if kind.arch == INTERPRETER:
         return _INTERPRETED[kernel]
     # The backward's Hopper tiles spill on Blackwell, which keeps accumulators elsewhere.
-    hopper = has_descriptors(kind.arch) and (kind.arch < 100 or kernel == "forward")
+    hopper = 90 <= kind.arch < 120 and (kind.arch < 100 or kernel == "forward")
     table = _HOPPER if hopper else _AMPERE
     if kind.itemsize == 4:
         table = _FLOAT32
@@ -153,9 +165,9 @@ def why_not(kind: Kind) -> list[str]:
     ]
 
 
-def has_descriptors(arch: int) -> bool:
-    """Whether tiles are copied by tensor descriptors: data-centre GPUs from Hopper on."""
-    return 90 <= arch < 120
+def has_descriptors(arch: int, itemsize: int) -> bool:
+    """Whether tiles are copied by tensor descriptors: data-centre GPUs from Hopper on, 16 bits."""
+    return 90 <= arch < 120 and itemsize == 2
 
 
 def decode_tile(rows: int, kind: Kind) -> Tile:

@@ -132,7 +132,7 @@ class Call:
     def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:
         """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
         long_enough = min(self.seqlen_q, self.seqlen_k) >= config.DESCRIPTOR_SEQLEN
-        if not (long_enough and config.has_descriptors(self.kind.arch)):
+        if not (long_enough and config.has_descriptors(self.kind.arch, self.kind.itemsize)):
             return (None,) * len(tensors)
         if not all(_can_describe(tensor) for tensor, _ in tensors):
             return (None,) * len(tensors)

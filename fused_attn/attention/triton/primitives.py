@@ -100,7 +100,7 @@ def present_keys(terms, batch, len_k):
         stride = terms.key_lengths.strides[0]
         length = tl.load(terms.key_lengths.ptr + batch.to(tl.int64) * stride)
         end = tl.minimum(tl.maximum(length, 0), end.to(tl.int64)).to(tl.int32)
-    if terms.padding is not None:
+    if terms.key_ranges is not None:
         first = tl.load(terms.key_ranges + batch * 3)
         end = tl.minimum(tl.load(terms.key_ranges + batch * 3 + 1), end)
         holes = tl.load(terms.key_ranges + batch * 3 + 2)
