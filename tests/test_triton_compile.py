@@ -22,8 +22,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 # specifications by compute capability).
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# Three products of TF32 on long rows of float32 do not fit in registers at any tile size, nor at 128
-# beside bias, mask, dropout and softcap all at once.
+# Three products of TF32 on long rows of float32 do not fit in registers at any tile size, nor at
+# 128 beside bias, mask, dropout and softcap all at once.
 MAY_SPILL = re.compile(r"attention fp32 (256|128 everything)")
 
 DOTS = re.compile(r"forward|backward_d|decode|bias_gradient|weights")

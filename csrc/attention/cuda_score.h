@@ -37,8 +37,8 @@ struct Slope {
   FUSED_ATTN_DEVICE void set(int i, float derivative) { value[i] = derivative; }
 };
 
-// -inf hides even a key whose score is no number. A finite bias, however large, hides nothing: it is
-// kept where a product with log2(e) stays finite (docs/design.md, "Conventions").
+// -inf hides even a key whose score is no number. A finite bias, however large, hides nothing: it
+// is kept where a product with log2(e) stays finite (docs/design.md, "Conventions").
 FUSED_ATTN_DEVICE float biased(float score, float bias) {
   constexpr float kLowest = -1e28f, kHighest = 2.3e38f;
   if (bias == -device::infinity()) return bias;
