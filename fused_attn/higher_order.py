@@ -81,13 +81,20 @@ def tangents_through(
     return result
 
 
+def forward_mode() -> bool:
+    """True where a forward-mode derivative is being taken."""
+    return forward_ad._current_level >= 0
+
+
 def derivative_wanted(tensors: Iterable[Any]) -> bool:
     """True if a backward pass may follow, or a forward-mode derivative is being taken."""
-    if forward_ad._current_level >= 0:
+    if forward_mode():
         return True
-    return torch.is_grad_enabled() and any(
-        [getattr(tensor, "requires_grad", False) for tensor in tensors]
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # not any(): a generator costs as much as the rest
+            if getattr(tensor, "requires_grad", False):
+                return True
+    return False
 
 
 def backward_needs_formula(grad_outputs: Iterable[Tensor | None]) -> bool:

@@ -37,6 +37,7 @@ def why_not() -> str | None:
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@functools.cache
 def module() -> ModuleType:
     """The compiled module. Raises RuntimeError with the reason where there is none."""
     loaded, reason = _load()

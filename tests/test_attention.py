@@ -88,7 +88,38 @@ WEIGHTS = {
     "average, no keys": Case(weights="average", seqlen_k=0),
 }
 
-CASES = {**SIZES, **OPERANDS, **WEIGHTS}
+# Up to 16 queries of all heads that share keys take one pass over the keys on the CPU: numbers of
+# rows below, at and above its blocks, and every operand that may differ between the heads.
+FEW_QUERIES = {
+    "2 rows": Case(num_heads=4, seqlen_q=1, seqlen_k=300, head_dim=80),
+    "3 rows": Case(num_heads=2, num_heads_kv=1, batch=3, seqlen_q=1, seqlen_k=130, head_dim=24),
+    "6 rows, odd": Case(
+        num_heads=3, num_heads_kv=1, seqlen_q=2, seqlen_k=261, head_dim=33, head_dim_v=65
+    ),
+    "8 rows, wide": Case(num_heads=2, num_heads_kv=1, seqlen_q=4, seqlen_k=129, head_dim=192),
+    "16 rows": Case(seqlen_q=16, seqlen_k=200, head_dim=64),
+    "17 rows": Case(seqlen_q=17, seqlen_k=200, head_dim=64),
+    "several passes": Case(num_heads=7, num_heads_kv=1, seqlen_q=3, seqlen_k=140, head_dim=32),
+    "grouped causal": Case(
+        num_heads=4, num_heads_kv=2, seqlen_q=5, seqlen_k=300, causal="lower_right"
+    ),
+    "grouped window": Case(
+        num_heads=4, num_heads_kv=1, seqlen_q=2, seqlen_k=300, window=(130, 0)
+    ),
+    "grouped softcap, alibi": Case(
+        num_heads=4, num_heads_kv=2, seqlen_q=3, seqlen_k=150, softcap=3.0, alibi=True, scale=0.7
+    ),
+    "grouped dropout": Case(
+        num_heads=4, num_heads_kv=2, seqlen_q=2, seqlen_k=150, dropout_p=0.3, padding="holes"
+    ),
+    "mask of each head": Case(num_heads=4, num_heads_kv=2, seqlen_q=3, seqlen_k=150, mask="bhqk"),
+    "mask of all heads": Case(num_heads=4, num_heads_kv=2, seqlen_q=3, seqlen_k=150, mask="b1qk"),
+    "bias of each head": Case(num_heads=4, num_heads_kv=2, seqlen_q=2, seqlen_k=150, bias="1hqk"),
+    "bias of all heads": Case(num_heads=4, num_heads_kv=2, seqlen_q=2, seqlen_k=150, bias="b1qk"),
+    "strided": Case(num_heads=4, num_heads_kv=2, seqlen_q=2, seqlen_k=150, layout="strided"),
+}  # fmt: skip
+
+CASES = {**SIZES, **OPERANDS, **WEIGHTS, **FEW_QUERIES}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -157,7 +157,13 @@ def rows() -> list[Row]:
     add("", 5.0, 8.0, FP16, 8, 12, 128, 64, backward=True)
     add(" decode", 2.2, 2.9, FP32, 8, 32, 4096, 128, seqlen_q=1)
     add(" decode", 6.0, 10.0, BF16, 8, 32, 4096, 128, seqlen_q=1)
-    add(" Lq=8", 1.0, 1.3, FP32, 4, 16, 1024, 64, seqlen_q=8)
+    for rows_q in (2, 8, 16):
+        add(f" Lq={rows_q}", 1.0, 1.3, FP32, 4, 16, 1024, 64, seqlen_q=rows_q)
+    for dtype in (BF16, FP16):
+        add(" Lq=8", 1.0, 1.3, dtype, 4, 16, 1024, 64, seqlen_q=8)
+    for dtype in (FP32, BF16):
+        add(" decode grouped 32/8", 1.0, 1.3, dtype, 4, 32, 2048, 128, seqlen_q=1, heads_kv=8)
+        add(" Lq=4 grouped 32/8", 1.0, 1.3, dtype, 4, 32, 2048, 128, seqlen_q=4, heads_kv=8)
     add(" grouped 16/4", 1.0, 1.3, FP32, 4, 16, 512, 64, heads_kv=4)
     for dtype, full, long, wide, causal, short in (
         (FP32, (1.25, 1.45), (1.25, 1.45), (1.2, 1.35), (2.2, 2.7), (1.35, 1.7)),

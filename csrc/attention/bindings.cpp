@@ -5,12 +5,12 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <string>
 
 #include "attention/cpu.h"
 #include "common/cpu_level.h"
 #include "common/tensor.h"
+#include "common/threads.h"
 
 namespace py = pybind11;
 
@@ -135,7 +135,7 @@ void read_scalars(Arguments& args, Params& p) {
 }
 
 void read_threads(Arguments& args, Params& p) {
-  p.threads = static_cast<int>(std::clamp<int64_t>(args.integer(), 1, 1024));
+  p.threads = usable_threads(args.integer());
   args.finish();
 }
 

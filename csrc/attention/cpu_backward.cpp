@@ -39,6 +39,17 @@ struct KeyGradients {
   int64_t first;  // key of row 0
 };
 
+// dq of the queries of block `b` from its sums, [column][query].
+template <class Real>
+void write_query_gradient(const BackwardParams& p, const Sequence& sequence, int64_t head,
+                          int64_t b, int rows, const Real* sums) {
+  alignas(64) Real factor[kBlockQ];
+  for (Real& x : factor) x = static_cast<Real>(p.scale);
+  HeadView dq = query_view(p, p.dq, sequence, head, p.head_dim);
+  dq.first += b * kBlockQ;
+  write_columns(sums, factor, rows, dq);
+}
+
 template <class E>
 class BackwardHead {
   using Real = typename E::Real;
@@ -46,11 +57,17 @@ class BackwardHead {
   using Element = typename E::Element;
 
  public:
-  BackwardHead(const BackwardParams& p, const Sequence& sequence, int64_t head)
-      : p_(p), tile_(p, sequence, head, scratch().head, true), units_v_(units<E>(p.head_dim_v)) {
+  // For the keys of `range`. `dq` receives the sums of dq, [block][column][query]; null if they are
+  // to be written.
+  BackwardHead(const BackwardParams& p, const Sequence& sequence, int64_t head, KeyRange range,
+               Real* dq)
+      : p_(p),
+        tile_(p, sequence, head, scratch().head, true),
+        units_v_(units<E>(p.head_dim_v)),
+        write_dq_(dq == nullptr && p.dq.data != nullptr) {
     Scratch& s = scratch();
     constexpr int64_t kTile = kTileKeys * kBlockQ;
-    const KeyRange range = tile_.visibility.keys();
+    range.begin = larger(range.begin, tile_.visibility.keys().begin);
     v_ = prepare_rows<E>(key_view(p, p.v, sequence, head, p.head_dim_v), range, tile_.keep_keys,
                          s.v);
     k_pairs_ = E::kPair == 1 ? tile_.k
@@ -67,8 +84,9 @@ class BackwardHead {
     if (p.dbias.data != nullptr) ds_full_ = s.ds_full.template get<Real>(kTile);
     if (p.dweights.data != nullptr) dweights_ = s.dweights.template get<Real>(kTile);
     const int64_t blocks = ceil_div(sequence.seqlen_q, kBlockQ);
-    one_chunk_ = range.end - range.begin <= kChunk;
-    dq_ = s.dq.template get<Real>((one_chunk_ ? 1 : blocks) * p.head_dim * kBlockQ);
+    one_block_ = dq == nullptr && range.end - range.begin <= kChunk;
+    dq_ = dq != nullptr ? dq
+                        : s.dq.template get<Real>((one_block_ ? 1 : blocks) * p.head_dim * kBlockQ);
     rows_ = s.rows.template get<RowStatistics<Real>>(blocks);
     for (int64_t b = 0; b < blocks; ++b) prepare_rows_of(b);
   }
@@ -78,13 +96,13 @@ class BackwardHead {
     sums_ = &sums;
     const int64_t blocks = ceil_div(tile_.sequence.seqlen_q, kBlockQ);
     for (int64_t b = 0; b < blocks; ++b) {
-      Real* dq = dq_ + (one_chunk_ ? 0 : b * p_.head_dim * kBlockQ);
+      Real* dq = dq_ + (one_block_ ? 0 : b * p_.head_dim * kBlockQ);
       if (first) std::memset(dq, 0, sizeof(Real) * static_cast<size_t>(p_.head_dim * kBlockQ));
       const int rows = rows_of(b);
       KeyRange range = tile_.visibility.keys(b * kBlockQ, b * kBlockQ + rows);
       range = {larger(range.begin, keys.begin), smaller(range.end, keys.end)};
       if (range.begin < range.end) block(b, range, dq);
-      if (last && p_.dq.data != nullptr) write_dq(b, dq);
+      if (last && write_dq_) write_dq(b, dq);
     }
   }
 
@@ -119,11 +137,10 @@ class BackwardHead {
   KeyRange visible_keys() const { return tile_.visibility.keys(tile_.i, tile_.i + tile_.rows); }
 
   void add_weights_to_delta(RowStatistics<Real>& row) {
-    alignas(64) Real unused[kBlockQ] = {};
     uint64_t keep[kBlockK];
     const auto factor = Vec<Real>::set1(static_cast<Real>(tile_.dropout.factor()));
     tile_.for_each_tile(visible_keys(), kTileKeys, [&] {
-      tile_.compute(unused);
+      tile_.recompute();
       probability_tile<E>(tile_.map, tile_.formula, row, tile_.scores);
       load_bias<Real>(tile_.tile(), p_.dweights, dweights_);
       const bool dropout = tile_.dropout.active();
@@ -143,8 +160,7 @@ class BackwardHead {
     tile_.select_queries(b * kBlockQ, rows_of(b));
     load_dout(row);
     tile_.for_each_tile(range, kTileKeys, [&] {
-      alignas(64) Real unused[kBlockQ] = {};
-      tile_.compute(unused);
+      tile_.recompute();
       multiply_values();
       compute_gradients(row);
       const TileMap& map = tile_.map;
@@ -240,10 +256,7 @@ class BackwardHead {
   }
 
   void write_dq(int64_t b, const Real* dq) {
-    alignas(64) Real factor[kBlockQ];
-    for (Real& x : factor) x = static_cast<Real>(p_.scale);
-    tile_.i = b * kBlockQ;
-    write_columns(dq, factor, rows_of(b), tile_.queries(p_.dq, p_.head_dim));
+    write_query_gradient(p_, tile_.sequence, tile_.head, b, rows_of(b), dq);
   }
 
   const BackwardParams& p_;
@@ -260,7 +273,8 @@ class BackwardHead {
   Unit* ds_pairs_ = nullptr;
   Real* ds_full_ = nullptr;
   Real* dweights_ = nullptr;
-  bool one_chunk_;
+  const bool write_dq_;
+  bool one_block_;
   Real* dq_;  // [block][column][query], or one block if its sum is complete after one chunk
   RowStatistics<Real>* rows_;
   const KeyGradients<Real>* sums_ = nullptr;
@@ -279,25 +293,32 @@ class BackwardGroup {
         first_head_(head_kv * heads_),
         keys_(Visibility(p, sequence, first_head_).keys()) {
     keys_.begin = keys_.begin / E::kPair * E::kPair;
-    const int64_t rows = heads_ == 1 ? kChunk : keys_.end - keys_.begin;
     sums_.stride_k = lanes_up(p.head_dim);
     sums_.stride_v = lanes_up(p.head_dim_v);
-    sums_.dk = scratch().dk.get<Real>(rows * sums_.stride_k);
-    sums_.dv = scratch().dv.get<Real>(rows * sums_.stride_v);
   }
 
-  void run() {
+  // Part `part` of `parts` of the keys. With more than one, `dq` receives the part's sums of dq,
+  // [head][block][column][query], each head `dq_stride` numbers.
+  void run(int64_t part, int64_t parts, Real* dq, int64_t dq_stride) {
+    const int64_t tiles = ceil_div(keys_.end - keys_.begin, kTileKeys);
+    const KeyRange range{keys_.begin + tiles * part / parts * kTileKeys,
+                         smaller(keys_.end, keys_.begin + tiles * (part + 1) / parts * kTileKeys)};
+    const int64_t rows = heads_ == 1 ? kChunk : range.end - range.begin;
+    sums_.dk = scratch().dk.get<Real>(rows * sums_.stride_k);
+    sums_.dv = scratch().dv.get<Real>(rows * sums_.stride_v);
     for (int64_t h = 0; h < heads_; ++h) {
-      BackwardHead<E> head(p_, sequence_, first_head_ + h);
-      KeyRange chunk{keys_.begin, keys_.begin};
+      BackwardHead<E> head(p_, sequence_, first_head_ + h, range,
+                           dq == nullptr ? nullptr : dq + h * dq_stride);
+      KeyRange chunk{range.begin, range.begin};
       do {  // once even without visible keys: dq must be written
-        chunk = {chunk.end, smaller(chunk.end + kChunk, keys_.end)};
-        sums_.first = heads_ == 1 ? chunk.begin : keys_.begin;
+        chunk = {chunk.end, smaller(chunk.end + kChunk, range.end)};
+        sums_.first = heads_ == 1 ? chunk.begin : range.begin;
         if (h == 0) clear(chunk);
-        head.chunk(chunk, chunk.begin == keys_.begin, chunk.end == keys_.end, sums_);
+        head.chunk(chunk, chunk.begin == range.begin, chunk.end == range.end, sums_);
         if (h == heads_ - 1) write(chunk);
-      } while (chunk.end < keys_.end);
+      } while (chunk.end < range.end);
     }
+    if (part > 0) return;
     // Keys that no query can see; the one before the first may have been counted for its pair.
     const KeyRange seen = Visibility(p_, sequence_, first_head_).keys();
     clear_hidden({0, seen.begin});
@@ -341,26 +362,108 @@ class BackwardGroup {
   KeyGradients<Real> sums_;
 };
 
+// Whatever adds to the same numbers must keep its order: heads that share keys are one unit of
+// work, and units that share a slice of dbias form a row, which is worked off in order. Where rows
+// are too few for the threads, units are cut into parts by keys.
+template <class E>
+class Backward {
+  using Real = typename E::Real;
+
+ public:
+  Backward(const BackwardParams& p, int threads)
+      : p_(p),
+        threads_(threads),
+        batch_rows_(shares(0) ? 1 : p.batch),
+        head_rows_(shares(1) ? 1 : p.num_heads_kv),
+        rows_(batch_rows_ * head_rows_),
+        length_(p.batch * p.num_heads_kv / rows_) {}
+
+  void run() const {
+    const int64_t parts = number_of_parts();
+    if (parts == 1) {
+      parallel_for(threads_, rows_, [&](int64_t row) {
+        for (int64_t n = 0; n < length_; ++n) unit(row, n, 0, 1, nullptr);
+      });
+      return;
+    }
+    static thread_local Buffer buffer;
+    Real* dq = buffer.get<Real>(rows_ * parts * unit_stride());
+    for (int64_t n = 0; n < length_; ++n) {
+      parallel_for(threads_, rows_ * parts, [&](int64_t task) {
+        unit(task / parts, n, task % parts, parts, dq + task * unit_stride());
+      });
+      if (p_.dq.data == nullptr) continue;
+      parallel_for(threads_, rows_ * group() * blocks(), [&](int64_t task) {
+        const int64_t row = task / blocks() / group();
+        add_up(row, n, task / blocks() % group(), task % blocks(), parts,
+               dq + row * parts * unit_stride());
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kTasksPerThread = 4;  // evens out what threads have to do
+  static constexpr int64_t kMinPart = 2 * kTileKeys;
+
+  // Do all slices along this dimension add to one slice of dbias?
+  bool shares(int dimension) const {
+    return p_.dbias.data != nullptr && p_.dbias.stride[dimension] == 0;
+  }
+
+  int64_t number_of_parts() const {
+    if (threads_ == 1 || rows_ >= kTasksPerThread * threads_ || shares(3)) return 1;
+    return larger<int64_t>(
+        1, smaller(ceil_div(kTasksPerThread * threads_, rows_), p_.seqlen_k / kMinPart));
+  }
+
+  int64_t group() const { return p_.num_heads / p_.num_heads_kv; }
+  int64_t blocks() const { return ceil_div(p_.seqlen_q, kBlockQ); }
+  int64_t head_stride() const { return blocks() * p_.head_dim * kBlockQ; }
+  int64_t unit_stride() const { return group() * head_stride(); }
+
+  // Unit n of a row.
+  int64_t batch_of(int64_t row, int64_t n) const {
+    return row / head_rows_ + n / (p_.num_heads_kv / head_rows_) * batch_rows_;
+  }
+  int64_t head_of(int64_t row, int64_t n) const {
+    return row % head_rows_ + n % (p_.num_heads_kv / head_rows_) * head_rows_;
+  }
+
+  void unit(int64_t row, int64_t n, int64_t part, int64_t parts, Real* dq) const {
+    const Sequence sequence(p_, batch_of(row, n));
+    BackwardGroup<E>(p_, sequence, head_of(row, n)).run(part, parts, dq, head_stride());
+  }
+
+  // The sums of all parts for block `b` of one head of a unit, whose sums of dq start at `dq`.
+  void add_up(int64_t row, int64_t n, int64_t h, int64_t b, int64_t parts, Real* dq) const {
+    const Sequence sequence(p_, batch_of(row, n));
+    const int64_t left = sequence.seqlen_q - b * kBlockQ;
+    if (left <= 0) return;
+    Real* sums = dq + h * head_stride() + b * p_.head_dim * kBlockQ;
+    for (int64_t part = 1; part < parts; ++part) {
+      const Real* more = sums + part * unit_stride();
+      for (int64_t i = 0; i < p_.head_dim * kBlockQ; i += kLanes) {
+        (Vec<Real>::load(sums + i) + Vec<Real>::load(more + i)).store(sums + i);
+      }
+    }
+    write_query_gradient(p_, sequence, head_of(row, n) * group() + h, b,
+                         static_cast<int>(smaller<int64_t>(left, kBlockQ)), sums);
+  }
+
+  const BackwardParams& p_;
+  const int threads_;
+  const int64_t batch_rows_;
+  const int64_t head_rows_;
+  const int64_t rows_;
+  const int64_t length_;  // units of a row
+};
+
 }  // namespace
 
 void backward(const BackwardParams& p) {
   with_engine(p.dtype, [&](auto engine) {
-    using E = decltype(engine);
-    // Whatever adds to the same numbers is one task, which keeps the order of sums fixed: heads
-    // that share keys, and those that share a slice of dbias.
-    const bool bias = p.dbias.data != nullptr;
-    const int64_t batch_tasks = bias && p.dbias.stride[0] == 0 ? 1 : p.batch;
-    const int64_t head_tasks = bias && p.dbias.stride[1] == 0 ? 1 : p.num_heads_kv;
     if (p.batch == 0 || p.num_heads_kv == 0) return;
-    parallel_for(useful_threads(p, 10), batch_tasks * head_tasks, [&](int64_t task) {
-      const int64_t batch = task / head_tasks, head = task % head_tasks;
-      for (int64_t b = batch; b < p.batch; b += batch_tasks) {
-        const Sequence sequence(p, b);
-        for (int64_t h = head; h < p.num_heads_kv; h += head_tasks) {
-          BackwardGroup<E>(p, sequence, h).run();
-        }
-      }
-    });
+    Backward<decltype(engine)>(p, useful_threads(p, 10)).run();
   });
 }
 

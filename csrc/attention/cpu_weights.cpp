@@ -16,6 +16,27 @@ Scratch& scratch() {
   return buffers;
 }
 
+// sums += probabilities of a tile's scores, for rows that need nothing else; sums[key][query].
+template <class E, bool kPlain, bool kMask>
+void add_probabilities(const TileMap& map, typename E::Real scale_of_scores,
+                       const RowStatistics<typename E::Real>& row, const typename E::Real* scores,
+                       typename E::Real* sums) {
+  using V = Vec<typename E::Real>;
+  const V scale = V::set1(scale_of_scores);
+  for (int s = 0; s < map.num_segments; ++s) {
+    const Segment& segment = map.segments[s];
+    for (int g = segment.group_begin; g < segment.group_end; ++g) {
+      const V shift = V::load(row.shift + g * kLanes);
+      for (int c = segment.begin; c < segment.end; ++c) {
+        const int64_t at = c * kBlockQ + g * kLanes;
+        V p = probability<E, kPlain>(V::load(scores + at), scale, shift);
+        if constexpr (kMask) p = select(lanes_of(map.visible, c, g), p, V::zero());
+        (V::load(sums + at) + p).store(sums + at);
+      }
+    }
+  }
+}
+
 // Adds the weights of one head, after dropout but without its factor, to sums[key][query].
 template <class E>
 void add_weights(const WeightsParams& p, const Sequence& sequence, int64_t head, int64_t i,
@@ -29,12 +50,18 @@ void add_weights(const WeightsParams& p, const Sequence& sequence, int64_t head,
   bool coarse;
   load_lse(tile.queries(p.lse, 1), rows, row, &coarse);
   if (coarse) refine(tile, keys, row);
-  alignas(64) Real unused[kBlockQ] = {};
   uint64_t keep[kBlockK];
+  const bool dropout = tile.dropout.active(), plain = tile.formula.plain;
   tile.for_each_tile(keys, kBlockK, [&] {
-    tile.compute(unused);
+    tile.recompute();
+    if (!dropout && !row.refined) {
+      const bool mask = tile.map.seen == Seen::kSome;
+      const auto add =
+          mask ? (plain ? add_probabilities<E, true, true> : add_probabilities<E, false, true>)
+               : (plain ? add_probabilities<E, true, false> : add_probabilities<E, false, false>);
+      return add(tile.map, tile.formula.scale, row, tile.scores, sums + tile.j * kBlockQ);
+    }
     probability_tile<E>(tile.map, tile.formula, row, tile.scores);
-    const bool dropout = tile.dropout.active();
     if (dropout) tile.dropout.draw(tile.tile(), keep);
     for_each_visible(tile.map, [&](int c, int g) {
       auto weight = Vec<Real>::load(tile.scores + c * kBlockQ + g * kLanes);

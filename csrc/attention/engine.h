@@ -56,11 +56,11 @@ constexpr int64_t units(int64_t elements) {
 
 // std::min and std::max would leave shared out-of-line copies behind (see common/macros.h).
 template <class T>
-FUSED_ATTN_INLINE T smaller(T a, T b) {
+FUSED_ATTN_INLINE constexpr T smaller(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-FUSED_ATTN_INLINE T larger(T a, T b) {
+FUSED_ATTN_INLINE constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 FUSED_ATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) {

@@ -86,6 +86,14 @@ class HeadScores {
     }
   }
 
+  // The same for those who know the largest already, and who mask what they make of the scores:
+  // plain tiles keep q . k where hidden.
+  void recompute() {
+    if (formula.plain) return multiply_queries(Overwrite{});
+    alignas(64) Real unused[kBlockQ] = {};
+    compute(unused);
+  }
+
   Tile tile() const { return {p, sequence, head, i, rows, j, map}; }
   // The selected queries' rows in a tensor shaped like q or out.
   HeadView queries(const View4& view, int64_t columns) const {

@@ -43,10 +43,9 @@ template <class E, bool kPlain>
 FUSED_ATTN_INLINE Vec<typename E::Real> probability(Vec<typename E::Real> score,
                                                     Vec<typename E::Real> scale,
                                                     Vec<typename E::Real> shift) {
-  if (kPlain) return exp<E::kPrecision>(fma(score, scale, Vec<typename E::Real>::zero() - shift));
-  using V = Vec<typename E::Real>;
-  return exp2<E::kPrecision>(
-      clamp_exponent((score - shift) * V::set1(static_cast<typename E::Real>(kLog2e))));
+  const auto exponent = kPlain ? fma(score, scale, Vec<typename E::Real>::zero() - shift)
+                               : clamp_exponent(score - shift);
+  return exp<E::kPrecision>(exponent);
 }
 
 // The probabilities of a tile in place of its scores, 0 where hidden (outside of the segments,

@@ -33,8 +33,8 @@ constexpr Real hidden_score(bool plain) {
   return plain ? Real(-0x1p100) : -std::numeric_limits<Real>::infinity();
 }
 
-// Exponentials never need to be smaller than this power of two, which is 0 in either precision; it
-// keeps -inf and overflown differences out of exp2.
+// Exponents never need to be smaller than this, which gives 0 in either precision; it keeps -inf
+// and overflown differences out of exp and exp2.
 template <class Real>
 FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
   return max(Vec<Real>::set1(Real(-2000)), x);

@@ -36,7 +36,7 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
     V now = V::load(state.largest + q);
     const V before = V::load(state.previous + q);
     if (kPlain) now = V::zero() - now * scale;
-    const V correction = exp2(kPlain ? now - before : clamp_exponent((before - now) * scale));
+    const V correction = kPlain ? exp2(now - before) : exp(clamp_exponent(before - now));
     correction.store(state.correction + q);
     (V::load(state.sum + q) * correction).store(state.sum + q);
     now.store(state.previous + q);
@@ -50,8 +50,8 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
       V sum = V::zero();
       auto exponential = [&](int c) {
         const V score = V::load(scores + c * kBlockQ + g * kLanes);
-        const V p = exp2<E::kPrecision>(kPlain ? fma(score, scale, offset)
-                                               : clamp_exponent((score - largest) * scale));
+        const V p = kPlain ? exp2<E::kPrecision>(fma(score, scale, offset))
+                           : exp<E::kPrecision>(clamp_exponent(score - largest));
         sum = sum + p;
         return kDropout ? select(lanes_of(keep, c, g), p, V::zero()) : p;
       };

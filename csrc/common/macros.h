@@ -14,3 +14,16 @@
 #define FUSED_ATTN_UNROLL _Pragma("GCC unroll 16")
 #endif
 #endif
+
+namespace fused_attn {
+
+// Asks for the cache line at an address, which may lie outside of what was allocated.
+FUSED_ATTN_INLINE void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 3);
+#else
+  (void)address;
+#endif
+}
+
+}  // namespace fused_attn

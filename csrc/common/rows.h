@@ -327,13 +327,6 @@ const A* parameter_row(const Rows& rows, int64_t width, A absent, Buffer& buffer
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerialElements = int64_t{1} << 15;
 
-// Asks for a cache line that is read soon.
-FUSED_ATTN_INLINE void prefetch(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 2);
-#endif
-}
-
 inline int threads_for(int64_t rows, int64_t width, int threads) {
   return rows * width < kSerialElements ? 1 : std::max(1, threads);
 }

@@ -22,8 +22,8 @@ struct TensorView {
   DeviceType device_type = DeviceType::kCPU;
   int device_id = 0;
   int ndim = 0;
-  int64_t shape[kMaxDims] = {};
-  int64_t stride[kMaxDims] = {};  // elements
+  int64_t shape[kMaxDims];   // only the first `ndim` of each are set
+  int64_t stride[kMaxDims];  // elements
 
   explicit operator bool() const { return data != nullptr; }
 

@@ -4,7 +4,8 @@
 //   Vec<T>::zero() set1(x) load(p) load(p, n), v.store(p) v.store(p, n)   T: float double uint32_t
 //   load(p), load(p, n), store(p, v), store(p, v, n)   the same, and for BFloat16 and Float16 in
 //       memory, converted (round to nearest even); n: the first n lanes only, the rest is 0
-//   + - * / fma max min abs sqrt sum round exp2 exp log tanh select greater transpose
+//   + - * / fma max min abs sqrt sum sum_each largest round exp2 exp log tanh select greater
+//   transpose
 //
 // max(a, b) and min(a, b) give b where either is NaN. Nothing here may be included by a file that
 // is not compiled per level (see cpu_level.h).
@@ -88,10 +89,12 @@ FUSED_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
   return scale2(exp2_fraction<kPrecision>(x - n), n);
 }
 
-// e^x. x must not be -inf; the relative error grows with |x|, as it does for e^(rounded x).
+// e^x. x must not be -inf. The product with log2(e) is not rounded before its fraction is taken.
 template <Precision kPrecision = Precision::kFull, class T>
 FUSED_ATTN_INLINE Vec<T> exp(Vec<T> x) {
-  return exp2<kPrecision>(x * Vec<T>::set1(static_cast<T>(kLog2e)));
+  const Vec<T> log2e = Vec<T>::set1(static_cast<T>(kLog2e));
+  const Vec<T> n = round(x * log2e);
+  return scale2(exp2_fraction<kPrecision>(fma(x, log2e, Vec<T>::zero() - n)), n);
 }
 
 // tanh(x): x + x^3 Q(x^2) near 0, where 1 - 2 / (e^2x + 1) would cancel.

@@ -99,6 +99,12 @@ FUSED_ATTN_INLINE float sum(VecF a) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+FUSED_ATTN_INLINE float largest(VecF a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 FUSED_ATTN_INLINE VecF select(Mask mask, VecF a, VecF b) {
   const __m256 lo = _mm256_castsi256_ps(expand_mask(mask));
   const __m256 hi = _mm256_castsi256_ps(expand_mask(mask >> 8));
@@ -255,6 +261,25 @@ FUSED_ATTN_INLINE void transpose(VecF (&rows)[16]) {
     rows[i] = {block[0][i], block[2][i]};
     rows[i + 8] = {block[1][i], block[3][i]};
   }
+}
+
+// The sum of each of eight vectors.
+FUSED_ATTN_INLINE __m256 sum_each(const __m256 (&x)[8]) {
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+// Lane i of the result is the sum of rows[i].
+FUSED_ATTN_INLINE VecF sum_each(const VecF (&rows)[16]) {
+  __m256 lo[8], hi[8];
+  FUSED_ATTN_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    lo[i] = _mm256_add_ps(rows[i].lo, rows[i].hi);
+    hi[i] = _mm256_add_ps(rows[i + 8].lo, rows[i + 8].hi);
+  }
+  return {sum_each(lo), sum_each(hi)};
 }
 
 }  // namespace fused_attn::FUSED_ATTN_LEVEL

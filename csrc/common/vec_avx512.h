@@ -76,6 +76,9 @@ FUSED_ATTN_INLINE VecF sqrt(VecF a) {
 FUSED_ATTN_INLINE float sum(VecF a) {
   return _mm512_reduce_add_ps(a.v);
 }
+FUSED_ATTN_INLINE float largest(VecF a) {
+  return _mm512_reduce_max_ps(a.v);
+}
 FUSED_ATTN_INLINE VecF select(Mask mask, VecF a, VecF b) {
   return {_mm512_mask_blend_ps(mask, b.v, a.v)};
 }
@@ -198,6 +201,29 @@ FUSED_ATTN_INLINE void transpose(VecF (&rows)[16]) {
     rows[j].v = _mm512_shuffle_f32x4(a[j], a[j + 8], 0x88);
     rows[j + 8].v = _mm512_shuffle_f32x4(a[j], a[j + 8], 0xdd);
   }
+}
+
+// Lane i of the result is the sum of rows[i]. Each step adds up halves, quarters, ... of two
+// vectors and leaves them in one; in which lane a row ends decides where it starts.
+FUSED_ATTN_INLINE VecF sum_each(const VecF (&rows)[16]) {
+  constexpr int kStart[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+  __m512 a[8], b[4], c[2];
+  FUSED_ATTN_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = rows[kStart[i]].v, y = rows[kStart[i + 8]].v;
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+  FUSED_ATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
+                         _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  }
+  FUSED_ATTN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[i], b[i + 2], 0x44),
+                         _mm512_shuffle_ps(b[i], b[i + 2], 0xee));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd))};
 }
 
 #if FUSED_ATTN_LEVEL_ID >= 3

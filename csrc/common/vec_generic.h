@@ -150,6 +150,15 @@ FUSED_ATTN_INLINE T sum(const Vec<T>& a) {
   return lanes[0];
 }
 
+// The largest lane.
+template <class T>
+FUSED_ATTN_INLINE T largest(const Vec<T>& a) {
+  alignas(64) T lanes[16];
+  a.store(lanes);
+  for (int i = 1; i < 16; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+
 template <class T>
 FUSED_ATTN_INLINE Vec<T> select(Mask mask, const Vec<T>& a, const Vec<T>& b) {
   alignas(64) T x[16], y[16];
@@ -201,6 +210,14 @@ FUSED_ATTN_INLINE void transpose(Vec<T> (&rows)[16]) {
     for (int j = 0; j < 16; ++j) to[j][i] = from[i][j];
   }
   for (int i = 0; i < 16; ++i) rows[i] = Vec<T>::load(to[i]);
+}
+
+// Lane i of the result is the sum of rows[i].
+template <class T>
+FUSED_ATTN_INLINE Vec<T> sum_each(const Vec<T> (&rows)[16]) {
+  alignas(64) T sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = sum(rows[i]);
+  return Vec<T>::load(sums);
 }
 
 FUSED_ATTN_INLINE Vec<double> load(const double* from) {

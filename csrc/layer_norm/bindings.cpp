@@ -4,6 +4,7 @@
 
 #include "common/row_bindings.h"
 #include "common/tensor.h"
+#include "common/threads.h"
 #include "layer_norm/cpu.h"
 
 namespace py = pybind11;
@@ -42,7 +43,7 @@ void fill(Problem& problem, const TensorView& like, DType dtype, const TensorVie
   problem.rng = dropout_rng(rng);
   problem.rms = rms;
   problem.dropout_p = dropout_p;
-  problem.threads = threads;
+  problem.threads = usable_threads(threads);
 }
 
 void forward_binding(py::handle x_, py::handle residual_, py::handle weight_, py::handle bias_,

@@ -21,17 +21,17 @@ def why_not(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-# Small vectors that the kernels read densely; the tensors before them go by their strides.
-_FIRST_VECTOR = Operands._fields.index("key_lengths")
-
-
-def _dense_vectors(operands: Operands) -> tuple[Tensor | None, ...]:
-    vectors = operands[_FIRST_VECTOR:]
-    if all(x is None for x in vectors):
-        return operands
-    return operands[:_FIRST_VECTOR] + tuple(
-        [None if x is None else x.contiguous() for x in vectors]
-    )
+def _dense_vectors(o: Operands) -> Operands:
+    """The kernels read the small vectors densely; the other tensors go by their strides."""
+    if (
+        o.key_lengths is None
+        and o.alibi_slopes is None
+        and o.cu_seqlens_q is None
+        and o.cu_seqlens_k is None
+        and o.rng is None
+    ):  # spelled out, for tiny calls
+        return o
+    return Operands(*o[:6], *[None if x is None else x.contiguous() for x in o[6:]])
 
 
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:

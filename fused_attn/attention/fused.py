@@ -72,7 +72,6 @@ def attention(
     """
     traced = not plain or dispatch.is_traced()
     if needs_grad:
-        settings = settings._replace(need_lse=True)  # the backward starts from it
         return _Attention.apply(*operands[:4], operands[4:], options, settings, traced)
     if not traced:
         return _run_forward(operands, options, settings, out)
@@ -86,12 +85,16 @@ def _call_forward(operands: Operands, options: Options, settings: Settings) -> R
 
 
 def _run_forward(
-    operands: Operands, options: Options, settings: Settings, out: Tensor | None = None
+    operands: Operands,
+    options: Options,
+    settings: Settings,
+    out: Tensor | None = None,
+    need_lse: bool = False,
 ) -> Result:
     backend = _backend(settings.backend)
     if out is None:
         out = _empty_out(operands, settings.token_major)
-    lse, w = _empty_extras(operands, settings)
+    lse, w = _empty_extras(operands, settings, need_lse)
     backend.forward(operands, options, out, lse)
     if w is not None:
         backend.weights(operands, options, lse, w, settings.weights == AVERAGE)
@@ -135,25 +138,28 @@ def _backend(name: str) -> Any:
 
 
 def _empty_out(operands: Operands, token_major: bool) -> Tensor:
-    q = operands.q
-    batch, num_heads, seqlen_q, head_dim = q.shape
-    head_dim_v = operands.v.shape[3]
-    shape = (batch, num_heads, seqlen_q, head_dim_v)
+    q, v = operands.q, operands.v
+    if not token_major and q.shape[3] == v.shape[3]:
+        # Twice as fast as a shape, which counts for tiny calls.
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch, num_heads, seqlen_q, _ = q.shape
+    shape = (batch, num_heads, seqlen_q, v.shape[3])
     if token_major:  # not a transposed view: forward-mode AD treats views differently
         return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
-    if head_dim == head_dim_v:  # twice as fast as a shape, which counts for tiny calls
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
     return torch.empty(shape, dtype=q.dtype, device=q.device)
 
 
-def _empty_extras(operands: Operands, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+def _empty_extras(
+    operands: Operands, settings: Settings, need_lse: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (settings.need_lse or need_lse) and settings.weights == NO_WEIGHTS:
+        return None, None
     q = operands.q
     batch, num_heads, seqlen_q, _ = q.shape
-    seqlen_k = operands.k.shape[2]
-    lse = w = None
-    if settings.need_lse or settings.weights != NO_WEIGHTS:
-        lse = torch.empty((batch, num_heads, seqlen_q), dtype=_statistics_dtype(q), device=q.device)
+    lse = torch.empty((batch, num_heads, seqlen_q), dtype=_statistics_dtype(q), device=q.device)
+    w = None
     if settings.weights != NO_WEIGHTS:
+        seqlen_k = operands.k.shape[2]
         heads = 1 if settings.weights == AVERAGE else num_heads
         w = torch.empty((batch, heads, seqlen_q, seqlen_k), dtype=q.dtype, device=q.device)
     return lse, w
@@ -161,13 +167,14 @@ def _empty_extras(operands: Operands, settings: Settings) -> tuple[Tensor | None
 
 def _empty_gradients(operands: Operands, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """dq, dk, dv like their tensors; dbias zero-filled in the statistics' dtype, to be added to."""
-    grads: list[Tensor | None] = [
-        torch.empty_like(x) if need else None
-        for x, need in zip(operands[:3], needs[:3], strict=True)
+    q, k, v, bias = operands[:4]
+    grads = [
+        torch.empty_like(q) if needs[0] else None,
+        torch.empty_like(k) if needs[1] else None,
+        torch.empty_like(v) if needs[2] else None,
     ]
-    bias = operands.bias
     if needs[3] and bias is not None:
-        dtype = _statistics_dtype(operands.q)
+        dtype = _statistics_dtype(q)
         grads.append(torch.zeros(bias.shape, dtype=dtype, device=bias.device))
     else:
         grads.append(None)
@@ -243,13 +250,18 @@ class _Attention(torch.autograd.Function):
         traced: bool,
     ) -> Result:
         operands = Operands(q, k, v, bias, *masks)
-        run = _call_forward if traced else _run_forward
-        out, lse, weights = run(operands, options, settings)
+        # The backward starts from lse, whether or not the call returns it.
+        if traced:
+            with_lse = settings._replace(need_lse=True)
+            out, lse, weights = _call_forward(operands, options, with_lse)
+        else:
+            out, lse, weights = _run_forward(operands, options, settings, need_lse=True)
         ctx.options, ctx.settings, ctx.traced = options, settings, traced
         ctx.save_for_backward(*operands, out, lse)
-        ctx.save_for_forward(*operands)
+        if higher_order.forward_mode():
+            ctx.save_for_forward(*operands)
         ctx.set_materialize_grads(False)
-        return out, lse, weights
+        return out, lse if settings.need_lse else None, weights
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -260,10 +272,10 @@ class _Attention(torch.autograd.Function):
             formula = _formula(operands, options, settings.weights)
             grads = higher_order.gradients_through(formula, operands[:4], grad_outputs)
             return (*grads, None, None, None, None)
-        if all(grad is None for grad in grad_outputs):
-            return (None,) * 8
         dout, dlse, dweights = grad_outputs
-        needs = tuple(ctx.needs_input_grad[:4])
+        if dout is None and dlse is None and dweights is None:
+            return (None,) * 8
+        needs = ctx.needs_input_grad[:4]
         tail = (out, lse, dout, dlse, dweights, needs)
         if not ctx.traced and not dispatch.is_traced():
             found = _run_backward(operands, options, settings, *tail)

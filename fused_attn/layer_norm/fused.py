@@ -69,8 +69,11 @@ def layer_norm(
     """
     traced = not plain or dispatch.is_traced()
     if needs_grad:
-        settings = settings._replace(need_statistics=True)
-        return _LayerNorm.apply(*operands, options, settings, traced)
+        # To read the sum is faster than to add up x and residual again, and x can be freed.
+        kept = settings.need_sum or operands.residual is not None
+        kept_settings = settings._replace(need_statistics=True, need_sum=kept)
+        y, h = _LayerNorm.apply(*operands, options, kept_settings, traced)
+        return y, h if settings.need_sum else None
     if not traced:
         return _run_forward(operands, options, settings, out, sum_out)[0]
     return _call_forward(operands, options, settings)[0]
