@@ -22,8 +22,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 # specifications by compute capability).
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# Three products of TF32 on long rows of float32 do not fit in registers at any tile size, nor at
-# 128 beside bias, mask, dropout and softcap all at once.
+# Three products of TF32 on long rows of float32 do not fit in registers at any tile size, nor those
+# of head size 128 beside bias, mask, dropout and softcap all at once.
 MAY_SPILL = re.compile(r"attention fp32 (256|128 everything)")
 
 DOTS = re.compile(r"forward|backward_d|decode|bias_gradient|weights")
@@ -73,7 +73,11 @@ def check_instructions(kernel: dict[str, Any], arch: int, name: str) -> None:
     assert counts["mma"] > 0, name
     if "bf16" not in kernel["call"] or "everything" in kernel["call"]:
         return
-    if arch == 90:
+    # A wgmma takes 64 rows: the backward of head size 256 and a few queries have fewer.
+    fewer_rows = "decode" in kernel["kernel"] or (
+        "backward" in kernel["kernel"] and " 256 " in kernel["call"]
+    )
+    if arch == 90 and not fewer_rows:
         assert counts["wgmma"] > 0, name
     if "forward" in kernel["kernel"]:
         assert (counts["tma"] > 0) == (90 <= arch < 120), name
