@@ -15,6 +15,7 @@ from .functional import (
 from .modules import (
     FusedAddLayerNorm,
     FusedAddRMSNorm,
+    FusedFeedForward,
     FusedLayerNorm,
     FusedMultiheadAttention,
     FusedRMSNorm,
@@ -30,6 +31,7 @@ from .sdpa import scaled_dot_product_attention
 __all__ = [
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
+    "FusedFeedForward",
     "FusedLayerNorm",
     "FusedMultiheadAttention",
     "FusedRMSNorm",

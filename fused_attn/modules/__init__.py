@@ -5,6 +5,7 @@ from torch import nn
 from .attention import FusedMultiheadAttention
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
+from .feed_forward import FusedFeedForward
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 
@@ -25,6 +26,7 @@ __all__ = [
     "DROP_INS",
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
+    "FusedFeedForward",
     "FusedLayerNorm",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
