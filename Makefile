@@ -44,7 +44,7 @@ sanitize: $(INSTALLED)
 	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
 	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not level and not compile' \
-	    tests/test_attention*.py tests/test_bias_activation.py tests/test_layer_norm.py || exit 1; \
+	    tests/test_attention*.py tests/test_bias_activation.py tests/test_embedding.py tests/test_layer_norm.py || exit 1; \
 	done
 
 venv: $(INSTALLED)

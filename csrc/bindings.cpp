@@ -9,6 +9,7 @@
 #include "common/cpu_level.h"
 #include "common/peak.h"
 #include "common/tensor.h"
+#include "embedding/bindings.h"
 #include "layer_norm/bindings.h"
 
 namespace py = pybind11;
@@ -58,4 +59,5 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
   fused_attn::bias_activation::bind(m);
+  fused_attn::embedding::bind(m);
 }

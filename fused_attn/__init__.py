@@ -4,6 +4,7 @@ from ._version import __version__
 from .activations import bias_activation
 from .convert import fuse, unfuse
 from .dispatch import UnsupportedError
+from .embeddings import embedding
 from .functional import (
     attention,
     attention_backends,
@@ -22,8 +23,12 @@ from .modules import (
     FusedTransformer,
     FusedTransformerDecoder,
     FusedTransformerDecoderLayer,
+    FusedTransformerEmbedding,
     FusedTransformerEncoder,
     FusedTransformerEncoderLayer,
+    LearnedPositionalEncoding,
+    SinusoidalPositionalEncoding,
+    TransformerEmbedding,
 )
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
@@ -38,8 +43,12 @@ __all__ = [
     "FusedTransformer",
     "FusedTransformerDecoder",
     "FusedTransformerDecoderLayer",
+    "FusedTransformerEmbedding",
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
+    "LearnedPositionalEncoding",
+    "SinusoidalPositionalEncoding",
+    "TransformerEmbedding",
     "UnsupportedError",
     "__version__",
     "add_layer_norm",
@@ -48,6 +57,7 @@ __all__ = [
     "attention_backends",
     "attention_varlen",
     "bias_activation",
+    "embedding",
     "explain",
     "fuse",
     "last_backend",

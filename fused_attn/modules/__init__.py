@@ -4,9 +4,11 @@ from torch import nn
 
 from .attention import FusedMultiheadAttention
 from .decoder_layer import FusedTransformerDecoderLayer
+from .embedding import FusedTransformerEmbedding, TransformerEmbedding
 from .encoder_layer import FusedTransformerEncoderLayer
 from .feed_forward import FusedFeedForward
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
+from .positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 
 # What `fuse` puts in the place of what. The classes are taken now: a program may later put other
@@ -33,6 +35,10 @@ __all__ = [
     "FusedTransformer",
     "FusedTransformerDecoder",
     "FusedTransformerDecoderLayer",
+    "FusedTransformerEmbedding",
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
+    "LearnedPositionalEncoding",
+    "SinusoidalPositionalEncoding",
+    "TransformerEmbedding",
 ]
