@@ -13,6 +13,7 @@ from .functional import (
     last_backend,
     merge_attention,
 )
+from .generation import beam_search, greedy_search, sample
 from .modules import (
     FusedAddLayerNorm,
     FusedAddRMSNorm,
@@ -27,6 +28,7 @@ from .modules import (
     FusedTransformerEncoder,
     FusedTransformerEncoderLayer,
     LearnedPositionalEncoding,
+    Seq2SeqTransformer,
     SinusoidalPositionalEncoding,
     TransformerEmbedding,
 )
@@ -47,6 +49,7 @@ __all__ = [
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
     "LearnedPositionalEncoding",
+    "Seq2SeqTransformer",
     "SinusoidalPositionalEncoding",
     "TransformerEmbedding",
     "UnsupportedError",
@@ -56,14 +59,17 @@ __all__ = [
     "attention",
     "attention_backends",
     "attention_varlen",
+    "beam_search",
     "bias_activation",
     "embedding",
     "explain",
     "fuse",
+    "greedy_search",
     "last_backend",
     "layer_norm",
     "merge_attention",
     "rms_norm",
+    "sample",
     "scaled_dot_product_attention",
     "unfuse",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from ..functional import attention_varlen
 from . import attention_arguments as arguments
 from . import nested_attention
 from .attention_arguments import Sizes
+from .cache import KeyValueCache
 from .packing import Sequences
 from .positions import check_rotary, rotate
 from .scripting import NotScriptable
@@ -200,6 +203,53 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             backend=self.backend,
         )
         return self.out_proj(out.reshape(query.shape[0], self.embed_dim))
+
+    def attend_cached(self, x: Tensor, cache: KeyValueCache) -> Tensor:
+        """Causal self-attention of the tokens that follow those in `cache`; (N, L, E) -> (N, L, E).
+
+        Their keys and values are added to it. The module must be batch_first, and append no keys.
+        """
+        q, k, v = (self._split_heads(y, True) for y in self._project(x, x, x))
+        if self.rotary_base is not None:
+            q, k = (self._rotate(y, cache.length) for y in (q, k))
+        k, v = cache.append(k, v)
+        return self._attend(q, k, v, causal="lower_right")
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, S, D) of `memory` (N, S, E), for `attend_projected`."""
+        nothing = memory.new_empty(memory.shape[0], 0, self.embed_dim)
+        _, k, v = self._project(nothing, memory, memory)
+        return self._split_heads(k, True), self._split_heads(v, True)
+
+    def attend_projected(
+        self, query: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """Attention of `query` (N, L, E) over keys and values that `project_memory` made.
+
+        Args:
+            key_padding_mask: (N, S) bool, True = padding, or None.
+        """
+        nothing = query.new_empty(query.shape[0], 0, self.kdim)
+        q = self._split_heads(self._project(query, nothing, nothing)[0], True)
+        return self._attend(q, k, v, key_padding_mask=key_padding_mask)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: Literal[False, "lower_right"] = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        keep = None if key_padding_mask is None else ~key_padding_mask
+        scalars = Scalars(
+            causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+            token_major=True,
+        )
+        out, _, _ = call.run(Operands(q, k, v, None, None, keep), scalars)
+        return self.out_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.embed_dim))
 
     def _rotate(self, x: Tensor, offset: int = 0) -> Tensor:
         """x (N, H, L, D), turned by the positions offset .. offset + L."""
