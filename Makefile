@@ -54,7 +54,7 @@ venv: $(INSTALLED)
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
-	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,demo]'
+	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,examples]'
 	touch $@
 
 clean:
