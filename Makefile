@@ -49,7 +49,7 @@ sanitize: $(INSTALLED)
 	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
 	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not level and not compile' \
-	    tests/test_attention*.py tests/test_bias_activation.py tests/test_layer_norm.py || exit 1; \
+	    tests/test_attention*.py tests/test_bias_activation.py tests/test_embedding.py tests/test_layer_norm.py || exit 1; \
 	done
 
 venv: $(INSTALLED)
@@ -59,7 +59,7 @@ venv: $(INSTALLED)
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
-	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,demo]'
+	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,examples]'
 	touch $@
 
 # The GPU kernels on an emulated device, which the tests take from the build folder.

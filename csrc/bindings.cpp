@@ -13,6 +13,7 @@
 #include "common/cpu_level.h"
 #include "common/peak.h"
 #include "common/tensor.h"
+#include "embedding/bindings.h"
 #include "layer_norm/bindings.h"
 
 namespace py = pybind11;
@@ -68,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
   fused_attn::bias_activation::bind(m);
+  fused_attn::embedding::bind(m);
 #ifdef FUSED_ATTN_WITH_CUDA
   fused_attn::attention::bind_attention_cuda(m);
   fused_attn::layer_norm::bind_cuda(m);

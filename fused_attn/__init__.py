@@ -4,6 +4,7 @@ from ._version import __version__
 from .activations import bias_activation
 from .convert import fuse, unfuse
 from .dispatch import UnsupportedError
+from .embeddings import embedding
 from .functional import (
     attention,
     attention_backends,
@@ -12,17 +13,24 @@ from .functional import (
     last_backend,
     merge_attention,
 )
+from .generation import beam_search, greedy_search, sample
 from .modules import (
     FusedAddLayerNorm,
     FusedAddRMSNorm,
+    FusedFeedForward,
     FusedLayerNorm,
     FusedMultiheadAttention,
     FusedRMSNorm,
     FusedTransformer,
     FusedTransformerDecoder,
     FusedTransformerDecoderLayer,
+    FusedTransformerEmbedding,
     FusedTransformerEncoder,
     FusedTransformerEncoderLayer,
+    LearnedPositionalEncoding,
+    Seq2SeqTransformer,
+    SinusoidalPositionalEncoding,
+    TransformerEmbedding,
 )
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
@@ -31,14 +39,20 @@ from .warmup import warmup
 __all__ = [
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
+    "FusedFeedForward",
     "FusedLayerNorm",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
     "FusedTransformer",
     "FusedTransformerDecoder",
     "FusedTransformerDecoderLayer",
+    "FusedTransformerEmbedding",
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
+    "LearnedPositionalEncoding",
+    "Seq2SeqTransformer",
+    "SinusoidalPositionalEncoding",
+    "TransformerEmbedding",
     "UnsupportedError",
     "__version__",
     "add_layer_norm",
@@ -46,13 +60,17 @@ __all__ = [
     "attention",
     "attention_backends",
     "attention_varlen",
+    "beam_search",
     "bias_activation",
+    "embedding",
     "explain",
     "fuse",
+    "greedy_search",
     "last_backend",
     "layer_norm",
     "merge_attention",
     "rms_norm",
+    "sample",
     "scaled_dot_product_attention",
     "unfuse",
     "warmup",

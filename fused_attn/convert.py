@@ -107,14 +107,19 @@ def unfuse(model: nn.Module) -> Report:
     Modules that were made as ours become torch.nn's too.
 
     Returns:
-        What was swapped; nothing is left alone.
+        What was swapped; and what was left alone, since torch.nn has no such thing: attention with
+        a rotary position embedding, and everything around it.
 
     Raises:
         TypeError: `model` is no module.
     """
     _check_model(model)
-    swapped = []
+    swapped, left_alone = [], []
     for name, module in model.named_modules():
+        if _plain_class(module) in _STOCK and any(_is_rotary(m) for m in module.modules()):
+            reason = "torch.nn has no rotary position embedding"
+            left_alone.append(LeftAlone(name, type(module).__name__, reason))
+            continue
         for attribute, value in module.__dict__.pop(_KEPT, {}).items():
             setattr(module, attribute, value)
         fused = _plain_class(module)
@@ -122,7 +127,11 @@ def unfuse(model: nn.Module) -> Report:
             before = type(module).__name__
             _change_class(module, _STOCK[fused])
             swapped.append(Swap(name, before, type(module).__name__))
-    return Report(tuple(swapped), ())
+    return Report(tuple(swapped), tuple(left_alone))
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return getattr(module, "rotary_base", None) is not None
 
 
 def _check_model(model: nn.Module) -> None:

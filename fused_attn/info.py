@@ -17,6 +17,9 @@ from .attention.problem import Operands as AttentionOperands
 from .bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
 from .bias_activation import call as bias_activation_call
 from .bias_activation.problem import Operands as BiasActivationOperands
+from .embedding import BACKENDS as EMBEDDING_BACKENDS
+from .embedding import call as embedding_call
+from .embedding.problem import Operands as EmbeddingOperands
 from .layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from .layer_norm import call as layer_norm_call
 from .layer_norm.problem import Operands as LayerNormOperands
@@ -90,10 +93,15 @@ def _explanations(device: str) -> list[tuple[str, dispatch.Explanation]]:
     norm = layer_norm_call.problem_of(LayerNormOperands(x), norm_scalars)
     activation_scalars = bias_activation_call.Scalars("relu")
     activation = bias_activation_call.problem_of(BiasActivationOperands(x), activation_scalars)
+    tokens, weight = torch.zeros(1, dtype=torch.int64, device=device), x.view(1, 1)
+    embedding = embedding_call.problem_of(
+        EmbeddingOperands(tokens, weight), embedding_call.Scalars()
+    )
     return [
         ("attention", dispatch.explain(ATTENTION_BACKENDS, attention)),
         ("layer norm", dispatch.explain(LAYER_NORM_BACKENDS, norm)),
         ("bias activation", dispatch.explain(BIAS_ACTIVATION_BACKENDS, activation)),
+        ("embedding", dispatch.explain(EMBEDDING_BACKENDS, embedding)),
     ]
 
 

@@ -17,6 +17,9 @@ from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
 from fused_attn.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
 from fused_attn.bias_activation import call as bias_activation_call
 from fused_attn.bias_activation.problem import Operands as BiasActivationOperands
+from fused_attn.embedding import BACKENDS as EMBEDDING_BACKENDS
+from fused_attn.embedding import call as embedding_call
+from fused_attn.embedding.problem import Operands as EmbeddingOperands
 from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
 from fused_attn.layer_norm import call as layer_norm_call
 from fused_attn.layer_norm.problem import Operands as LayerNormOperands
@@ -28,6 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("attention_backend", ATTENTION_BACKENDS),
         ("layer_norm_backend", LAYER_NORM_BACKENDS),
         ("bias_activation_backend", BIAS_ACTIVATION_BACKENDS),
+        ("embedding_backend", EMBEDDING_BACKENDS),
     ):
         if fixture in metafunc.fixturenames:
             names = [backend.NAME for backend in backends]
@@ -128,6 +132,17 @@ def bias_activation_backend(request: pytest.FixtureRequest) -> str:
             return request.param
         refusals += reasons
     pytest.skip("; ".join(refusals))
+
+
+@pytest.fixture
+def embedding_backend(request: pytest.FixtureRequest) -> str:
+    """As `attention_backend`, for the embedding."""
+    operands = EmbeddingOperands(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1))
+    problem = embedding_call.problem_of(operands, embedding_call.Scalars())
+    [backend] = [b for b in EMBEDDING_BACKENDS if request.param == b.NAME]
+    if reasons := backend.why_not(problem):
+        pytest.skip("; ".join(reasons))
+    return request.param
 
 
 @pytest.fixture(autouse=True)

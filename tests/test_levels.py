@@ -19,6 +19,7 @@ FILES = (
     "test_attention.py",
     "test_attention_semantics.py",
     "test_bias_activation.py",
+    "test_embedding.py",
     "test_layer_norm.py",
 )
 

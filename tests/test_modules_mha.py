@@ -33,8 +33,12 @@ LAYOUTS = {
 
 
 def test_constructor_has_torch_names_order_and_defaults() -> None:
-    theirs = inspect.signature(nn.MultiheadAttention.__init__)
-    assert inspect.signature(FusedMultiheadAttention.__init__) == theirs
+    theirs = inspect.signature(nn.MultiheadAttention.__init__).parameters.values()
+    *ours, extra = inspect.signature(FusedMultiheadAttention.__init__).parameters.values()
+    assert [(p.name, p.default, p.kind) for p in ours] == [
+        (p.name, p.default, p.kind) for p in theirs
+    ]
+    assert (extra.name, extra.default, extra.kind) == ("rotary_base", None, extra.KEYWORD_ONLY)
 
 
 def test_forward_has_torch_names_order_and_defaults() -> None:

@@ -4,8 +4,12 @@ from torch import nn
 
 from .attention import FusedMultiheadAttention
 from .decoder_layer import FusedTransformerDecoderLayer
+from .embedding import FusedTransformerEmbedding, TransformerEmbedding
 from .encoder_layer import FusedTransformerEncoderLayer
+from .feed_forward import FusedFeedForward
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
+from .positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding
+from .seq2seq import Seq2SeqTransformer
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 
 # What `fuse` puts in the place of what. The classes are taken now: a program may later put other
@@ -25,12 +29,18 @@ __all__ = [
     "DROP_INS",
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
+    "FusedFeedForward",
     "FusedLayerNorm",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
     "FusedTransformer",
     "FusedTransformerDecoder",
     "FusedTransformerDecoderLayer",
+    "FusedTransformerEmbedding",
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
+    "LearnedPositionalEncoding",
+    "Seq2SeqTransformer",
+    "SinusoidalPositionalEncoding",
+    "TransformerEmbedding",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from ..functional import attention_varlen
 from . import attention_arguments as arguments
 from . import nested_attention
 from .attention_arguments import Sizes
+from .cache import KeyValueCache
 from .packing import Sequences
+from .positions import check_rotary, rotate
 from .scripting import NotScriptable
 
 
@@ -29,11 +33,51 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
     that may see no key gets attention 0 and weights 0, in every mode; `is_causal=True` is obeyed
     the same way in every mode, and needs no `attn_mask`; hooks and replacements of `out_proj` work.
 
+    Args:
+        rotary_base: rotate queries and keys by their positions (Su et al. 2021, "RoFormer"), with
+            wavelengths up to 2π · rotary_base; 10000 in the paper. None: no rotation, as in
+            torch.nn. It has no parameters. Positions count from 0 in the keys as in the queries;
+            appended keys (`add_bias_kv`, `add_zero_attn`) are not rotated.
+
     Attributes:
         backend: name of the backend that must run the attention, or None to choose.
+        rotary_base: as given.
     """
 
+    # On the class as well: an nn.MultiheadAttention whose class is swapped has neither attribute.
     backend: str | None = None
+    rotary_base: float | None = None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rotary_base: float | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self.rotary_base = check_rotary(rotary_base, self.head_dim)
 
     def forward(
         self,
@@ -102,6 +146,8 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             arguments.check_masks(key_padding_mask, attn_mask, sizes, dtypes)
         projected = self._project(query, key, value)
         q, k, v = (self._split_heads(x, sizes.batched) for x in projected)
+        if self.rotary_base is not None:
+            q, k = (self._rotate(x) for x in (q, k))
         k, v, appended = self._append_keys(k, v, sizes)
         masks = arguments.make_masks(key_padding_mask, attn_mask, is_causal, sizes, appended, q)
         wanted: Weights = None
@@ -141,6 +187,9 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             x.unflatten(-1, (self.num_heads, self.head_dim))
             for x in self._project(query, key, value)
         )
+        if self.rotary_base is not None:
+            q = rotate(q, query_sequences.positions(q.shape[0])[:, None], self.rotary_base)
+            k = rotate(k, key_sequences.positions(k.shape[0])[:, None], self.rotary_base)
         out = attention_varlen(
             q,
             k,
@@ -154,6 +203,59 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             backend=self.backend,
         )
         return self.out_proj(out.reshape(query.shape[0], self.embed_dim))
+
+    def attend_cached(self, x: Tensor, cache: KeyValueCache) -> Tensor:
+        """Causal self-attention of the tokens that follow those in `cache`; (N, L, E) -> (N, L, E).
+
+        Their keys and values are added to it. The module must be batch_first, and append no keys.
+        """
+        q, k, v = (self._split_heads(y, True) for y in self._project(x, x, x))
+        if self.rotary_base is not None:
+            q, k = (self._rotate(y, cache.length) for y in (q, k))
+        k, v = cache.append(k, v)
+        return self._attend(q, k, v, causal="lower_right")
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H, S, D) of `memory` (N, S, E), for `attend_projected`."""
+        nothing = memory.new_empty(memory.shape[0], 0, self.embed_dim)
+        _, k, v = self._project(nothing, memory, memory)
+        return self._split_heads(k, True), self._split_heads(v, True)
+
+    def attend_projected(
+        self, query: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """Attention of `query` (N, L, E) over keys and values that `project_memory` made.
+
+        Args:
+            key_padding_mask: (N, S) bool, True = padding, or None.
+        """
+        nothing = query.new_empty(query.shape[0], 0, self.kdim)
+        q = self._split_heads(self._project(query, nothing, nothing)[0], True)
+        return self._attend(q, k, v, key_padding_mask=key_padding_mask)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: Literal[False, "lower_right"] = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        keep = None if key_padding_mask is None else ~key_padding_mask
+        scalars = Scalars(
+            causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+            token_major=True,
+        )
+        out, _, _ = call.run(Operands(q, k, v, None, None, keep), scalars)
+        return self.out_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.embed_dim))
+
+    def _rotate(self, x: Tensor, offset: int = 0) -> Tensor:
+        """x (N, H, L, D), turned by the positions offset .. offset + L."""
+        assert self.rotary_base is not None
+        positions = torch.arange(offset, offset + x.shape[2], device=x.device)
+        return rotate(x, positions, self.rotary_base)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The three in-projections, in the layout of their inputs; last dimension embed_dim."""

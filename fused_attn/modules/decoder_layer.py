@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import packing, padding
+from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .packing import Sequences
@@ -189,6 +190,33 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
                 x, memory, memory, sequences, memory_sequences, memory_is_causal
             ),
         )
+
+    def is_cacheable(self) -> bool:
+        """True if `forward_cached` computes what the sub-modules say, and calls all that hooks."""
+        own: Any = self.self_attn
+        cross: Any = self.multihead_attn
+        return (
+            self.is_packable()
+            and own.batch_first
+            and cross._qkv_same_embed_dim
+            and not any(a.add_zero_attn or a.bias_k is not None for a in (own, cross))
+            and getattr(cross, "rotary_base", None) is None
+        )
+
+    def forward_cached(self, x: Tensor, cache: LayerCache) -> Tensor:
+        """The layer on the tokens x (N, L, E) that follow those in `cache`, which takes them in."""
+        own: Any = self.self_attn
+        cross: Any = self.multihead_attn
+
+        def attend_memory(h: Tensor) -> Tensor:
+            # Rows of one memory are so many queries of it, which saves copies of it.
+            queries = h.reshape(cache.memory_k.shape[0], -1, h.shape[-1])
+            out = cross.attend_projected(
+                queries, cache.memory_k, cache.memory_v, cache.memory_padding
+            )
+            return out.reshape(h.shape)
+
+        return self._blocks(x, lambda h: own.attend_cached(h, cache.own), attend_memory)
 
     def _forward_nested(
         self,

@@ -1,6 +1,7 @@
 """linear2(dropout(activation(linear1(x)))), with bias, activation and dropout as one operation.
 
-That is where linear1 and the dropout are plain (`residual`), the activation is one that
+The gated forms multiply activation(gate) by the other half of linear1's features. One operation is
+where linear1 and the dropout are plain (`residual`), the activation is one that
 `fused_attn.bias_activation` knows, and a kernel can run it. Everything else is called as given.
 """
 
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import autocast, dispatch, higher_order
+from .. import autocast, checks, dispatch, higher_order
 from ..activations import Activation, bias_activation
 from ..bias_activation import call
 from .residual import has_hooks, is_plain_tensor
+from .scripting import NotScriptable
 
 _FUNCTIONS: tuple[tuple[Callable[..., Tensor], Activation], ...] = (
     (F.relu, "relu"),
@@ -26,6 +28,18 @@ _FUNCTIONS: tuple[tuple[Callable[..., Tensor], Activation], ...] = (
     (F.silu, "silu"),
 )
 _GELUS: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+
+# Activations of FusedFeedForward; those of _GATED multiply the other half of the features.
+_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "swiglu": nn.SiLU,
+    "geglu": nn.GELU,
+    "reglu": nn.ReLU,
+}
+_GATED = ("swiglu", "geglu", "reglu")
 
 _has_kernel = functools.cache(call.has_kernel)
 
@@ -36,11 +50,16 @@ def feed_forward(
     activation: Callable[[Tensor], Tensor],
     dropout: nn.Module,
     linear2: nn.Module,
+    gated: bool = False,
 ) -> Tensor:
     """The position-wise network of a Transformer layer (Vaswani et al. 2017, section 3.3)."""
     name = _name_of(activation)
     if name is None or not _is_plain_linear(linear1) or not _runs_fused(x, linear1, name):
-        return linear2(dropout(activation(linear1(x))))
+        h = linear1(x)
+        if gated:
+            gate, up = h.chunk(2, dim=-1)
+            return linear2(dropout(activation(gate) * up))
+        return linear2(dropout(activation(h)))
     # The product without its bias: torch would write the bias to memory first and add to it.
     h = F.linear(x, linear1.weight)
     bias: Tensor | None = linear1.bias
@@ -50,9 +69,59 @@ def feed_forward(
     rest: nn.Module | None = dropout
     if type(dropout) is nn.Dropout and not has_hooks(dropout):
         dropout_p, rest = dropout.p if dropout.training else 0.0, None
-    out = h if _may_be_overwritten(h, bias) else None
-    y = bias_activation(h, bias, activation=name, dropout_p=dropout_p, out=out)
+    # Half of a row of gates and products would be a strided operand of linear2.
+    out = h if not gated and _may_be_overwritten(h, bias) else None
+    y = bias_activation(h, bias, activation=name, gated=gated, dropout_p=dropout_p, out=out)
     return linear2(y if rest is None else rest(y))
+
+
+class FusedFeedForward(NotScriptable, nn.Module):
+    """linear2(dropout(activation(linear1(x)))): bias, activation and dropout in one pass.
+
+    "swiglu", "geglu" and "reglu" are the gated forms of Shazeer 2020 (https://arxiv.org/abs/
+    2002.05202, equation 5): linear1 has 2 * dim_feedforward outputs, gates first. Children are
+    called as modules where they have hooks or were replaced, as in `FusedTransformerEncoderLayer`.
+
+    Args:
+        d_model: features of input and output.
+        dim_feedforward: features between the two linears.
+        dropout: probability of dropping one of these in training.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu" or "reglu".
+        bias: both linears have one.
+
+    Raises:
+        ValueError: `activation` is none of these, or `dropout` no probability.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in _LAYERS:
+            known = ", ".join(map(repr, _LAYERS))
+            raise ValueError(f"`activation` must be one of {known}, got {activation!r}")
+        self.gated = activation in _GATED
+        width = 2 * dim_feedforward if self.gated else dim_feedforward
+        self.linear1 = nn.Linear(d_model, width, bias, device, dtype)
+        self.activation = _LAYERS[activation]()
+        self.dropout = nn.Dropout(checks.expect_probability("dropout", dropout))
+        self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, d_model) -> (*, d_model), new."""
+        return feed_forward(
+            x, self.linear1, self.activation, self.dropout, self.linear2, self.gated
+        )
+
+    def extra_repr(self) -> str:
+        return "gated=True" if self.gated else ""
 
 
 def _is_plain_linear(linear: nn.Module) -> TypeGuard[nn.Linear]:

@@ -24,6 +24,12 @@ class Sequences(NamedTuple):
     cu_seqlens: Tensor  # (N + 1,) int32, cumulative lengths
     max_seqlen: int  # at least the longest length
 
+    def positions(self, total: int) -> Tensor:
+        """(total,) int64, the position of each of the `total` tokens in its sequence."""
+        token = torch.arange(total, device=self.cu_seqlens.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+        return token - self.cu_seqlens[sequence]
+
 
 class Padding(NamedTuple):
     """A padded batch: which of its rows are tokens."""

@@ -1,0 +1,91 @@
+"""The path of one call: check it, choose its backend, run it.
+
+What must be checked, and who can run it, depends on shapes, dtypes and flags only. Both are worked
+out once per signature and remembered, so that a repeated call costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, higher_order, philox
+from . import BACKENDS, fused, reference
+from .problem import EmbeddingProblem, Operands, Options, check_weight, describe, make_options
+
+
+class Plan(NamedTuple):
+    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
+
+    options: Options
+    backend: ModuleType
+    needs_grad: bool
+    plain: bool  # no tensor subclasses
+
+
+class Scalars(NamedTuple):
+    """The scalars of a call as the user gave them."""
+
+    scale: Any = 1.0
+    offset: Any = 0
+    padding_idx: Any = None
+    dropout_p: Any = 0.0
+    backend: str | None = None
+
+
+_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+
+
+def run(operands: Operands, scalars: Scalars) -> Tensor:
+    """y, new."""
+    if scalars.dropout_p and operands.rng is None:
+        checks.expect_tensor("weight", operands.weight)
+        checks.expect_probability("dropout_p", scalars.dropout_p)
+        operands = operands._replace(rng=philox.draw_rng(operands.weight.device))
+    needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
+    if torch.compiler.is_compiling():
+        plan = _make_plan(operands, scalars, needs_grad)
+    else:
+        plan = _plans.get(
+            operands,
+            (scalars, needs_grad),
+            lambda: _make_plan(operands, scalars, needs_grad),
+        )
+    if plan.backend is not reference and not higher_order.needs_formula():
+        return fused.embedding(
+            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.plain
+        )
+    return reference.forward(operands, plan.options)
+
+
+def problem_of(
+    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
+) -> EmbeddingProblem:
+    """The checked description of a call.
+
+    Args:
+        needs_grad: a gradient is wanted; None asks the tensors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_weight(operands.weight)
+    options = make_options(
+        scale=scalars.scale,
+        offset=scalars.offset,
+        padding_idx=scalars.padding_idx,
+        dropout_p=scalars.dropout_p,
+        num_tokens=operands.weight.shape[0],
+    )
+    if needs_grad is None:
+        needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
+    return describe(operands, options, needs_grad)
+
+
+def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
+    problem = problem_of(operands, scalars, needs_grad)
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    return Plan(problem.options, backend, needs_grad, dispatch.is_plain(operands))

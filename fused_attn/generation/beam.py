@@ -1,0 +1,122 @@
+"""Beam search over a batch of sentences, with a length penalty."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .search import Generated, Model, forbid
+
+
+@dataclass
+class _Hypotheses:
+    """Of N sentences, B each."""
+
+    tokens: Tensor  # (N, B, L)
+    scores: Tensor  # (N, B); -inf where there is none
+
+    def best_of(self, count: int) -> _Hypotheses:
+        scores, index = self.scores.topk(count, dim=1)
+        return _Hypotheses(_take(self.tokens, index), scores)
+
+
+@torch.no_grad()
+def beam_search(
+    model: Model,
+    src: Tensor,
+    *,
+    bos: int,
+    eos: int,
+    max_len: int,
+    beams: int = 4,
+    length_penalty: float = 0.6,
+    use_cache: bool | None = None,
+) -> Generated:
+    """The best sentence of those that `beams` hypotheses a source lead to.
+
+    The score of a sentence y is log P(y) / ((5 + |y|) / 6)^length_penalty, `eos` counted (Wu et al.
+    2016, "Google's Neural Machine Translation System", equation 14, without coverage). A
+    hypothesis ends with `eos` if that puts it among the best `beams`; at `max_len` those that go on
+    are judged as they are. The search ends when no hypothesis can overtake the best ended one.
+
+    Args:
+        model, src, bos, eos, max_len, use_cache: as of `greedy_search`.
+        beams: hypotheses a sentence.
+        length_penalty: 0 and above; the larger, the longer the sentences.
+
+    Raises:
+        ValueError: `beams` or `length_penalty` is out of range; or as `greedy_search`.
+    """
+    if beams < 1:
+        raise ValueError(f"`beams` must be at least 1, got {beams}")
+    if not 0.0 <= length_penalty < math.inf:
+        raise ValueError(f"`length_penalty` must be at least 0, got {length_penalty}")
+    batch, device = src.shape[0], src.device
+    if batch == 0:
+        return Generated(src.new_empty(0, 0), torch.zeros(0, device=device))
+    decoding = model.start(src, max_len, beams, use_cache)
+    # Only the first of the equal hypotheses counts at the start.
+    scores = torch.full((batch, beams), -torch.inf, dtype=torch.float64, device=device)
+    ended = _Hypotheses(src.new_empty(batch, beams, 0), scores)
+    alive = _Hypotheses(src.new_full((batch, beams, 1), bos), scores.clone())
+    alive.scores[:, 0] = 0.0
+    for length in range(1, max_len + 1):
+        logits = forbid(decoding.step(alive.tokens[:, :, -1].flatten()), (bos, model.padding_idx))
+        alive, ended, rows = _advance(
+            alive, ended, logits, eos, _penalty(length, length_penalty), model.padding_idx
+        )
+        # Scores fall from token to token, and the penalty divides by most at the end.
+        reachable = alive.scores[:, 0] / _penalty(max_len, length_penalty)
+        if bool((ended.scores[:, 0] >= reachable).all()):
+            break
+        decoding.reorder(rows)
+    return _finish(alive, ended, _penalty(max_len, length_penalty), model.padding_idx)
+
+
+def _penalty(length: int, power: float) -> float:
+    return ((5.0 + length) / 6.0) ** power
+
+
+def _advance(
+    alive: _Hypotheses, ended: _Hypotheses, logits: Tensor, eos: int, penalty: float, padding: int
+) -> tuple[_Hypotheses, _Hypotheses, Tensor]:
+    """One token more: those alive, those ended, and the row (N * B,) that each alive comes from."""
+    batch, beams = alive.scores.shape
+    vocab = logits.shape[-1]
+    gained = logits.double().log_softmax(-1).view(batch, beams, vocab)
+    scores = (alive.scores[:, :, None] + gained).flatten(1)
+    # Twice as many as beams: enough stay alive though all beams may end.
+    scores, index = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
+    origin, token = index // vocab, index % vocab
+    tokens = torch.cat([_take(alive.tokens, origin), token[:, :, None]], dim=2)
+    ends = token == eos
+    among_best = torch.arange(index.shape[1], device=index.device) < beams
+    grown = torch.nn.functional.pad(ended.tokens, (0, 1), value=padding)
+    ended = _Hypotheses(
+        torch.cat([grown, tokens[:, :, 1:]], dim=1),
+        torch.cat(
+            [ended.scores, (scores / penalty).masked_fill(~(ends & among_best), -torch.inf)], dim=1
+        ),
+    ).best_of(beams)
+    scores, chosen = scores.masked_fill(ends, -torch.inf).topk(beams, dim=1)
+    rows = origin.gather(1, chosen) + torch.arange(batch, device=index.device)[:, None] * beams
+    return _Hypotheses(_take(tokens, chosen), scores), ended, rows.flatten()
+
+
+def _finish(alive: _Hypotheses, ended: _Hypotheses, penalty: float, padding: int) -> Generated:
+    """The best of those that ended and those that are cut off."""
+    best = _Hypotheses(
+        torch.cat([ended.tokens, alive.tokens[:, :, 1:]], dim=1),
+        torch.cat([ended.scores, alive.scores / penalty], dim=1),
+    ).best_of(1)
+    tokens = best.tokens[:, 0]
+    longest = int((tokens != padding).sum(dim=1).max())
+    return Generated(tokens[:, :longest], best.scores[:, 0].float())
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (N, B, L), index (N, K) -> (N, K, L)."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
