@@ -4,6 +4,7 @@
 
 #include "common/row_bindings.h"
 #include "common/tensor.h"
+#include "common/threads.h"
 #include "embedding/cpu.h"
 
 namespace py = pybind11;
@@ -61,7 +62,7 @@ void fill(Problem& problem, const TensorView& result, const TensorView& tokens,
   problem.offset = offset;
   problem.padding_idx = padding_idx;
   problem.dropout_p = dropout_p;
-  problem.threads = threads;
+  problem.threads = usable_threads(threads);
 }
 
 void forward_binding(py::handle tokens, py::handle weight, py::handle table, py::handle positions,
