@@ -182,6 +182,15 @@ def test_stock_and_hooked_decoders_decode_without_caches() -> None:
             model.start(src, 8, use_cache=True)
 
 
+def test_caches_do_not_depend_on_packing() -> None:
+    model, src = build(2).eval(), batch()
+    expected = greedy_search(model, src, **ENDS, max_len=8)
+    for layer in model.transformer.decoder.layers:
+        layer.pack_padding = False
+    assert type(model.start(src, 8)) is CachedDecoding
+    assert torch.equal(greedy_search(model, src, **ENDS, max_len=8).tokens, expected.tokens)
+
+
 def test_an_empty_batch_gives_no_sentences() -> None:
     model, src = build().eval(), torch.zeros(0, 5, dtype=torch.int64)
     for search in (greedy_search, sample, beam_search):

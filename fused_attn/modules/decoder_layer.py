@@ -150,9 +150,11 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
 
     def is_packable(self) -> bool:
         """True if `forward_packed` computes what the sub-modules say, and calls all that hooks."""
+        return self.pack_padding and self._is_plain()
+
+    def _is_plain(self) -> bool:
         return (
-            self.pack_padding
-            and type(self) is FusedTransformerDecoderLayer
+            type(self) is FusedTransformerDecoderLayer
             and not has_hooks(self)
             and padding.is_plain_attention(self.self_attn)
             and padding.is_plain_attention(self.multihead_attn)
@@ -196,7 +198,7 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         own: Any = self.self_attn
         cross: Any = self.multihead_attn
         return (
-            self.is_packable()
+            self._is_plain()
             and own.batch_first
             and cross._qkv_same_embed_dim
             and not any(a.add_zero_attn or a.bias_k is not None for a in (own, cross))
