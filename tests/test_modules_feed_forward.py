@@ -33,9 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     seen: list[tuple] = []
     real = module.bias_activation
 
-    def record(x: Tensor, bias: Tensor | None, *, activation: str, dropout_p: float, out):
+    def record(x: Tensor, bias: Tensor | None, *, activation: str, dropout_p: float, out, **more):
         seen.append((activation, dropout_p, out is x))
-        return real(x, bias, activation=activation, dropout_p=dropout_p, out=out)
+        return real(x, bias, activation=activation, dropout_p=dropout_p, out=out, **more)
 
     monkeypatch.setattr(module, "bias_activation", record)
     monkeypatch.setattr(module, "_has_kernel", lambda *_: True)  # the reference will do, too

@@ -107,7 +107,9 @@ import os, torch, fused_attn
 x = torch.linspace(-1, 1, 4 * 512 * 64).view(1, 4, 512, 64)
 w = torch.ones(64)
 def work():
-    return fused_attn.attention(x, x, x), fused_attn.layer_norm(x, (64,), w)
+    tokens = torch.arange(2048).view(4, 512) % 512
+    rows = fused_attn.embedding(tokens, x[0, 0])
+    return fused_attn.attention(x, x, x), fused_attn.layer_norm(x, (64,), w), rows
 """
     done = subprocess.run(
         [sys.executable, "-c", preamble + code],
