@@ -11,7 +11,7 @@ EMULATOR := $(VENV)/emulator
 .PHONY: test demo style format gates gpu sanitize venv clean
 
 test: style $(EMULATOR)
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist worksteal
 
 demo: $(INSTALLED)
 	python -m fused_attn demo

@@ -125,15 +125,19 @@ def work():
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
 def test_set_num_threads_is_obeyed() -> None:
+    # By their numbers: a thread of somebody else may end meanwhile.
     code = """
 def threads_after(wanted):
     torch.set_num_threads(wanted)
     work()
-    return len(os.listdir("/proc/self/task"))
+    return set(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+before = set(os.listdir("/proc/self/task"))
 one = threads_after(1)
-print(one - len(before), threads_after(3) - one)
+three = threads_after(3)
+print(len(one - before), len(three - one))
 """
-    assert run("torch.set_num_threads(1); before = os.listdir('/proc/self/task')" + code) == "0 2"
+    assert run(code) == "0 2"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 # Of what takes long in Triton's interpreter and tells little that the other cases don't.
-INTERPRETED_SHARE_OF_FUZZ = 5
+INTERPRETED_SHARE_OF_FUZZ = 10
 NOT_INTERPRETED = re.compile(
     r"test_opcheck\[(everything|weights|pre)|test_results_repeat_bit_for_bit\[.*everything"
     r"|test_nan_in_a_key_that_nobody_sees.*float16|test_fullgraph_compile.*(True|packed)"
