@@ -115,6 +115,7 @@ def work():
         [sys.executable, "-c", preamble + code],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
         timeout=120,
         check=False,
