@@ -10,6 +10,9 @@ import torch
 from .. import native
 from .timing import ROUNDS, DeviceClock, HostClock
 
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}  # far more than any cache holds
+
 
 @functools.cache
 def peak_flops(dtype: torch.dtype) -> float:
@@ -30,15 +33,15 @@ def peak_flops(dtype: torch.dtype) -> float:
 @functools.cache
 def gemm_flops(dtype: torch.dtype, device: str, threads: int) -> float:
     """FLOP/s of torch's product of two square matrices, the best of a few."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+    n = GEMM_SIZE[device]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _fastest(lambda: torch.mm(a, b), device, threads)
 
 
 @functools.cache
 def copy_bandwidth(device: str, threads: int) -> float:
     """Bytes a second, read and written, of torch's copy of a tensor far larger than any cache."""
-    x = torch.zeros(2**29 if device == "cuda" else 2**26, device=device)
+    x = torch.zeros(COPY_ELEMENTS[device], device=device)
     y = torch.zeros_like(x)
     return 2 * x.numel() * x.itemsize / _fastest(lambda: y.copy_(x), device, threads)
 

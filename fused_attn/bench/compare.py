@@ -62,7 +62,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], floor: float = FLOOR) -
     found.new = len(new.keys() - old.keys())
     for which, row in old.items():
         name = f"{row['case']} [{row['side']}, {row['clock']}]"
-        status = lost.get(which[:-1])
+        status = lost.get((row["suite"], row["case"], row["device"], row["side"]))
         if which not in new:
             if status is not None and row["ours"] == "yes":
                 found.regressions.append(f"{name}: has no figure any more, {status}")

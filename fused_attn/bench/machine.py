@@ -15,6 +15,7 @@ import torch
 from .. import __version__, native
 
 CHECKOUT = Path(__file__).parents[2]
+RESULTS = CHECKOUT / "benchmarks" / "results"
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
@@ -44,8 +45,7 @@ def folder_name(device: str = "cpu") -> str:
 
 def results_folder(device: str = "cpu") -> Path:
     """`benchmarks/results/<machine>` in a checkout, else `results/<machine>` where one stands."""
-    in_checkout = (CHECKOUT / "benchmarks" / "results").is_dir()
-    root = CHECKOUT / "benchmarks" / "results" if in_checkout else Path("results")
+    root = RESULTS if RESULTS.is_dir() else Path("results")
     return root / folder_name(device)
 
 

@@ -23,6 +23,7 @@ PALETTE = (
 )  # fmt: skip
 MARKERS = "osD^vP*X"
 DPI = 100
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)  # of ratios
 Picture = tuple[str, str]
 
 
@@ -229,7 +230,7 @@ def _draw_roofline(
                       xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
     if copying:
         rate = max(copying)
-        ends = [x for x in (left, min(right, max(compute.values()) / rate))]
+        ends = [left, min(right, max(compute.values()) / rate)]
         axis.plot(ends, [x * rate for x in ends], color="0.35", linewidth=1.2, linestyle=":",
                   label=f"copying: {rate:.0f} GB/s")  # fmt: skip
     axis.set_xlim(left, right)

@@ -94,7 +94,7 @@ class Problem(abc.ABC):
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of a call, as docs/benchmarks.md counts them; 0: says little."""
+        """FLOPs of a call, as docs/benchmarks.md counts them; 0: says little."""
         return 0.0
 
     @property
@@ -104,7 +104,7 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Random inputs by name, the same numbers in every dtype but for rounding."""
+        """Random inputs by name."""
 
     @abc.abstractmethod
     def formula(self, **tensors: Tensor) -> Sequence[Tensor | None]:
@@ -130,7 +130,7 @@ class Problem(abc.ABC):
 
     def output_gradient(self, out: Tensor) -> Tensor:
         """A random gradient of the main output."""
-        return torch.randn(out.shape).to(out.device, out.dtype)
+        return torch.randn(out.shape, device=out.device).to(out.dtype)
 
     def replace(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, **changes)
@@ -141,7 +141,7 @@ class Problem(abc.ABC):
 
     def draw(self, *shape: int) -> Tensor:
         """Random numbers of the dtype on the device."""
-        return torch.randn(shape).to(self.device, self.dtype)
+        return torch.randn(shape, device=self.device).to(self.dtype)
 
 
 def leaves(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

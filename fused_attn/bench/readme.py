@@ -40,7 +40,7 @@ def update(readme: Path, root: Path | None = None) -> bool:
 
 def table(root: Path | None = None) -> str:
     """What stands between the markers."""
-    root = root or machine.CHECKOUT / "benchmarks" / "results"
+    root = root or machine.RESULTS
     parts = []
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         rows = [row for path in sorted(folder.glob("*.csv")) for row in read_file(path)]

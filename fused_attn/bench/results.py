@@ -1,4 +1,4 @@
-"""Recorded results: a CSV file a suite, a row a case, side and clock, every row with its machine."""
+"""Recorded results: a CSV file a suite; a row a case, side and clock, with its machine."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ def save(folder: Path, rows: Sequence[dict[str, object]], device: str) -> None:
         again = {(row["case"], row["device"]) for row in new}
         kept = [r for r in read_file(path) if (r["case"], r["device"]) not in again]
         _write(path, [*kept, *new])
+
+
+def save_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Write rows of any columns to one CSV file, the machine beside each."""
+    facts = environment()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:

@@ -229,11 +229,11 @@ def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -
     for clock in wanted:
         times, failed = clock.time({n: f for n, f in steps.items() if by_name[n].status == OK})
         result.times[clock.name], result.clocks[clock.name] = times, clock
-        for name, error in failed.items():
+        for name, why in failed.items():
             if isinstance(clock, GraphClock):  # its other figures stay: the call itself works
-                result.sides.append(_uncaptured(by_name[name], error))
+                result.sides.append(_uncaptured(by_name[name], why))
             else:
-                by_name[name].status = f"{FAILED}: {first_line(error)}"
+                by_name[name].status = f"{FAILED}: {first_line(why)}"
     if memory.why_not(problem.device) is None and problem.operation != "import":
         for name, function in steps.items():
             if by_name[name].status == OK:

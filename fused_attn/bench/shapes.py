@@ -52,7 +52,9 @@ ATTENTION = ShapeKind(
             16384, 2048, (512, 1024, 2048, 4096, 8192, 16384), (128, 64, 256)
         ),
         # Triton's tutorial and those who follow it.
-        "b4h48": [*_square(4, 48, (1024, 2048, 4096), 64), *_square(4, 48, (1024, 2048, 4096), 128)],
+        "b4h48": [
+            size for dim in (64, 128) for size in _square(4, 48, (1024, 2048, 4096), dim)
+        ],
         "bert-base": _square(8, 12, (128, 256, 384, 512), 64),
         "grouped": [(2, 32, 8, 2048, 2048, 128), (2, 32, 4, 4096, 4096, 128)],
         "decode": [

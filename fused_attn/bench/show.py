@@ -1,4 +1,4 @@
-"""What a run prints: one line a case and clock, and everybody who has no figure, with the reason."""
+"""What a run prints: a line a case and clock, and why a side has no figure."""
 
 from __future__ import annotations
 

@@ -158,7 +158,9 @@ class Attention(Problem):
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Those of our public function besides q, k and v."""
-        extra = {name: x for name, x in tensors.items() if name not in ("q", "k", "v")}
+        extra: dict[str, Any] = {
+            name: x for name, x in tensors.items() if name not in ("q", "k", "v")
+        }
         if self.causal:
             extra["causal"] = "lower_right"
         if self.window is not None:

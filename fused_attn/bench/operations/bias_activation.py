@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...activations import bias_activation
+from ...activations import Activation, bias_activation
 from ...bias_activation import BACKENDS, call
 from ...bias_activation.call import Scalars
 from ...bias_activation.problem import Operands
@@ -69,7 +69,7 @@ class BiasActivation(Problem):
         return our_sides(BACKENDS, description, self._prepare)
 
     @property
-    def activation(self) -> str:
+    def activation(self) -> Activation:
         return "silu" if self.gated else "gelu"
 
     def empty_result(self) -> Tensor:
@@ -77,10 +77,11 @@ class BiasActivation(Problem):
         return torch.empty(self.rows, width, dtype=self.dtype, device=self.device)
 
     def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
+        x, bias = tensors.values()
         out = None if self.wants_gradient else self.empty_result()
         return Call(
             lambda: bias_activation(
-                **tensors, activation=self.activation, gated=self.gated, out=out, backend=backend
+                x, bias, activation=self.activation, gated=self.gated, out=out, backend=backend
             ),
             leaves(self, tensors),
         )

@@ -69,6 +69,8 @@ class Embedding(Problem):
         return our_sides(BACKENDS, description, self._prepare)
 
     def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
+        tokens, weight, table = tensors.values()
         return Call(
-            lambda: embedding(**tensors, scale=self.scale, backend=backend), leaves(self, tensors)
+            lambda: embedding(tokens, weight, table, scale=self.scale, backend=backend),
+            leaves(self, tensors),
         )

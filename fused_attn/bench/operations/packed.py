@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ...attention import BACKENDS, call
 from ...attention.call import Scalars
-from ...attention.problem import Operands
+from ...attention.problem import Causal, Operands
 from ...functional import attention_varlen
 from ..problem import Call, OurSide, Problem, leaves, with_flags
 from .attention import Attention, padded_lengths
@@ -89,10 +90,11 @@ class Packed(Problem):
     def formula(self, **tensors: Tensor) -> Sequence[Tensor | None]:
         bounds = tensors["cu_seqlens"].tolist()
         outs, lses = [], []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             q, k, v = (tensors[name][None, start:end].transpose(1, 2) for name in "qkv")
             out, lse, _ = self._sequence(end - start).formula(q=q, k=k, v=v)
-            assert out is not None and lse is not None
+            assert out is not None
+            assert lse is not None
             outs.append(out[0].transpose(0, 1))
             lses.append(lse[0].transpose(0, 1))
         return torch.cat(outs), torch.cat(lses), None
@@ -102,7 +104,8 @@ class Packed(Problem):
     ) -> list[float] | None:
         # One batch element with the rows in the place of the length: the noise is a row's.
         out, lse, _ = outputs
-        assert out is not None and lse is not None
+        assert out is not None
+        assert lse is not None
         dense = (out.transpose(0, 1)[None], lse.transpose(0, 1)[None], None)
         return self._sequence(1).noise(dense, inputs)
 
@@ -121,7 +124,7 @@ class Packed(Problem):
 
     def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
         q, k, v, starts = (tensors[name] for name in ("q", "k", "v", "cu_seqlens"))
-        causal = "lower_right" if self.variant == "causal" else False
+        causal: Causal = "lower_right" if self.variant == "causal" else False
         run = functools.partial(
             attention_varlen, q, k, v, starts, starts, self.seqlen, self.seqlen,
             causal=causal, backend=backend,

@@ -1,0 +1,314 @@
+"""The benchmark suites at toy sizes: who is timed, who is not and why, and what a run leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peer_stand_ins
+import pytest
+import torch
+
+from fused_attn.bench import ceilings, cli, memory, peers, results, run, timing
+from fused_attn.bench.judge import Judge
+from fused_attn.bench.operations import importing
+from fused_attn.bench.operations.attention import VARIANTS, Attention
+from fused_attn.bench.peers import flex
+from fused_attn.bench.peers.peer import Peer
+from fused_attn.bench.problem import Call, leaves
+from fused_attn.bench.suites import SUITES, find
+from fused_attn.bench.timing import HostClock
+
+TOY = Attention(
+    dtype=torch.float32, batch=2, heads=2, heads_kv=2, seqlen_q=12, seqlen_k=12, head_dim=8
+)
+NAMES = [suite.name for suite in SUITES]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short samples, one thread, small ceilings: what is tested is not how fast this machine is."""
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 0.001)
+    monkeypatch.setitem(ceilings.COPY_ELEMENTS, "cpu", 2**16)
+    monkeypatch.setattr(importing, "CODE", "import json  # not {package}\nprint(0.25)")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bench(*arguments: str) -> int:
+    return cli.main([*arguments, "--device", "cpu", "--rounds", "2", "--quick"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_suite_runs_and_records(name: str, tmp_path: Path) -> None:
+    dtypes = ("--dtype", "fp32") if name in ("modules", "masks", "bias_activation") else ()
+    assert bench(name, "--shapes", *find(name).toy, *dtypes, "--save", str(tmp_path)) == 0
+    rows = results.read(tmp_path / f"{name}.csv")
+    ours = [row for row in rows if row["ours"] == "yes"]
+    assert any(results.counts(row) for row in ours)
+    assert not [row for row in ours if row["status"].startswith(("wrong", "failed"))]
+    for row in rows:
+        assert row["machine"]
+        assert row["commit"]
+        assert row["date"]
+        assert (row["median_s"] != "") == (row["status"] == "ok")
+    peer_sides = {row["side"] for row in rows if row["ours"] == "no" and results.counts(row)}
+    assert peer_sides or name == "import"
+
+
+def peer(name: str, forward: Callable[[], object] | None = None, **facts: object) -> Peer:
+    """A peer of attention that calls torch, or `forward` on top of it."""
+
+    def prepare(problem: Attention, tensors: dict[str, torch.Tensor]) -> Call:
+        q, k, v = tensors["q"], tensors["k"], tensors["v"]
+
+        def honest() -> torch.Tensor:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return out if forward is None else forward(out)
+
+        return Call(honest, leaves(problem, tensors))
+
+    return Peer(name, {"attention": prepare}, **facts)
+
+
+def explode(out: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+def leave_a_row_out(out: torch.Tensor) -> torch.Tensor:
+    """A kernel that forgets the last query of the last head."""
+    result = torch.empty_like(out)
+    result[:, :, :-1] = out[:, :, :-1]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("forward", "facts", "status"),
+    [
+        (None, {}, "ok"),
+        (lambda out: out * 1.001, {}, "wrong: out: error"),
+        (leave_a_row_out, {}, "wrong: out: error inf"),
+        (explode, {}, "failed: RuntimeError: no such kernel"),
+        (None, {"missing": lambda: "it is not installed"}, "absent: it is not installed"),
+        (None, {"limits": lambda problem: ["a", "b"]}, "refused: a; b"),
+    ],
+    ids=["right", "wrong", "unwritten", "raises", "absent", "refuses"],
+)
+def test_only_what_is_right_gets_a_figure(
+    forward: Callable[[], object] | None, facts: dict[str, object], status: str
+) -> None:
+    result = run.measure(find("forward"), TOY, [peer("it", forward, **facts)])
+    [row] = [row for row in result.rows() if row["side"] == "it"]
+    assert str(row["status"]).startswith(status)
+    assert ("median_s" in row) == (status == "ok")
+
+
+def test_a_wrong_gradient_gets_no_figure() -> None:
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 2
+
+    problem = TOY.replace(direction="backward")
+    result = run.measure(find("backward"), problem, [peer("it", Halved.apply), peer("right")])
+    by_name = {side.name: side.status for side in result.sides}
+    assert by_name["it"].startswith("wrong: gradient of q")
+    assert by_name["right"] == "ok"
+
+
+def test_a_wrong_kernel_of_ours_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Attention.prepare
+
+    def prepare(self, backend, tensors):
+        call = honest(self, backend, tensors)
+        return dataclasses.replace(call, forward=lambda: call.forward() + 1e-3)
+
+    monkeypatch.setattr(Attention, "prepare", prepare)
+    wanted = run.Wanted(peers=(), backends=("reference",))
+    result = run.measure(find("forward"), TOY, peers.PEERS, wanted)
+    [side] = result.sides
+    assert side.verdict == "wrong"
+    assert not any(result.times.values())
+
+
+def test_a_slower_kernel_is_a_regression(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["forward", "--shapes", "toy,full", "--dtype", "fp32", "--peers", "none"]
+    command += ["--backends", "reference", "--device", "cpu", "--rounds", "5"]
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert cli.main([*command, "--save", str(before)]) == 0
+    honest = Attention.prepare
+
+    def prepare(self, backend, tensors):
+        call = honest(self, backend, tensors)
+
+        def twenty_times() -> object:
+            return [call.forward() for _ in range(20)][-1]
+
+        return dataclasses.replace(call, forward=twenty_times)
+
+    monkeypatch.setattr(Attention, "prepare", prepare)
+    assert cli.main([*command, "--save", str(after)]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(before), str(after)]) == 1
+    text = capsys.readouterr().out
+    assert "REGRESSIONS" in text
+    assert "fused_attn:reference" in text
+    assert cli.main(["compare", str(after), str(before)]) == 0
+    assert cli.main(["compare", str(before), str(before)]) == 0
+
+
+def test_who_is_absent_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    gone = peer("gone", missing=lambda: "gone-kernels is not installed")
+    monkeypatch.setattr(peers, "PEERS", (gone,))
+    assert (
+        bench("forward", "--shapes", "toy,full", "--dtype", "fp32", "--backends", "reference") == 0
+    )
+    text = capsys.readouterr().out
+    assert "gone-kernels is not installed" in text
+
+
+def test_a_case_measured_again_replaces_its_rows_alone(tmp_path: Path) -> None:
+    command = ["--dtype", "fp32", "--peers", "none", "--backends", "reference"]
+    command += ["--save", str(tmp_path)]
+    bench("forward", "--shapes", "toy", *command)
+    first = results.read(tmp_path)
+    bench("forward", "--shapes", "toy,full", *command)
+    again = results.read(tmp_path)
+    assert len(again) == len(first) == 2
+    assert {row["variant"] for row in again} == {"full", "causal"}
+
+
+def test_a_budget_that_is_over_says_what_is_left(capsys: pytest.CaptureFixture) -> None:
+    bench("forward", "--shapes", "toy", "--budget", "0", "--peers", "none")
+    assert "not measured, 0 s are over: 4 cases" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        (["flying"], "forward"),
+        (["forward", "--peers", "nobody"], "sdpa-flash"),
+        (["forward", "--backends", "vulkan"], "reference"),
+        (["forward", "--dtype", "int8"], "bf16"),
+        (["forward", "--device", "tpu"], "cpu or cuda"),
+        (["forward", "--shapes", "1,2,three,4,5,6"], "B,H,Hkv,Lq,Lk,D"),
+        (["forward", "--shapes", "1,2,2,8,8"], "tokens-16k"),
+        (["forward", "--shapes", "1,3,2,8,8,8"], "H must be a multiple of Hkv"),
+        (["forward", "--shapes", "toy,diagonal"], "causal"),
+        (["modules", "--shapes", "1,8,30,4"], "WIDTH must be a multiple of HEADS"),
+        (["forward", "--rounds", "0"], "a number from 2"),
+        (["compare", "nowhere", "nowhere"], "there is nothing at nowhere"),
+        (["report", "nowhere"], "there is nothing at nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_lists_the_choices(
+    arguments: list[str], choices: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        raise SystemExit(cli.main(arguments))
+    assert stopped.value.code == 2
+    assert choices in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["forward", "--device", "cuda"])
+    assert "devices: cpu" in capsys.readouterr().err
+
+
+STAND_INS = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_peers_are_called_by_their_signatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the peers' signatures: what we pass, in their layout, gives the formula."""
+    peer_stand_ins.install(monkeypatch)
+    [named] = [peer for peer in peers.PEERS if peer.name == name]
+    checked = 0
+    for problem in toy_problems(named):
+        if named.why_not(problem) != ["needs an NVIDIA GPU"]:
+            continue
+        assert verdict(named, problem) is None, problem
+        checked += 1
+    assert checked >= 2
+
+
+def verdict(named: Peer, problem: object) -> str | None:
+    with torch.set_grad_enabled(problem.wants_gradient):
+        judge = Judge(problem)
+        return judge.verdict(lambda tensors: named.prepare(judge.problem, tensors))
+
+
+def toy_problems(peer: Peer) -> Iterator[object]:
+    """Every toy problem of the peer's operations, float32's and, where that is refused, bf16's."""
+    for suite in SUITES:
+        shapes = [f"{shape},{v}" for shape in suite.toy for v in suite.variants] or suite.toy
+        for problem in suite.problems("cpu", [torch.float32, torch.bfloat16], shapes):
+            if problem.operation in peer.operations and suite.name != "decode":
+                yield problem
+
+
+def test_compiled_peers_have_the_right_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to the compiler, run without one: seconds a case are not worth it here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    compiled = [peer for peer in peers.PEERS if peer.compiles]
+    assert {peer.name for peer in compiled} == {"flex", "torch.compile"}
+    monkeypatch.setattr(flex, "_compiled", eager_flex)
+    for named in compiled:
+        for problem in toy_problems(named):
+            if problem.dtype == torch.float32 and not named.why_not(problem):
+                assert verdict(named, problem) is None, (named.name, problem)
+
+
+def eager_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+def test_onnxruntime_is_right_where_it_is_installed() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    [named] = [peer for peer in peers.PEERS if peer.name == "onnxruntime"]
+    problems = [problem for problem in toy_problems(named) if not named.why_not(problem)]
+    assert {p.operation for p in problems} == {"attention", "add_norm", "bias_activation"}
+    for problem in problems:
+        assert verdict(named, problem) is None, problem
+
+
+def test_attention_knows_every_variant() -> None:
+    for variant in VARIANTS:
+        problem = TOY.replace(variant=variant)
+        assert 0 < problem.visible() <= 1.0
+        assert problem.flops > 0
+    window = TOY.replace(variant="window", seqlen_q=100, seqlen_k=100)
+    seen = sum(min(i, 25) + 1 for i in range(100))
+    assert window.visible() == pytest.approx(seen / 100**2)
+
+
+@pytest.mark.skipif(memory.why_not("cpu") is not None, reason=str(memory.why_not("cpu")))
+def test_peak_memory_counts_what_a_call_touches() -> None:
+    def call() -> torch.Tensor:
+        scratch = torch.ones(64 * 2**20, dtype=torch.uint8)
+        return scratch[:1].clone()
+
+    assert 62 * 2**20 < memory.peak_bytes(call, "cpu") < 72 * 2**20
+
+
+def test_a_side_that_fails_while_it_is_timed_is_out() -> None:
+    times, failed = HostClock(1, 2).time({"good": lambda: None, "bad": lambda: 1 / 0})
+    assert set(times) == {"good"}
+    assert isinstance(failed["bad"], ZeroDivisionError)
