@@ -56,7 +56,7 @@ def test_report_has_every_case_and_pictures(tmp_path: Path) -> None:
     assert "Some CPU" in text
     assert "| fp32 forward 1x1x256x64 | CPU time, 1 thread | cpu | 256 | 1 % |" in text
     assert "| sdpa-flash | 512 | 2.00 |" in text
-    assert "| forward | flex | wrong: out: error 1 | w |" in text
+    assert "| flex | wrong: out: error 1 | forward | w |" in text
     pictures = {path.name.partition("-")[0] for path in folder.glob("*.png")}
     assert pictures == {"speed", "memory", "roofline", "ratios"}
     for path in folder.glob("*.png"):

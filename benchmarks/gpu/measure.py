@@ -23,9 +23,9 @@ from fused_attn.bench import cli, machine
 
 DEVICE = torch.device("cuda")
 OURS = ("cuda", "triton")
-# Without the peers that keep every score, and those that compile anew for every size.
+# Without the peers that keep every score, and those that compile for seconds a case.
 ATTENTION_PEERS = (
-    "sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,flash-attn-2,flash-attn-3,flash-attn-4,xformers"
+    "sdpa-cudnn,sdpa-flash,sdpa-efficient,flash-attn-2,flash-attn-3,flash-attn-4,xformers"
 )
 # The lengths that tell most, largest head counts first: what the budget cuts off comes last.
 FIELD = tuple(
@@ -65,7 +65,8 @@ def attention() -> None:
 
 
 def norms() -> None:
-    suite("layer_norm", 50, "--peers", "torch,torch.compile,liger,quack")
+    suite("layer_norm", 45, "--peers", "torch,liger,quack")
+    suite("layer_norm", 10, "--shapes", "32768,4096,layer", "--peers", "torch,torch.compile")
 
 
 def masks() -> None:
@@ -74,8 +75,10 @@ def masks() -> None:
         for size in ("4,16,16,2048,2048,64", "8,12,12,512,512,64")
         for variant in ("bias", "padding", "mask", "window", "alibi", "softcap")
     ]
-    suite("masks", 50, "--shapes", *shapes, "--peers", ATTENTION_PEERS)
-    suite("packed", 25, "--peers", ATTENTION_PEERS)
+    suite("masks", 30, "--shapes", *shapes, "--peers", ATTENTION_PEERS)
+    suite("packed", 20, "--peers", ATTENTION_PEERS)
+    compiled = ("2,16,16,4096,4096,128,bias", "2,16,16,4096,4096,128,padding")
+    suite("masks", 25, "--shapes", *compiled, "--peers", f"{ATTENTION_PEERS},flex")
 
 
 def decode() -> None:
@@ -83,8 +86,18 @@ def decode() -> None:
 
 
 def modules() -> None:
-    suite("modules", 45, "--shapes", "32,512,768,12,layer", "8,512,768,12,layer-padded",
-          "32,512,512,8,layer", "8,512,768,12,mha", "8,512,768,12,encoder")  # fmt: skip
+    suite("modules", 20, "--shapes", "32,512,768,12,layer")  # torch.compile takes most of it
+    suite(
+        "modules",
+        30,
+        "--shapes",
+        "8,512,768,12,layer-padded",
+        "32,512,512,8,layer",
+        "8,512,768,12,mha",
+        "8,512,768,12,encoder",
+        "--peers",
+        "torch.nn,torch.nn-fast",
+    )
     suite("weights", 15, "--shapes", "8,512,768,12", "--peers", "torch.nn,torch.nn-fast")
 
 

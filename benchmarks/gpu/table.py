@@ -19,9 +19,9 @@ def render(folder: Path, outcomes: dict[str, str]) -> str:
     """Outcomes, ceilings, attention by head size against its best peer, and every other suite."""
     rows = [row for path in sorted(folder.glob("*.csv")) for row in results.read_file(path)]
     lines = ["", *_machine(folder), *_outcomes(outcomes), *_ceilings(folder), ""]
-    lines.append(f"{'attention, TFLOP/s':34}{'cuda':>8}{'triton':>8}{'best peer':>24}{'ratio':>7}")
+    lines.append(f"{'attention, TFLOP/s':42}{'cuda':>8}{'triton':>8}{'best peer':>24}{'ratio':>7}")
     lines += _attention([row for row in rows if row["suite"] in ATTENTION])
-    lines += ["", f"{'least, median and most of':34}{'cases':>6}"
+    lines += ["", f"{'least, median and most of':42}{'cases':>6}"
               f"{'best peer over ours':>22}{'share of ceiling':>22}"]  # fmt: skip
     for suite in SUITES:
         lines += _suite(suite.name, [row for row in rows if row["suite"] == suite.name])
@@ -73,7 +73,7 @@ def _case(rows: Sequence[results.Row]) -> str:
     best = f"{float(peer['gflops']) / 1e3:8.0f} ({peer['side']})" if peer else "-"
     ratio = results.ratio(mine, peer) if mine is not None else None
     cells = "".join(_cell(row) for row in ours)
-    return f"{name:34}{cells}{best:>24}" + (f"{'-':>7}" if ratio is None else f"{ratio:7.2f}")
+    return f"{name:42}{cells}{best:>24}" + (f"{'-':>7}" if ratio is None else f"{ratio:7.2f}")
 
 
 def _cell(row: results.Row | None) -> str:
@@ -98,7 +98,7 @@ def _suite(name: str, rows: Sequence[results.Row]) -> list[str]:
         shares = [float(ours["share"]) for ours, _ in found if ours["share"]]
         label = f"{name} {direction}" if name != direction else name
         how = "" if clock == CLOCK else f" ({clock})"
-        lines.append(f"{label + how:34}{len(found):>6}{_spread(ratios):>22}{_spread(shares):>22}")
+        lines.append(f"{label + how:42}{len(found):>6}{_spread(ratios):>22}{_spread(shares):>22}")
     return lines
 
 

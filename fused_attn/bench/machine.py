@@ -68,6 +68,8 @@ def cpu_name() -> str:
 
 @functools.cache
 def _commit() -> str:
+    if not (CHECKOUT / ".git").exists():  # installed: the version says it
+        return "none"
     return _output("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12")
 
 

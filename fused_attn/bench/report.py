@@ -10,6 +10,7 @@ from .results import Row, figure, pairs, ratio
 from .suites import SUITES
 
 NAME = "report.md"
+MOST_NAMED = 4
 METHOD = """Every side passed the error budget against float64 before it was timed. *Time* is the
 median (of wall time over several threads the minimum), *±* half the distance of the quartiles,
 *ratio* the fastest peer's time over ours: above 1, we are faster. *Share* is of the ceiling that
@@ -99,16 +100,18 @@ def _mebibytes(row: Row) -> str:
 
 
 def _without_figure(rows: Sequence[Row]) -> list[str]:
-    """Who has no figure, and why; wrong and failed ones case by case, the others once a suite."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    """Who has no figure, and why; the cases of what is wrong or fails, as long as they are few."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["status"] != "ok":
-            found.setdefault((row["suite"], row["side"], row["status"]), []).append(row["case"])
+            found.setdefault((row["side"], row["status"]), []).append(row)
     if not found:
         return []
-    lines = ["## Without a figure", "", "| suite | side | status | cases |", "|---|---|---|---|"]
-    for (suite, side, status), cases in found.items():
-        bad = status.startswith(("wrong", "failed"))
-        which = "; ".join(cases) if bad and len(cases) <= 4 else f"{len(cases)}"
-        lines.append(f"| {suite} | {side} | {status.replace('|', '/')} | {which} |")
+    lines = ["## Without a figure", "", "| side | status | suites | cases |", "|---|---|---|---|"]
+    for (side, status), mine in sorted(found.items()):
+        suites = ", ".join(dict.fromkeys(row["suite"] for row in mine))
+        cases = list(dict.fromkeys(row["case"] for row in mine))
+        bad = status.startswith(("wrong", "failed")) and len(cases) <= MOST_NAMED
+        which = "; ".join(cases) if bad else f"{len(cases)}"
+        lines.append(f"| {side} | {status.replace('|', '/')} | {suites} | {which} |")
     return [*lines, ""]

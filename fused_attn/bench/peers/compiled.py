@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo
 import torch._functorch.config as functorch
 from torch import Tensor
 
@@ -15,11 +16,20 @@ from ..problem import Call, Problem, leaves
 from .peer import Peer
 from .sdpa import additive_or_bool_mask, too_many_scores
 
+MOST_SIZES = 1000  # torch gives up compiling a function anew after 8
 
-def compile_for_timing(function: Any) -> Any:
-    """torch.compile for one size, with a backward that may run again and again."""
+
+def compile_for_timing(function: Any, dynamic: bool | None = False, whole: bool = True) -> Any:
+    """torch.compile, with a backward that may run again and again.
+
+    Args:
+        dynamic: as torch.compile's; False compiles for each size alone.
+        whole: a break in the graph is an error. So is a size too many, or else what does not
+            compile would run eagerly under the name of what does.
+    """
     functorch.donated_buffer = False
-    return torch.compile(function, dynamic=False)
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = MOST_SIZES
+    return torch.compile(function, dynamic=dynamic, fullgraph=whole)
 
 
 def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
@@ -54,7 +64,7 @@ def _formula(problem: Problem, tensors: dict[str, Tensor]) -> Call:
 
 def _module(problem: Module, tensors: dict[str, Tensor]) -> Call:
     module = problem.stock()
-    run, call = compile_for_timing(module), problem.call(module, tensors)
+    run, call = compile_for_timing(module, whole=False), problem.call(module, tensors)
     args, keywords = problem.arguments(tensors)
     call.forward = lambda: run(*args, **keywords)
     return call

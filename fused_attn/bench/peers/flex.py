@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..operations.attention import SOFTCAP, Attention
 from ..problem import Call, leaves
+from .compiled import compile_for_timing
 from .peer import Peer
 
 
@@ -18,7 +19,12 @@ from .peer import Peer
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return compile_for_timing(flex_attention, dynamic=None)
+
+
+def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    # Not a closure: one function for all sizes is compiled once for all.
+    return i >= j
 
 
 def _mask(problem: Attention, tensors: dict[str, Tensor]) -> Any:
@@ -41,6 +47,8 @@ def _mask(problem: Attention, tensors: dict[str, Tensor]) -> Any:
         return mask[0, 0, i, j]
 
     functions = {"causal": causal, "window": causal, "padding": padded, "mask": random}
+    if problem.seqlen_q == problem.seqlen_k:
+        functions["causal"] = _causal
     if problem.variant not in functions:
         return None
     batch = problem.batch if problem.variant == "padding" else None
