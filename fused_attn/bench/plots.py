@@ -124,8 +124,9 @@ def _draw_panels(
             axis.set_xlabel("length" if i == len(variants) - 1 else "")
             axis.set_ylabel(unit if j == 0 else "")
         if logarithmic:
-            axes[i][0].set_yscale("log")
+            axes[i][0].set_yscale("log", base=2)
             axes[i][0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes[i][0].yaxis.set_minor_formatter(NullFormatter())
         else:  # once all panels of the row are drawn: a fixed limit ends their common scale
             axes[i][0].set_ylim(bottom=0)
     handles = [
