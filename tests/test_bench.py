@@ -166,6 +166,19 @@ def test_a_slower_kernel_is_a_regression(
     assert cli.main(["compare", str(before), str(before)]) == 0
 
 
+def test_a_case_that_cannot_be_set_up_is_recorded_as_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def tensors(self):
+        raise MemoryError("no room for q")
+
+    monkeypatch.setattr(Attention, "tensors", tensors)
+    assert bench("forward", "--shapes", "toy,full", "--dtype", "fp32", "--save", str(tmp_path)) == 1
+    assert "no room for q" in capsys.readouterr().out
+    [row] = results.read(tmp_path)
+    assert row["status"] == "failed: the case itself: MemoryError: no room for q"
+
+
 def test_who_is_absent_is_named_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from . import machine, peers, results, run, shapes, show
-from .problem import DTYPES
+from .problem import DTYPES, Problem
 from .run import Wanted
-from .suites import SUITES, find
+from .suites import SUITES, Suite, find
 from .timing import QUICK_ROUNDS
 
 COMMANDS = ("list", "report", "compare")
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _measure(
-    problems: Sequence[tuple[object, object]],
+    problems: Sequence[tuple[Suite, Problem]],
     wanted: Wanted,
     device: str,
     folder: Path | None,
@@ -73,16 +73,16 @@ def _measure(
     show.heading(device)
     for name, reason in run.absent(peers.PEERS, wanted).items():
         print(f"  not here: {name:<16} {reason}")
-    table, rows, end = show.Table(), [], time.monotonic() + budget
+    table, end = show.Table(), time.monotonic() + budget
+    rows: list[dict[str, object]] = []
     for i, (suite, problem) in enumerate(problems):
         if time.monotonic() > end:
             print(f"\nnot measured, {budget:.0f} s are over: {len(problems) - i} cases")
             break
         try:
-            result = run.measure(suite, problem, peers.PEERS, wanted)  # type: ignore[arg-type]
-        except Exception as error:  # the case itself: no memory for its inputs or its oracle, say
-            table.broken(suite, problem, error)
-            continue
+            result = run.measure(suite, problem, peers.PEERS, wanted)
+        except Exception as error:  # the case itself: no memory for its inputs, say
+            result = run.broken(suite, problem, error)
         table.add(result)
         rows += result.rows()
         if folder is not None:

@@ -197,6 +197,16 @@ def measure(
     return result
 
 
+def broken(suite: Suite, problem: Problem, error: Exception) -> Result:
+    """The result of a case that could not be set up: nobody has a figure."""
+
+    def prepare(tensors: dict[str, Tensor]) -> Call:
+        raise error
+
+    side = Side("fused_attn", True, prepare, f"{FAILED}: the case itself: {first_line(error)}")
+    return Result(suite.name, problem, [side])
+
+
 def _judge(judge: Judge, side: Side) -> None:
     if side.status != OK:
         return

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import machine, peers, shapes
-from .judge import first_line
 from .problem import Problem
 from .run import ABSENT, Result, fits
 from .suites import SUITES, Suite
@@ -43,10 +40,6 @@ class Table:
             if (side.name, side.status) not in self._said:
                 self._said.add((side.name, side.status))
                 print(f"    no figure: {side.name:<20} {side.status}", flush=True)
-
-    def broken(self, suite: Any, problem: Any, error: Exception) -> None:
-        self._begin(suite.name)
-        print(f"{problem.label:<52} could not be measured: {first_line(error)}", flush=True)
 
     def _begin(self, suite: str) -> None:
         if suite != self._suite:
