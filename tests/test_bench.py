@@ -325,3 +325,18 @@ def test_a_side_that_fails_while_it_is_timed_is_out() -> None:
     times, failed = HostClock(1, 2).time({"good": lambda: None, "bad": lambda: 1 / 0})
     assert set(times) == {"good"}
     assert isinstance(failed["bad"], ZeroDivisionError)
+
+
+def test_a_side_that_fails_by_one_clock_has_no_figure_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Unlucky(HostClock):
+        def time(self, sides):
+            return {}, {"it": RuntimeError("out of luck")}
+
+    both = [HostClock(1, 2), Unlucky(2, 2)]
+    monkeypatch.setattr(run, "clocks", lambda suite, problem, rounds: both)
+    result = run.measure(find("forward"), TOY, [peer("it")])
+    [row] = [row for row in result.rows() if row["side"] == "it"]
+    assert row["status"] == "failed: RuntimeError: out of luck"
+    assert "median_s" not in row

@@ -244,6 +244,10 @@ def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -
                 result.sides.append(_uncaptured(by_name[name], why))
             else:
                 by_name[name].status = f"{FAILED}: {first_line(why)}"
+    for side in result.sides:
+        for times in result.times.values():
+            if side.status != OK:  # by a later clock: what an earlier one said does not count
+                times.pop(side.name, None)
     if memory.why_not(problem.device) is None and problem.operation != "import":
         for name, function in steps.items():
             if by_name[name].status == OK:

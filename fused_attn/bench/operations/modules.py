@@ -83,7 +83,8 @@ class Module(Problem):
 
     @property
     def differentiable(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("x", *(name for name, _ in self.stock().named_parameters()))
+        weights = _stock(self.kind, self.width, self.heads, self.layers).named_parameters()
+        return ("x", *(name for name, _ in weights))
 
     def stock(self, dtype: torch.dtype | None = None) -> nn.Module:
         """torch.nn's module, with the weights that all sides get; training mode if one trains."""
