@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import peer_stand_ins
 import pytest
 import torch
 
 from fused_attn.bench import ceilings, cli, memory, peers, results, run, timing
-from fused_attn.bench.judge import Judge
 from fused_attn.bench.operations import importing
 from fused_attn.bench.operations.attention import VARIANTS, Attention
-from fused_attn.bench.peers import flex
 from fused_attn.bench.peers.peer import Peer
 from fused_attn.bench.problem import Call, leaves
 from fused_attn.bench.suites import SUITES, find
@@ -242,66 +242,6 @@ def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture) -> None:
     assert "devices: cpu" in capsys.readouterr().err
 
 
-STAND_INS = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
-
-
-@pytest.mark.parametrize("name", STAND_INS)
-def test_peers_are_called_by_their_signatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins with the peers' signatures: what we pass, in their layout, gives the formula."""
-    peer_stand_ins.install(monkeypatch)
-    [named] = [peer for peer in peers.PEERS if peer.name == name]
-    checked = 0
-    for problem in toy_problems(named):
-        if named.why_not(problem) != ["needs an NVIDIA GPU"]:
-            continue
-        assert verdict(named, problem) is None, problem
-        checked += 1
-    assert checked >= 2
-
-
-def verdict(named: Peer, problem: object) -> str | None:
-    with torch.set_grad_enabled(problem.wants_gradient):
-        judge = Judge(problem)
-        return judge.verdict(lambda tensors: named.prepare(judge.problem, tensors))
-
-
-def toy_problems(peer: Peer) -> Iterator[object]:
-    """Every toy problem of the peer's operations, float32's and, where that is refused, bf16's."""
-    for suite in SUITES:
-        shapes = [f"{shape},{v}" for shape in suite.toy for v in suite.variants] or suite.toy
-        for problem in suite.problems("cpu", [torch.float32, torch.bfloat16], shapes):
-            if problem.operation in peer.operations and suite.name != "decode":
-                yield problem
-
-
-def test_compiled_peers_have_the_right_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is handed to the compiler, run without one: seconds a case are not worth it here."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    compiled = [peer for peer in peers.PEERS if peer.compiles]
-    assert {peer.name for peer in compiled} == {"flex", "torch.compile"}
-    monkeypatch.setattr(flex, "_compiled", eager_flex)
-    for named in compiled:
-        for problem in toy_problems(named):
-            if problem.dtype == torch.float32 and not named.why_not(problem):
-                assert verdict(named, problem) is None, (named.name, problem)
-
-
-def eager_flex() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
-
-
-def test_onnxruntime_is_right_where_it_is_installed() -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    [named] = [peer for peer in peers.PEERS if peer.name == "onnxruntime"]
-    problems = [problem for problem in toy_problems(named) if not named.why_not(problem)]
-    assert {p.operation for p in problems} == {"attention", "add_norm", "bias_activation"}
-    for problem in problems:
-        assert verdict(named, problem) is None, problem
-
-
 def test_attention_knows_every_variant() -> None:
     for variant in VARIANTS:
         problem = TOY.replace(variant=variant)
@@ -340,3 +280,62 @@ def test_a_side_that_fails_by_one_clock_has_no_figure_by_another(
     [row] = [row for row in result.rows() if row["side"] == "it"]
     assert row["status"] == "failed: RuntimeError: out of luck"
     assert "median_s" not in row
+
+
+class PretendedEvent:
+    """A device event that knows the host's time."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.at
+
+    def elapsed_time(self, end: PretendedEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_device_clocks_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device here: that samples are taken in turn, flushed before, read at the end."""
+    calls: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    here = {
+        "Event": PretendedEvent, "synchronize": lambda: None, "CUDAGraph": Graph,
+        "Stream": Stream, "current_stream": Stream, "stream": lambda s: contextlib.nullcontext(),
+        "graph": lambda graph: contextlib.nullcontext(),
+    }  # fmt: skip
+    for name, stand_in in here.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timing, "_flush_buffer", lambda: Flushed(calls))
+    sides = {name: functools.partial(calls.append, name) for name in "ab"}
+    times, failed = timing.DeviceClock(2).time(sides)
+    assert not failed
+    assert all(t.samples == 2 and 0 < t.median < 1 for t in times.values())
+    assert calls == ["a"] * 3 + ["b"] * 3 + ["flush", "a", "flush", "b"] * 2
+    calls.clear()
+    times, failed = timing.GraphClock(2).time({"a": sides["a"], "bad": lambda: 1 / 0})
+    assert list(times) == ["a"]
+    assert list(failed) == ["bad"]
+    assert calls == ["a"] * 4 + (["flush"] + ["replay"] * 20) * 2
+    calls.clear()
+    assert timing.LaunchClock(2).time(sides)[0].keys() == {"a", "b"}
+    assert len(calls) == 2 * (3 + 2 * 200)
+
+
+class Flushed:
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def zero_(self) -> None:
+        self.calls.append("flush")
