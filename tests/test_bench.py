@@ -123,6 +123,24 @@ def test_a_wrong_gradient_gets_no_figure() -> None:
     assert by_name["right"] == "ok"
 
 
+def test_wrong_attention_weights_get_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    [problem] = find("weights").problems("cpu", [torch.float32], ["toy"])
+    honest = type(problem).call
+
+    def call(self, module, tensors):
+        made = honest(self, module, tensors)
+
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            out, weights = made.forward()
+            return out, weights * 1.001
+
+        return dataclasses.replace(made, forward=forward)
+
+    monkeypatch.setattr(type(problem), "call", call)
+    result = run.measure(find("weights"), problem, ())
+    assert [side.status.partition(": error")[0] for side in result.sides] == ["wrong: weights"]
+
+
 def test_a_wrong_kernel_of_ours_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Attention.prepare
 

@@ -46,6 +46,9 @@ def toy_problems(peer: Peer) -> Iterator[object]:
                 yield problem
 
 
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without", "ignore:The PyTorch API of nested"
+)
 def test_compiled_peers_have_the_right_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is handed to the compiler, run without one: seconds a case are not worth it here."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

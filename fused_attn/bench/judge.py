@@ -57,7 +57,8 @@ class Judge:
         try:
             for i, (name, result) in enumerate(zip(self.budget.names, results, strict=True)):
                 budget = self.budget
-                factor = FORWARD_FACTOR if i == 0 else BACKWARD_FACTOR
+                is_output = i < len(self.problem.outputs)
+                factor = FORWARD_FACTOR if is_output else BACKWARD_FACTOR
                 assert_within_budget(
                     name, result, budget.errors[i], budget.oracle[i], factor, budget.stored[i]
                 )
@@ -66,11 +67,16 @@ class Judge:
         return None
 
     def _results(self, call: Call) -> list[Tensor]:
-        out = call.main()
-        results = [self.problem.part("out", call.restore("out", out.detach()))]
+        found = call.forward()
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        names = self.problem.outputs
+        results = [
+            self.problem.part(name, call.restore(name, x.detach()))
+            for name, x in zip(names, outputs[: len(names)], strict=True)
+        ]
         if self.problem.wants_gradient:
             inputs = list(call.inputs.values())
-            gradients = torch.autograd.grad(out, inputs, call.arrange(self.dout))
+            gradients = torch.autograd.grad(outputs[0], inputs, call.arrange(self.dout))
             for name, gradient in zip(call.inputs, gradients, strict=True):
                 results.append(self.problem.part(name, call.restore(name, gradient)))
         return [x.clone() for x in results]
@@ -97,7 +103,7 @@ class Judge:
     def budget(self) -> Budget:
         problem, parts = self.problem, self._parts
         wanted = list(leaves(problem, parts))
-        names = ["out", *(f"gradient of {name}" for name in wanted)]
+        names = [*problem.outputs, *(f"gradient of {name}" for name in wanted)]
         oracle = self._evaluate(to_dtype(parts, torch.float64))
         errors = [0.0] * len(names)
         for draw in range(DRAWS):
@@ -114,14 +120,14 @@ class Judge:
         return Budget(names, oracle, errors, stored or [0.0] * len(names))
 
     def _evaluate(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """Output and gradients of the formula on parts."""
-        out = self.problem.formula(**tensors)[0]
-        assert out is not None
+        """Outputs and gradients of the formula on parts."""
+        outputs = self.problem.formula(**tensors)[: len(self.problem.outputs)]
+        found = [x.detach() for x in outputs if x is not None]
         wanted = list(leaves(self.problem, tensors).values())
-        if not wanted:
-            return [out.detach()]
-        dout = self.problem.part("out", self.dout).to(out.dtype)
-        return [out.detach(), *torch.autograd.grad(out, wanted, dout)]
+        if not wanted or outputs[0] is None:
+            return found
+        dout = self.problem.part("out", self.dout).to(outputs[0].dtype)
+        return [*found, *torch.autograd.grad(outputs[0], wanted, dout)]
 
 
 def poison_freed_memory(call: Call) -> None:

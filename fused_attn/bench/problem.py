@@ -32,7 +32,7 @@ class Call:
         forward: computes the outputs, the main one first, in the side's own layout.
         inputs: the leaves that gradients are taken of, by the problem's names.
         arrange: brings the gradient of the main output into the side's own layout.
-        restore: brings the main output, or the gradient of the input named, into the problem's.
+        restore: brings an output, or the gradient of the input named, into the problem's.
     """
 
     forward: Callable[[], Any]
@@ -71,8 +71,8 @@ class Problem(abc.ABC):
 
     operation: ClassVar[str]
     bound: ClassVar[str] = "none"  # "compute", "memory": which ceiling says something
-    # Inputs that a gradient is taken of; the first outputs that are compared have these names.
-    differentiable: ClassVar[tuple[str, ...]] = ()
+    differentiable: ClassVar[tuple[str, ...]] = ()  # inputs that a gradient is taken of
+    outputs: ClassVar[tuple[str, ...]] = ("out",)  # what is compared, the main one first
 
     dtype: torch.dtype
     device: str = "cpu"
@@ -115,7 +115,7 @@ class Problem(abc.ABC):
         """Our sides, in order of preference."""
 
     def part(self, name: str, x: Tensor) -> Tensor:
-        """The part of an input or of the output "out" that is compared; the formula maps parts."""
+        """The part of an input or output that is compared; the formula maps parts to parts."""
         return x
 
     def checked(self) -> Problem:

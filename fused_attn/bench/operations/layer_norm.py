@@ -37,6 +37,10 @@ class AddNorm(Problem):
     variant: str = "layer"
 
     @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("out",) if self.wants_gradient else ("out", "sum")
+
+    @property
     def rms(self) -> bool:
         return self.variant == "rms"
 

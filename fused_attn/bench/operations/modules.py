@@ -46,6 +46,10 @@ class Module(Problem):
     layers: int = LAYERS
 
     @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("out", "weights") if self.need_weights else ("out",)
+
+    @property
     def size(self) -> str:
         extras = " padding" * self.padded + " weights" * self.need_weights
         return f"{self.kind} {self.batch}x{self.seqlen}x{self.width} h{self.heads}{extras}"
@@ -142,8 +146,8 @@ class Module(Problem):
         args, keywords = self.arguments(tensors)
         with fast_path(False):
             outputs = torch.func.functional_call(module, parameters, args, keywords)
-        out = outputs[0] if isinstance(outputs, tuple) else outputs
-        return (self.only_real(out),)
+        out, *weights = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (self.only_real(out), *weights)
 
     def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
         return [OurSide("fused_attn", lambda tensors: self.call(self.fused(), tensors))]
