@@ -44,7 +44,7 @@ def bench(*arguments: str) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_suite_runs_and_records(name: str, tmp_path: Path) -> None:
-    dtypes = ("--dtype", "fp32") if name in ("modules", "masks", "bias_activation") else ()
+    dtypes = ("--dtype", "fp32", *(["bf16"] if name in ("forward", "layer_norm") else []))
     assert bench(name, "--shapes", *find(name).toy, *dtypes, "--save", str(tmp_path)) == 0
     rows = results.read(tmp_path / f"{name}.csv")
     ours = [row for row in rows if row["ours"] == "yes"]
