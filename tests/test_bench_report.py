@@ -82,6 +82,19 @@ def test_peers_and_speed_ups_are_no_regressions() -> None:
     assert len(found.improvements) == len(found.peers) == 1
 
 
+def test_what_moved_with_its_peers_is_the_machine() -> None:
+    sides = ("fused_attn:cpu", "sdpa-flash", "sdpa-math")
+    before = [row(side, 128, 1.0) for side in sides]
+    after = [row(side, 128, 1.5) for side in sides]
+    found = compare.compare(before, after)
+    assert not found.regressions
+    assert len(found.peers) == 2
+    after[0] = row("fused_attn:cpu", 128, 3.0)
+    assert len(compare.compare(before, after).regressions) == 1
+    after[0] = row("fused_attn:cpu", 128, 1.0)  # faster than its peers, but not than before
+    assert not compare.compare(before, after).improvements
+
+
 def test_a_figure_that_is_lost_is_a_regression() -> None:
     before = [row("fused_attn:cpu", 128, 1.0), row("fused_attn:cpu", 256, 1.0)]
     lost = row("fused_attn:cpu", 128, 1.0, status="wrong: out", clock="", median_s="")

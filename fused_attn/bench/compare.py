@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .results import ResultsError, Row, counts, key
 
 FLOOR = 0.05
+MOST_SHOWN = 12
 RULE = f"""A change counts if the quartile intervals of the two runs do not overlap, and the medians
 differ by more than both runs' spreads together (a spread is the distance of the quartiles over the
-median) and by more than {FLOOR:.0%}, which two runs on one machine may differ by anyway. Ours that
-had a figure and has none now (wrong, failed, refused) is a regression as well. The exit status is 1
-if there is one. Peers are compared too, but theirs are no regressions: if they moved likewise, it
-was the machine."""
+median) and by more than {FLOOR:.0%}, which two runs on one machine may differ by anyway. Where a
+case has peers, ours must have changed by as much against theirs too: sides take turns, so what
+moved all of them was the machine. Ours that had a figure and has none now (wrong, failed, refused)
+is a regression as well. The exit status is 1 if there is one. Peers that moved are listed, and are
+no regressions."""
 
 
 @dataclass
@@ -37,7 +40,9 @@ class Comparison:
             ("peers that moved", self.peers), ("measured before, not now", self.gone),
         ):  # fmt: skip
             if found:
-                lines += [f"{title}:", *(f"  {line}" for line in found)]
+                shown = found if title == "REGRESSIONS" else found[:MOST_SHOWN]
+                more = [f"  ... and {len(found) - len(shown)} more"] * (len(found) > len(shown))
+                lines += [f"{title}:", *(f"  {line}" for line in shown), *more]
         lines.append(
             f"{self.cases} measurements compared, {len(self.regressions)} slower, "
             f"{len(self.improvements)} faster, {len(self.gone)} gone, {self.new} new"
@@ -59,6 +64,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], floor: float = FLOOR) -
         if row["status"] != "ok"
     }
     found = Comparison({row["machine"] for row in (*old.values(), *new.values())})
+    drifts = _drifts(old, new)
     found.new = len(new.keys() - old.keys())
     for which, row in old.items():
         name = f"{row['case']} [{row['side']}, {row['clock']}]"
@@ -70,11 +76,12 @@ def compare(before: Sequence[Row], after: Sequence[Row], floor: float = FLOOR) -
                 found.gone.append(name if status is None else f"{name}: {status}")
             continue
         found.cases += 1
-        change = _change(row, new[which], floor)
+        ours = row["ours"] == "yes"
+        change = _change(row, new[which], floor, drifts.get(_case(row), 1.0) if ours else 1.0)
         if change is None:
             continue
         line = f"{name}: {_ms(row)} -> {_ms(new[which])} ms ({change:+.0%})"
-        if row["ours"] != "yes":
+        if not ours:
             found.peers.append(line)
         else:
             (found.regressions if change > 0 else found.improvements).append(line)
@@ -83,15 +90,33 @@ def compare(before: Sequence[Row], after: Sequence[Row], floor: float = FLOOR) -
     return found
 
 
-def _change(before: Row, after: Row, floor: float) -> float | None:
-    """Relative change of the median, if it is beyond the noise."""
+def _case(row: Row) -> tuple[str, ...]:
+    return row["suite"], row["case"], row["device"], row["clock"]
+
+
+def _drifts(
+    old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]
+) -> dict[tuple[str, ...], float]:
+    """By what factor the peers of each case became slower: the machine's doing, not ours."""
+    factors: dict[tuple[str, ...], list[float]] = {}
+    for which in old.keys() & new.keys():
+        if old[which]["ours"] != "yes":
+            factor = float(new[which]["median_s"]) / float(old[which]["median_s"])
+            factors.setdefault(_case(old[which]), []).append(factor)
+    return {case: statistics.median(found) for case, found in factors.items()}
+
+
+def _change(before: Row, after: Row, floor: float, drift: float) -> float | None:
+    """Relative change of the median, if it is beyond the noise, as it is and against `drift`."""
     low_a, median_a, high_a = (float(before[name]) for name in ("q25_s", "median_s", "q75_s"))
     low_b, median_b, high_b = (float(after[name]) for name in ("q25_s", "median_s", "q75_s"))
     if low_b <= high_a and low_a <= high_b:
         return None
-    noise = (high_a - low_a) / median_a + (high_b - low_b) / median_b
+    limit = max((high_a - low_a) / median_a + (high_b - low_b) / median_b, floor)
     change = median_b / median_a - 1.0
-    return change if abs(change) > max(noise, floor) else None
+    relative = median_b / median_a / drift - 1.0
+    beyond = min(change, relative) > limit or max(change, relative) < -limit
+    return change if beyond else None
 
 
 def _ms(row: Row) -> str:
