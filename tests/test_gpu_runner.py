@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -13,8 +12,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.gpu import table  # noqa: E402
+from benchmarks.gpu import measure, table  # noqa: E402
 from benchmarks.gpu.__main__ import PARTS, Part, run  # noqa: E402
+from fused_attn.bench import cli, results  # noqa: E402
+from fused_attn.bench.suites import find  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -39,24 +40,63 @@ def test_limits_fit_the_time_that_is_lent() -> None:
     assert all(part.limit <= 300 for part in PARTS)
 
 
-def test_the_table_shows_ratios_and_what_is_missing(tmp_path: Path) -> None:
-    def write(name: str, row: dict[str, object]) -> None:
-        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerow(row)
+def test_the_table_shows_ratios_and_what_is_missing_on_one_screen(tmp_path: Path) -> None:
+    def row(side: str, dim: int, causal: bool, speed: float, **facts: str) -> dict[str, str]:
+        variant = "causal" if causal else "full"
+        made = dict.fromkeys(results.COLUMNS, "") | {
+            "suite": "forward", "case": f"bf16 forward 2x16x8192x{dim} {variant}",
+            "direction": "forward", "dtype": "bf16", "device": "cuda", "batch": "2",
+            "heads": "16", "heads_kv": "16", "seqlen_q": "8192", "seqlen_k": "8192",
+            "head_dim": str(dim), "variant": variant, "side": side, "status": "ok",
+            "ours": "yes" if side.startswith("fused_attn") else "no", "clock": "device events",
+            "min_s": "1", "median_s": f"{1e6 / speed}", "gflops": f"{speed}", "share": "0.75",
+        }  # fmt: skip
+        return made | facts
 
+    rows = []
+    for dim in (64, 128, 256):
+        for causal in (False, True):
+            rows += [
+                row("fused_attn:cuda", dim, causal, 300e3),
+                row("fused_attn:triton", dim, causal, 0.1, status="wrong: out", clock="",
+                    median_s="", gflops=""),
+                row("sdpa-cudnn", dim, causal, 400e3), row("sdpa-flash", dim, causal, 200e3),
+            ]  # fmt: skip
+    results._write(tmp_path / "forward.csv", rows)
+    for name in ("masks", "packed", "decode", "layer_norm", "modules", "weights", "overhead"):
+        others = [
+            {**r, "suite": name, "direction": d} for r in rows for d in ("forward", "training")
+        ]
+        results._write(tmp_path / f"{name}.csv", others)
     machine = {"gpu": "G", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
     (tmp_path / "machine.json").write_text(json.dumps(machine))
-    write("ceilings", {"gemm_tflops": 800.0, "copy_gbs": 4000.0})
-    write("attention", {
-        "direction": "forward", "head_dim": 128, "causal": True, "length": 2048,
-        "cuda": 300.0, "triton": "WRONG", "cudnn": 400.0, "flash": 200.0, "efficient": "no: why",
-    })  # fmt: skip
-    write("norms", {"direction": "forward", "width": 1024, "cuda": 3000.0, "torch": 1500.0})
-    text = table.render(tmp_path, {"build": "ok", "sanitizer": "failed (1)"})
-    for shown in ("0.75", "400 (cudnn)", "WRONG", "75%", "failed (1)"):
+    (tmp_path / "ceilings.json").write_text(json.dumps({"gemm_tflops": 800.0, "copy_gbs": 4000.0}))
+    outcomes = dict.fromkeys([part.name for part in PARTS], "ok") | {"sanitizer": "failed (1)"}
+    text = table.render(tmp_path, outcomes)
+    for shown in ("0.75", "400 (sdpa-cudnn)", "WRONG", "failed (1)", "gemm_tflops 800.0", "more"):
         assert shown in text
+    assert len(text.splitlines()) <= 50
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_every_measurement_is_a_known_suite_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command lines are read on this machine; only what they measure needs a GPU."""
+    asked: list[str] = []
+
+    def read(arguments: list[str]) -> int:
+        at = arguments.index("--device")
+        options = cli._parse([*arguments[:at], *arguments[at + 2 :], "--device", "cpu"])
+        for name in options.suites:
+            asked.append(name)
+            assert find(name).problems("cuda", options.dtype, options.shapes)
+        return 0
+
+    monkeypatch.setenv("FUSED_ATTN_RESULTS", "nowhere")
+    monkeypatch.setattr(measure.cli, "main", read)
+    for part in (measure.attention, measure.norms, measure.masks, measure.decode, measure.modules,
+                 measure.overhead):  # fmt: skip
+        part()
+    assert {"forward", "backward", "masks", "packed", "decode", "modules", "weights"} <= set(asked)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu tells more")
