@@ -68,6 +68,8 @@ function(fused_attn_add_cuda target)
     csrc/attention/cuda_dkdv_float16.cu
     csrc/attention/cuda_dq_bfloat16.cu
     csrc/attention/cuda_dq_float16.cu
+    csrc/attention/cuda_dqdkdv_bfloat16.cu
+    csrc/attention/cuda_dqdkdv_float16.cu
     csrc/attention/cuda_forward_bfloat16.cu
     csrc/attention/cuda_forward_float16.cu
     csrc/attention/cuda_host.cu)
@@ -77,6 +79,7 @@ function(fused_attn_add_cuda target)
   target_sources(${target} PRIVATE
     csrc/attention/cuda_bindings.cpp
     csrc/common/device/launch_cuda.cpp
+    csrc/common/device/map_cache.cpp
     csrc/layer_norm/cuda_bindings.cpp)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_CUDA)
   # The runtime is linked in; the driver is asked for its functions at run time.

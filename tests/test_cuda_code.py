@@ -46,6 +46,17 @@ def test_registers_are_those_that_the_launch_counts_on(kernels: list[Kernel]) ->
         assert kernel.registers == 168, kernel.name
 
 
+def test_dq_is_added_up_by_bulk_reductions(kernels: list[Kernel]) -> None:
+    adding = [kernel for kernel in named(kernels, "dkdv_kernel") if kernel.count("UBLKRED")]
+    # Five head sizes, two element types, plain and general; as many again leave dq alone.
+    assert len(adding) == 20
+    assert len(named(kernels, "dkdv_kernel")) == 40
+    for kernel in adding:
+        transposed = [text for text in kernel.text if "tnspA.tnspB" in text]
+        assert transposed, kernel.name  # dq^T = k^T ds^T
+        assert all("HGMMA" in text for text in transposed), kernel.name
+
+
 @pytest.mark.parametrize("name", ["forward_kernel", "dq_kernel", "dkdv_kernel"])
 def test_tiles_come_by_tma_and_products_by_wgmma(kernels: list[Kernel], name: str) -> None:
     for kernel in named(kernels, name):

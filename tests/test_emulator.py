@@ -42,6 +42,11 @@ EXPECTED: dict[str, str | tuple[str, ...]] = {
     "no barrier init": "no mbarrier was initialised",
     "too many registers": "warps ask for",
     "products left": "without waiting for its matrix products",
+    "no reduction fence": "without a proxy fence",
+    "stage reused": "while a bulk store may still read it",
+    "reduction forgotten": "not committed",
+    "misaligned reduction": "not 16-byte aligned",
+    "no reduction wait": "bulk stores may read shared memory",
 }
 
 

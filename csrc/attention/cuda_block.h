@@ -52,17 +52,25 @@ FUSED_ATTN_DEVICE void store_panels(const TensorMap& map, SharedAddress tile, in
   device::wait_stores();
 }
 
-// A warpgroup's accumulator of 64 rows x kColumns into a tile, rounded to 16 bits.
-template <class Element, class Tile, int kCount>
-FUSED_ATTN_DEVICE void fragment_to_tile(const float (&x)[kCount], SharedAddress tile, int row) {
-  const int thread = device::thread_index() % device::kWarpgroupThreads;
+// A warpgroup's fragment of 64 rows, packed in pairs, into a tile.
+template <class Tile, int kCount>
+FUSED_ATTN_DEVICE void packed_to_tile(const uint32_t (&x)[kCount], SharedAddress tile, int row) {
+  const int thread = device::opaque(device::thread_index()) % device::kWarpgroupThreads;
   const int lane = thread % device::kWarpThreads, warp = thread / device::kWarpThreads;
   FUSED_ATTN_UNROLL_LOOP
-  for (int i = 0; i < kCount; i += 8) {
-    device::store_matrices(Tile::chunk(tile, row + warp * 16 + lane % 16, 2 * i + lane / 16 * 8),
-                           Element::pack(x[i], x[i + 1]), Element::pack(x[i + 2], x[i + 3]),
-                           Element::pack(x[i + 4], x[i + 5]), Element::pack(x[i + 6], x[i + 7]));
+  for (int i = 0; i < kCount; i += 4) {
+    device::store_matrices(Tile::chunk(tile, row + warp * 16 + lane % 16, 4 * i + lane / 16 * 8),
+                           x[i], x[i + 1], x[i + 2], x[i + 3]);
   }
+}
+
+// The same from an accumulator, rounded to 16 bits.
+template <class Element, class Tile, int kCount>
+FUSED_ATTN_DEVICE void fragment_to_tile(const float (&x)[kCount], SharedAddress tile, int row) {
+  uint32_t packed[kCount / 2];
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = Element::pack(x[2 * i], x[2 * i + 1]);
+  packed_to_tile<Tile>(packed, tile, row);
 }
 
 // The same element by element, for tensors that no tensor map describes. `row` is that of the
@@ -186,7 +194,7 @@ struct Block {
            tile * Tile::kBlockN < band.key_begin() || (Tile::kGeneral && masks_elements(p));
   }
   // By band or padding.
-  FUSED_ATTN_DEVICE bool hides_key(int key) const {
+  FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& /*p*/, int key) const {
     if (key < band.key_begin()) return true;
     if (!padding.present()) return false;
     const uint32_t bits = padding.word(key / Tile::kBlockN, key % Tile::kBlockN / 32);
@@ -207,18 +215,19 @@ struct Block {
         padding(p, sequence, padding_bits) {}
 };
 
-// Zeroes the rows of keys that no query of the sequence sees, in tiles that came in raw, and passes
-// the tiles on. A product with 0 is not enough, for 0 * NaN is NaN. For one warp.
-template <class Tile>
+// Zeroes the rows of keys that no query of the sequence sees. A product with 0 is not enough, for
+// 0 * NaN is NaN. For one warp. `Block` says what band and padding hide.
+template <class Tile, class Block>
 class TileCleaner {
  public:
   using KvTile = typename Tile::KvTile;
   static constexpr uint32_t kExponent = Tile::Element::kExponent * 0x10001u;
 
-  FUSED_ATTN_DEVICE TileCleaner(const DeviceProblem& p, const Block<Tile>& block)
+  FUSED_ATTN_DEVICE TileCleaner(const DeviceProblem& p, const Block& block)
       : p_(p), block_(block), lane_(device::thread_index() % device::kWarpThreads) {}
 
-  // `tile_at`, `raw`, `full`: address and barriers by stage.
+  // Tiles that came in raw are cleaned and passed on. `tile_at`, `raw`, `full`: address and
+  // barriers by stage.
   template <class TileAtStage, class Raw, class Full>
   FUSED_ATTN_DEVICE void run(const TileAtStage& tile_at, const Raw& raw, const Full& full) const {
     static_assert(Tile::kStages <= 32, "a bit per stage");
@@ -232,21 +241,20 @@ class TileCleaner {
       if (!block_.hides_keys(p_, tile)) continue;
       device::barrier_wait(raw(stage), phases >> stage & 1);
       phases ^= 1u << stage;
-      clean(tile_at(stage), tile * Tile::kBlockN);
+      clean(tile_at(stage), tile * Tile::kBlockN, 0, Tile::kBlockN);
       device::fence_async();
       device::sync_warp();
       if (lane_ == 0) device::barrier_arrive(full(stage));
     }
   }
 
- private:
-  FUSED_ATTN_DEVICE void clean(SharedAddress tile, int first_key) const {
+  // Rows [begin, end) of the tile whose row 0 is key `first_key`.
+  FUSED_ATTN_DEVICE void clean(SharedAddress tile, int first_key, int begin, int end) const {
     // Only numbers that are none can be hidden by elements and hurt: there are hardly ever any.
-    const bool suspect =
-        Tile::kGeneral && masks_elements(p_) && any_not_finite(tile, 0, Tile::kBlockN);
+    const bool suspect = Tile::kGeneral && masks_elements(p_) && any_not_finite(tile, begin, end);
     FUSED_ATTN_KEEP_LOOP
-    for (int row = 0; row < Tile::kBlockN; ++row) {
-      const bool hidden = block_.hides_key(first_key + row) ||
+    for (int row = begin; row < end; ++row) {
+      const bool hidden = block_.hides_key(p_, first_key + row) ||
                           (suspect && any_not_finite(tile, row, row + 1) &&
                            first_key + row < block_.band.key_end() && nobody_sees(first_key + row));
       if (!hidden) continue;
@@ -257,6 +265,7 @@ class TileCleaner {
     }
   }
 
+ private:
   FUSED_ATTN_DEVICE SharedAddress word(SharedAddress tile, int row, int panel) const {
     return tile + panel * KvTile::kPanelBytes + row * kTileRowBytes + 4 * lane_;
   }
@@ -299,7 +308,7 @@ class TileCleaner {
   }
 
   const DeviceProblem& p_;
-  const Block<Tile>& block_;
+  const Block& block_;
   int lane_;
 };
 

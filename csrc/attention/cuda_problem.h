@@ -31,6 +31,7 @@ struct DeviceProblem {
   bool aligned_right;
 
   float scale, softcap;
+  float scale_log2;             // scale * log2(e)
   bool general;                 // anything but causal, window, key lengths and padding
   float keep_scale;             // 1 / (1 - dropout_p); 0 if nothing is kept
   uint32_t keep_from;           // a random word is kept iff it is at least this

@@ -70,15 +70,30 @@ def backward(
                 gradient.zero_()
     if empty:
         return
-    workspace = torch.empty(_workspace(operands), dtype=torch.float32, device=out.device)
+    add_up_dq = _adds_up_dq(*gradients, dbias)
+    workspace = _workspace(operands, add_up_dq)
     with cuda_runtime.on(out.device):
         cuda_runtime.module().attention_backward_cuda(
             *_readable(operands),
             *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
             *(*gradients, dbias, workspace),
             *options,
+            add_up_dq,
             cuda_runtime.stream(out.device),
         )
+
+
+def _adds_up_dq(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None
+) -> bool:
+    """Whether the kernel of dk and dv adds dq (and dbias) up as well; else they have their own.
+
+    Five products against seven, for all head sizes, but sums in any order and a float32 buffer of
+    q's size. The only place that chooses.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    return (dq is not None or dbias is not None) and (dk is not None or dv is not None)
 
 
 def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
@@ -100,12 +115,14 @@ def _within_padding(operands: Operands) -> Operands:
     return operands._replace(key_padding_mask=None, mask=mask)
 
 
-def _workspace(operands: Operands) -> int:
-    """Numbers that the backward wants for its row statistics: two a head and query, in tiles."""
-    tile = 64
-    _, num_heads, rows, _ = operands.q.shape
+def _workspace(operands: Operands, add_up_dq: bool) -> Tensor:
+    """Memory for the row statistics, two numbers a head and query, in tiles, and the sum of dq."""
+    tile, slice_columns = 64, 16
+    _, num_heads, rows, head_dim = operands.q.shape
     if operands.cu_seqlens_q is not None:
         padded = (rows // tile + operands.cu_seqlens_q.shape[0]) * tile
     else:
         padded = operands.q.shape[0] * -(-rows // tile) * tile
-    return 2 * num_heads * padded
+    columns = -(-head_dim // slice_columns) * slice_columns if add_up_dq else 0
+    size = (2 + columns) * num_heads * padded
+    return torch.empty(size, dtype=torch.float32, device=operands.q.device)
