@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_runtime
-from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options
+from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options, describe
 
 NAME = "cuda"
 
@@ -42,10 +42,10 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
             lse.fill_(-torch.inf)
     if operands.q.numel() == 0 or operands.k.shape[2] == 0:
         return
-    with cuda_runtime.on(out.device):
-        cuda_runtime.module().attention_forward_cuda(
-            *_readable(operands), out, lse, *options, cuda_runtime.stream(out.device)
-        )
+    arguments = (*_readable(operands), out, lse, *options)
+    cuda_runtime.launch(
+        "attention_forward_cuda", arguments, out.device, lambda: describe(operands, options)
+    )
 
 
 def backward(
@@ -72,15 +72,19 @@ def backward(
         return
     add_up_dq = _adds_up_dq(*gradients, dbias)
     workspace = _workspace(operands, add_up_dq)
-    with cuda_runtime.on(out.device):
-        cuda_runtime.module().attention_backward_cuda(
-            *_readable(operands),
-            *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
-            *(*gradients, dbias, workspace),
-            *options,
-            add_up_dq,
-            cuda_runtime.stream(out.device),
-        )
+    arguments = (
+        *_readable(operands),
+        *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
+        *(*gradients, dbias, workspace),
+        *options,
+        add_up_dq,
+    )
+    cuda_runtime.launch(
+        "attention_backward_cuda",
+        arguments,
+        out.device,
+        lambda: describe(operands, options, requires_grad=True),
+    )
 
 
 def _adds_up_dq(
