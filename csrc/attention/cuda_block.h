@@ -172,10 +172,10 @@ struct Block {
   KeyTiles<Tile::kBlockN> tiles;
   Padding padding;
 
-  // Blocks of a head follow each other, so that they find its keys in the second-level cache;
-  // later queries first: under a causal mask they have the most to do.
+  // Later queries first: under a causal mask they have the most to do.
   FUSED_ATTN_DEVICE Block(const DeviceProblem& p, int index, SharedAddress padding_bits)
-      : Block(p, index / row_blocks(p), row_blocks(p) - 1 - index % row_blocks(p), padding_bits) {}
+      : Block(p, BlockPlace(index, row_blocks(p), p.batch * p.num_heads, p.heads_together),
+              padding_bits) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return query_begin >= sequence.seqlen_q; }
   FUSED_ATTN_DEVICE TileKind kind(int tile) const { return padding.kind(tile, tiles.plain(tile)); }
@@ -205,11 +205,11 @@ struct Block {
   static FUSED_ATTN_DEVICE int row_blocks(const DeviceProblem& p) {
     return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
   }
-  FUSED_ATTN_DEVICE Block(const DeviceProblem& p, int head_index, int row_block,
+  FUSED_ATTN_DEVICE Block(const DeviceProblem& p, const BlockPlace& place,
                           SharedAddress padding_bits)
-      : head(head_index % p.num_heads),
-        query_begin(row_block * Tile::kBlockM),
-        sequence(p, head_index / p.num_heads),
+      : head(place.head % p.num_heads),
+        query_begin((row_blocks(p) - 1 - place.piece) * Tile::kBlockM),
+        sequence(p, place.head / p.num_heads),
         band(p, sequence),
         tiles(band, query_begin, smaller(query_begin + Tile::kBlockM, sequence.seqlen_q)),
         padding(p, sequence, padding_bits) {}

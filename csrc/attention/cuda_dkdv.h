@@ -102,8 +102,10 @@ struct KeyBlock {
   Band band;
   QueryTiles<Tile::kBlockM> tiles;
 
+  // Earlier keys first: under a causal mask more queries see them.
   FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int index)
-      : KeyBlock(p, index / key_blocks(p), index % key_blocks(p)) {}
+      : KeyBlock(p, BlockPlace(index, key_blocks(p), p.batch * (p.num_heads / p.group),
+                               p.key_heads_together)) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return key_begin >= sequence.seqlen_k; }
   // May the block hold a key that no query of the sequence sees? (Past the end of the keys the copy
@@ -126,10 +128,10 @@ struct KeyBlock {
   static FUSED_ATTN_DEVICE int key_blocks(const DeviceProblem& p) {
     return (p.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
   }
-  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int head_index, int key_block)
-      : head_kv(head_index % (p.num_heads / p.group)),
-        key_begin(key_block * Tile::kBlockN),
-        sequence(p, head_index / (p.num_heads / p.group)),
+  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, const BlockPlace& place)
+      : head_kv(place.head % (p.num_heads / p.group)),
+        key_begin(place.piece * Tile::kBlockN),
+        sequence(p, place.head / (p.num_heads / p.group)),
         band(p, sequence),
         tiles(band, key_begin, key_begin + Tile::kBlockN) {}
 };

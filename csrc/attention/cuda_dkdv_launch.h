@@ -39,7 +39,8 @@ void launch_dkdv_tile(const BackwardParams& p, const BackwardProblem& problem,
       key_blocks * p.num_heads_kv * p.batch, Tile::kThreads, Tile::kSharedBytes,
       Tile::kLaunchRegisters};
   device::launch(&dkdv_kernel<Tile>, shape, stream, maps, problem);
-  if (Tile::kDq && p.dq.data != nullptr) {
+  if constexpr (Tile::kDq) {
+    if (p.dq.data == nullptr) return;
     launch_convert_dq<typename Tile::Element>(p, problem, Tile::kBlockM, stream);
   }
 }

@@ -219,7 +219,7 @@ class ForwardConsumer {
                                             unwanted);
       hide_by_mask(scores_, p_, at, block_.band);
     }
-    if constexpr (kMasked) {
+    if (kMasked && !(kGeneral && block_.kind(tile) == TileKind::kPlain)) {
       hide_by_band(scores_, at, block_.band);
       hide_by_padding(scores_, block_.padding, tile, fragment_.column);
     }

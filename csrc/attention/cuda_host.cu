@@ -33,6 +33,13 @@ void set_dropout(const Params& p, DeviceProblem& d) {
   if (d.rng == nullptr) d.keep_scale = 1.0f;
 }
 
+// How many heads of `rows` rows the second-level cache holds.
+int fit_together(const Params& p, int64_t rows, int64_t shared_by, int64_t heads) {
+  const int64_t bytes = std::max<int64_t>(2 * rows * (p.head_dim + p.head_dim_v), 1);
+  const int64_t together = device::kCacheBytes / bytes * shared_by;
+  return static_cast<int>(std::clamp<int64_t>(together, 1, std::max<int64_t>(heads, 1)));
+}
+
 struct Extent {
   int64_t heads, rows, window;
 };
@@ -82,6 +89,8 @@ DeviceProblem device_problem(const Params& p) {
   d.alibi_slopes = p.alibi_slopes;
   d.bias = device_view(p.bias);
   d.mask = device_view(p.mask);
+  d.heads_together = fit_together(p, p.seqlen_k, d.group, p.batch * p.num_heads);
+  d.key_heads_together = fit_together(p, p.seqlen_q * d.group, 1, p.batch * p.num_heads_kv);
   d.out = device_view(p.out);
   d.out_by_tile = can_map(p.out);
   d.lse = static_cast<float*>(p.lse.data);
