@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_code import Kernel, read_kernels
+from cuda_code import Kernel, read_kernels, registers_after
 from sass_hazards import hazards
 
 from fused_attn import native
@@ -44,6 +44,20 @@ def test_registers_are_those_that_the_launch_counts_on(kernels: list[Kernel]) ->
         assert kernel.registers in (128, 168), kernel.name
     for kernel in named(kernels, "dq_kernel") + named(kernels, "dkdv_kernel"):
         assert kernel.registers == 168, kernel.name
+
+
+def test_each_role_stays_within_the_registers_that_it_asks_for(kernels: list[Kernel]) -> None:
+    roles = [kernel for kernel in kernels if kernel.count("USETMAXREG") == 2]
+    assert len(roles) == len(kernels_with_tiles(kernels))
+    for kernel in roles:
+        for mnemonic in ("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):
+            asked, used = registers_after(kernel, mnemonic)
+            assert 0 < used <= asked, (kernel.name, mnemonic)
+
+
+def kernels_with_tiles(kernels: list[Kernel]) -> list[Kernel]:
+    names = ("forward_kernel", "dq_kernel", "dkdv_kernel")
+    return [kernel for name in names for kernel in named(kernels, name)]
 
 
 def test_dq_is_added_up_by_bulk_reductions(kernels: list[Kernel]) -> None:

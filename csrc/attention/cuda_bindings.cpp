@@ -41,19 +41,22 @@ void attention_backward_cuda(Arguments& args) {
   p.dbias = args.view("dbias");
   const TensorView workspace = args.tensor("workspace");
   read_scalars(args, p);
-  const bool add_up_dq = args.integer() != 0;
+  BackwardWay way;
+  way.add_up_dq = args.integer() != 0;
+  way.first_head = static_cast<int>(args.integer());
+  way.head_count = static_cast<int>(args.integer());
   void* stream = reinterpret_cast<void*>(args.integer());
   args.finish();
   check_present(workspace);
   check_dtype(workspace, {DType::kFloat32});
   check_contiguous(workspace);
-  const int64_t numbers = backward_workspace(p, add_up_dq);
+  const int64_t numbers = backward_workspace(p, way.add_up_dq);
   if (workspace.shape[0] < numbers) {
     fail_check("workspace", "hold " + std::to_string(numbers) + " numbers",
                std::to_string(workspace.shape[0]));
   }
   const py::gil_scoped_release release;
-  backward_cuda(p, add_up_dq, workspace.as<float>(), stream);
+  backward_cuda(p, way, workspace.as<float>(), stream);
 }
 
 PyMethodDef kMethods[] = {
@@ -63,7 +66,7 @@ PyMethodDef kMethods[] = {
     {"attention_backward_cuda", method<attention_backward_cuda>(), METH_FASTCALL,
      "attention_backward_cuda(<operands of attention_forward>, out, lse, dout, dlse, dq, dk, dv, "
      "dbias, workspace, max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, "
-     "softcap, dropout_p, add_up_dq, stream)"},
+     "softcap, dropout_p, add_up_dq, first_head, head_count, stream)"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

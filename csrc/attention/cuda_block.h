@@ -174,8 +174,7 @@ struct Block {
 
   // Later queries first: under a causal mask they have the most to do.
   FUSED_ATTN_DEVICE Block(const DeviceProblem& p, int index, SharedAddress padding_bits)
-      : Block(p, BlockPlace(index, row_blocks(p), p.batch * p.num_heads, p.heads_together),
-              padding_bits) {}
+      : Block(p, BlockPlace(index, row_blocks(p), p.head_count, p.heads_together), padding_bits) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return query_begin >= sequence.seqlen_q; }
   FUSED_ATTN_DEVICE TileKind kind(int tile) const { return padding.kind(tile, tiles.plain(tile)); }
@@ -207,9 +206,9 @@ struct Block {
   }
   FUSED_ATTN_DEVICE Block(const DeviceProblem& p, const BlockPlace& place,
                           SharedAddress padding_bits)
-      : head(place.head % p.num_heads),
+      : head((p.first_head + place.head) % p.num_heads),
         query_begin((row_blocks(p) - 1 - place.piece) * Tile::kBlockM),
-        sequence(p, place.head / p.num_heads),
+        sequence(p, (p.first_head + place.head) / p.num_heads),
         band(p, sequence),
         tiles(band, query_begin, smaller(query_begin + Tile::kBlockM, sequence.seqlen_q)),
         padding(p, sequence, padding_bits) {}

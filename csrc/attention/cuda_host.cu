@@ -89,6 +89,7 @@ DeviceProblem device_problem(const Params& p) {
   d.alibi_slopes = p.alibi_slopes;
   d.bias = device_view(p.bias);
   d.mask = device_view(p.mask);
+  d.head_count = static_cast<int>(p.batch * p.num_heads);
   d.heads_together = fit_together(p, p.seqlen_k, d.group, p.batch * p.num_heads);
   d.key_heads_together = fit_together(p, p.seqlen_q * d.group, 1, p.batch * p.num_heads_kv);
   d.out = device_view(p.out);
@@ -149,7 +150,8 @@ namespace {
 template <class Element>
 void backward_in(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream) {
   const bool queries = p.batch * p.seqlen_q > 0, keys = p.batch * p.seqlen_k > 0;
-  if (queries) launch_delta<Element>(p, problem, stream);
+  // Of some heads after others, it is there already.
+  if (queries && problem.first_head == 0) launch_delta<Element>(p, problem, stream);
   if (problem.dq_sum != nullptr) return launch_dkdv<Element, true>(p, problem, stream);
   if (queries && (p.dq.data != nullptr || p.dbias.data != nullptr)) {
     launch_dq<Element>(p, problem, stream);
@@ -173,10 +175,15 @@ int64_t backward_workspace(const Params& p, bool add_up_dq) {
   return (2 + (add_up_dq ? columns : 0)) * p.num_heads * statistics_rows(p);
 }
 
-void backward_cuda(const BackwardParams& p, bool add_up_dq, float* workspace, void* stream) {
+void backward_cuda(const BackwardParams& p, const BackwardWay& way, float* workspace,
+                   void* stream) {
   const int64_t rows = statistics_rows(p), numbers = p.num_heads * rows;
-  const BackwardProblem problem = backward_problem(
-      p, {workspace, workspace + numbers, add_up_dq ? workspace + 2 * numbers : nullptr, rows});
+  BackwardProblem problem = backward_problem(
+      p, {workspace, workspace + numbers, way.add_up_dq ? workspace + 2 * numbers : nullptr, rows});
+  if (way.head_count > 0) {
+    problem.first_head = way.first_head;
+    problem.head_count = way.head_count;
+  }
   if (p.dtype == DType::kBFloat16) return backward_in<device::BFloat16>(p, problem, stream);
   return backward_in<device::Float16>(p, problem, stream);
 }

@@ -43,6 +43,7 @@ struct DeviceProblem {
   int64_t key_padding_stride[2];
   const float* alibi_slopes;
   DeviceView bias, mask;
+  int first_head, head_count;  // of all heads of the batch: those that blocks of queries work on
   // Heads (of q, or of k and v) whose tensors the second-level cache holds together.
   int heads_together, key_heads_together;
   DeviceView out;  // written element by element unless `out_by_tile`

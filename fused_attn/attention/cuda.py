@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -72,19 +74,30 @@ def backward(
         return
     add_up_dq = _adds_up_dq(*gradients, dbias)
     workspace = _workspace(operands, add_up_dq)
-    arguments = (
+    given = (
         *_readable(operands),
         *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
-        *(*gradients, dbias, workspace),
-        *options,
-        add_up_dq,
     )
-    cuda_runtime.launch(
-        "attention_backward_cuda",
-        arguments,
-        out.device,
-        lambda: describe(operands, options, requires_grad=True),
-    )
+
+    def launch(
+        gradients: tuple[Tensor | None, ...], dbias: Tensor | None, first: int = 0, count: int = 0
+    ) -> None:
+        cuda_runtime.launch(
+            "attention_backward_cuda",
+            (*given, *gradients, dbias, workspace, *options, add_up_dq, first, count),
+            out.device,
+            lambda: describe(operands, options, requires_grad=True),
+        )
+
+    if dbias is None or not (_must_repeat() and _is_shared(dbias, operands)):
+        return launch(gradients, dbias)
+    if any(gradient is not None for gradient in gradients):
+        launch(gradients, None)
+    _add_up_bias(dbias, operands, lambda *part: launch((None, None, None), *part))
+
+
+def _must_repeat() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _adds_up_dq(
@@ -95,9 +108,30 @@ def _adds_up_dq(
     Five products against seven, for all head sizes, but sums in any order and a float32 buffer of
     q's size. The only place that chooses.
     """
-    if torch.are_deterministic_algorithms_enabled():
+    if _must_repeat():
         return False
     return (dq is not None or dbias is not None) and (dk is not None or dv is not None)
+
+
+def _is_shared(dbias: Tensor, operands: Operands) -> bool:
+    """Whether several scores have an element of the bias in common."""
+    return tuple(dbias.shape) != (*operands.q.shape[:3], operands.k.shape[2])
+
+
+def _add_up_bias(
+    dbias: Tensor, operands: Operands, launch: Callable[[Tensor, int, int], None]
+) -> None:
+    """The gradient of a shared bias in a fixed order: the batch entries, and heads if they share
+    it, one after the other, each in memory of its own for (Lq, Lk) that is then added to it.
+    """
+    batch, num_heads, seqlen_q, _ = operands.q.shape
+    together = num_heads if dbias.shape[1] == num_heads else 1
+    shape = (1, together, seqlen_q, operands.k.shape[2])
+    for first in range(0, batch * num_heads, together):
+        part = torch.zeros(shape, dtype=dbias.dtype, device=dbias.device)
+        launch(part, first, together)
+        to = dbias[first // num_heads if dbias.shape[0] == batch else 0][None]
+        to += part.sum_to_size(to.shape)
 
 
 def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
