@@ -122,6 +122,10 @@ def test_the_module_needs_no_cuda_library() -> None:
     assert not re.search(r"libcuda|libcudart|libtorch|libc10", needed), needed
 
 
+def test_the_module_fits_into_the_wheel() -> None:
+    assert MODULE.stat().st_size < 20e6
+
+
 def test_importing_starts_no_cuda() -> None:
     script = (
         "import torch, fused_attn\n"
