@@ -37,8 +37,16 @@ struct DkDvTile {
   static constexpr uint32_t kQ = kV + KvTile::kBytes;
   static constexpr uint32_t kDout = kQ + kStages * QTile::kBytes;
   // Of dq only: ds^T by stage, and a place for each warp's part of dq on its way out.
-  using DsTile = SharedTile<kBlockN, kBlockM>;
-  static constexpr int kDqQueries = kHeadDim <= kTileColumns ? kBlockM / 2 : kBlockM;
+  // Up to 64 columns the warpgroups share the queries, each with a panel of its own: nobody says
+  // that a transposed operand may begin within a swizzle.
+  static constexpr bool kDqByQueries = kHeadDim <= kTileColumns;
+  static constexpr int kDqQueries = kDqByQueries ? kBlockM / kGroups : kBlockM;
+  struct DsTile : SharedTile<kBlockN, kDqByQueries ? kGroups * kTileColumns : kBlockM> {
+    static FUSED_ATTN_DEVICE SharedAddress chunk(SharedAddress tile, int row, int query) {
+      return SharedTile<kBlockN, kTileColumns>::chunk(
+          tile, row, query / kDqQueries * kTileColumns + query % kDqQueries);
+    }
+  };
   static constexpr int kDqWarps = kSplit ? 4 : 8;
   static constexpr int kDqStageBytes = kSliceColumns * kDqQueries * 4;
   static constexpr uint32_t kDs = kDout + kStages * QTile::kBytes;
@@ -287,7 +295,7 @@ class DkDvConsumer {
     typename DqAdder<Tile>::Accumulator dq;
     if constexpr (Tile::kDq) {
       device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
-      const int panel = Tile::KvTile::kPanels == 1 ? 0 : group_;
+      const int panel = Tile::kDqByQueries ? 0 : group_;
       DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
       device::mma_wait<1>();
     } else {
@@ -304,7 +312,7 @@ class DkDvConsumer {
     if constexpr (Tile::kDq) {
       device::mma_wait<0>();
       device::pin(dq);
-      const int panel = Tile::KvTile::kPanels == 1 ? 0 : group_;
+      const int panel = Tile::kDqByQueries ? 0 : group_;
       DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
     }
   }

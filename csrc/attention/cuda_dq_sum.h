@@ -36,20 +36,20 @@ FUSED_ATTN_DEVICE float* dq_piece(const BackwardProblem& p, const Sequence& s, i
 // before it. Nothing is kept in registers from step to step: they are full.
 template <class Tile>
 struct DqAdder {
-  // Up to 64 columns the warpgroups share the queries of a tile, above that the panels of k.
   static constexpr int kQueries = Tile::kDqQueries;
   using Accumulator = float[kQueries / 2];
   using Product = device::Mma<typename Tile::Element, kQueries, true, true>;
 
   static FUSED_ATTN_DEVICE int first_query(int group) {
-    return Tile::KvTile::kPanels == 1 ? group * kQueries : 0;
+    return Tile::kDqByQueries ? group * kQueries : 0;
   }
 
   // dq^T = k^T ds^T for the columns of one panel of k.
   static FUSED_ATTN_DEVICE void issue(Accumulator& dq, SharedAddress k, SharedAddress ds, int panel,
                                       int group) {
     const uint64_t a = Tile::KvTile::by_columns(k + panel * Tile::KvTile::kPanelBytes);
-    const uint64_t b = Tile::DsTile::by_columns(ds + 2 * first_query(group));
+    const int part = Tile::kDqByQueries ? group : 0;
+    const uint64_t b = Tile::DsTile::by_columns(ds + part * Tile::DsTile::kPanelBytes);
     device::mma_fence();
     FUSED_ATTN_UNROLL_LOOP
     for (int s = 0; s < Tile::kBlockN / 16; ++s) {
