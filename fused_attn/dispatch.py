@@ -129,6 +129,7 @@ class PlanCache(Generic[PlanT]):
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, PlanT] = {}
+        _caches.append(self._plans)
 
     def get(
         self, operands: tuple[Any, ...], scalars: Hashable, make_plan: Callable[[], PlanT]
@@ -145,6 +146,15 @@ class PlanCache(Generic[PlanT]):
                 self._plans.clear()
             self._plans[key] = plan
         return plan
+
+
+_caches: list[dict[Hashable, Any]] = []
+
+
+def forget_plans() -> None:
+    """Empty every `PlanCache`: what they say no longer holds."""
+    for plans in _caches:
+        plans.clear()
 
 
 def _signature(operands: tuple[Any, ...]) -> Hashable:

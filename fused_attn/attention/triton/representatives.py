@@ -22,7 +22,7 @@ def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
         everything: all combinations on each architecture; otherwise all of bfloat16 and head size
             128 on sm_90, and elsewhere what differs most.
     """
-    kinds = ("full", "causal", "bias", "dropout", "everything")
+    kinds = ("full", "causal", "bias", "mask", "dropout", "everything")
     result: dict[str, Callable[[], None]] = {}
     for dtype in ("bf16", "fp32"):
         for head_dim in (64, 128, 256):
@@ -35,7 +35,9 @@ def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
                 if wide or brief:
                     name = f"attention {dtype} {head_dim} {kind}"
                     result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
-    result["attention bf16 128 decode"] = functools.partial(_decode, torch.bfloat16, 128)
+            if everything or (dtype == "bf16" and head_dim == 128):
+                run = functools.partial(_decode, _DTYPES[dtype], head_dim)
+                result[f"attention {dtype} {head_dim} decode"] = run
     return result
 
 
@@ -51,6 +53,8 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str) -> None:
         causal = True
     if kind == "bias":
         operands = operands._replace(bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype))
+    if kind == "mask":
+        operands = operands._replace(mask=_meta(2, 1, _LENGTH, _LENGTH, dtype=torch.bool))
     if kind == "dropout":
         operands, dropout_p = operands._replace(rng=_meta(2, dtype=torch.int64)), 0.1
     if kind == "everything":
