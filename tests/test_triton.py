@@ -14,7 +14,7 @@ from cases import Case, run_backend, run_plain, skip_unless_supported
 from torch import Tensor
 
 import fused_attn
-from fused_attn import attention, triton_runtime
+from fused_attn import triton_runtime
 from fused_attn.testing import attention_noise, check_against_oracle
 
 pytest.importorskip("triton", reason="Triton is not installed")
