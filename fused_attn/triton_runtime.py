@@ -192,14 +192,15 @@ _launched: set[tuple[int, Any, int]] = set()
 _logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(tensor.device):
-            yield
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_HERE = contextlib.nullcontext()
 
 
 class Wanted(NamedTuple):

@@ -53,7 +53,12 @@ def broadcast_view(tensor: Tensor | None) -> View | None:
     return View(view.ptr, tuple([0 if size == 1 else stride for size, stride in strides]))
 
 
+_NO_TERMS = Terms(*[None] * (len(Terms._fields)))
+
+
 def _terms(operands: Operands) -> Terms:
+    if not [x for x in operands[3:] if x is not None]:
+        return _NO_TERMS
     return Terms(
         bias=broadcast_view(operands.bias),
         mask=broadcast_view(operands.mask),
@@ -97,13 +102,15 @@ class Plan:
         self.seqlen_k = options.max_seqlen_k if self.packed else seqlen_k
         self.sizes = Sizes(num_heads, num_heads // num_heads_kv, seqlen_q, seqlen_k)
         self.scalars = _scalars(options)
-        self.band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
+        band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
+        self.name = self.kind.name(band)
+        self.configs: dict[Tile, Config] = {}
         self.constants = {
             "HEAD_DIM": head_dim,
             "HEAD_DIM_V": v_shape[3],
             "BLOCK_D": config.padded_size(head_dim),
             "BLOCK_DV": config.padded_size(v_shape[3]),
-            "BAND": self.band,
+            "BAND": band,
             "SOFTCAP": options.softcap > 0,
             # The short path scales after the maximum, which takes a positive scale.
             "MODIFIED": options.softcap > 0 or options.scale <= 0 or bias or mask or alibi,
@@ -154,7 +161,12 @@ class Call:
 
     def config(self, tile: Tile, **more: Any) -> Config:
         """Compile-time constants of a kernel of this call."""
-        return _config(tile, (*self.plan.constants.items(), *more.items()))
+        found = None if more else self.plan.configs.get(tile)
+        if found is None:
+            found = _config(tile, (*self.plan.constants.items(), *more.items()))
+            if not more:
+                self.plan.configs[tile] = found
+        return found
 
     def launch_best(self, kernel: str, run: Callable[[Tile], None]) -> None:
         """Run a kernel with the tile that is known to be best, or that a trial shows to be.
@@ -168,8 +180,7 @@ class Call:
             candidates = config.decode_candidates(plan.decode_rows, plan.kind)
         else:
             candidates = config.candidates(kernel, plan.kind)
-        problem = (kernel, plan.kind.name(plan.band))
-        tuning.launch_best(self.operands.q.device, problem, candidates, run)
+        tuning.launch_best(self.operands.q.device, (kernel, plan.name), candidates, run)
 
     def terms_of(self, tile: Tile, products: int, of_keys: bool = False) -> Terms:
         """The optional operands of a kernel, with the tiles to visit where that pays.
