@@ -25,7 +25,7 @@ BACKEND = "triton"  # what the backends here are called
 # What the tests have compiled; a later Triton may run too, but nobody has looked.
 TESTED_VERSIONS = ((3, 5), (3, 7))
 OLDEST_ARCH = 80
-INTERPRETER = 0
+INTERPRETER, AMD = 0, 1  # stand for an architecture where there is no compute capability
 
 _compile_only: _CompileOnly | None = None
 
@@ -102,14 +102,14 @@ def _device_arch(index: int) -> int:
 
 
 def arch(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; OLDEST_ARCH for AMD, INTERPRETER for the interpreter."""
+    """Compute capability, 90 for 9.0; AMD or INTERPRETER."""
     foreign = _foreign()
     if foreign is not None:
         return foreign
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip:
-        return OLDEST_ARCH
+        return AMD
     return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
 
 

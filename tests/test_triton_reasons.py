@@ -99,8 +99,10 @@ def test_amd_has_less_shared_memory_and_no_tf32(device: Any) -> None:
     from fused_attn.attention.triton.call import precision
 
     device(0, 64 * KIB, hip="6.4")
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 256):
         assert reasons(head_dim, requires_grad=True) == []
+    device(0, 8 * KIB, hip="6.4")
+    assert "this device has 8192" in reasons(64)[0]
     assert precision(torch.float32) == "ieee"
 
 

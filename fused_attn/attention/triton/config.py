@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ...triton_runtime import INTERPRETER
+from ...triton_runtime import AMD, INTERPRETER
 from . import tiles
 from .tiles import Tile
 
@@ -32,6 +32,9 @@ MAX_SPLITS = 64
 
 # Below this length a descriptor costs more to make than it saves.
 DESCRIPTOR_SEQLEN = 512
+
+# Every NVIDIA GPU from compute capability 8.0 on has it, and all tables but Hopper's keep to it.
+ENOUGH_SHARED_MEMORY = 99 << 10
 
 # Programs that keep a GPU busy: about two on each multiprocessor.
 ENOUGH_PROGRAMS = 256
@@ -74,18 +77,24 @@ def candidates(kernel: str, kind: Kind) -> tuple[Tile, ...]:
         return tiles.INTERPRETED[kernel]
     # The backward's Hopper tiles spill on Blackwell, which keeps accumulators elsewhere.
     hopper = 90 <= kind.arch < 120 and (kind.arch < 100 or kernel == "forward")
-    table = tiles.HOPPER if hopper else tiles.AMPERE
+    table, limit = (tiles.HOPPER, 227 << 10) if hopper else (tiles.AMPERE, ENOUGH_SHARED_MEMORY)
     if kind.itemsize == 4:
-        table = tiles.FLOAT32
+        table, limit = tiles.FLOAT32, ENOUGH_SHARED_MEMORY
     elif kernel in tiles.SHARED:
-        table = tiles.SHARED
+        table, limit = tiles.SHARED, ENOUGH_SHARED_MEMORY
     lines = table[kernel][max(64, padded_size(kind.head_dim))]
     line = lines[min(kind.pressure, len(lines) - 1)]
-    return _fitting(kernel, [Tile(*numbers) for numbers in line], kind)
+    return _fitting(kernel, [Tile(*numbers) for numbers in line], kind, limit)
 
 
-def _fitting(kernel: str, known: list[Tile], kind: Kind) -> tuple[Tile, ...]:
-    """Those that fit in shared memory, with fewer stages where it takes that; else the first."""
+def _fitting(kernel: str, known: list[Tile], kind: Kind, limit: int) -> tuple[Tile, ...]:
+    """Those that fit in shared memory, with fewer stages where it takes that; else the first.
+
+    Args:
+        limit: with so much of it the compiler has been seen to fit them all.
+    """
+    if kind.shared_memory >= limit:
+        return tuple(known)
     fit = []
     for tile in known:
         while tile.stages > 1 and shared_bytes(kernel, tile, kind) > kind.shared_memory:
@@ -101,15 +110,24 @@ def tile(kernel: str, kind: Kind) -> Tile:
 
 
 def shared_bytes(kernel: str, tile: Tile, kind: Kind) -> int:
-    """About how much shared memory a kernel takes: what stays, and what streams by in stages."""
+    """Shared memory that a kernel takes at most, about; the exact number only its compiler knows.
+
+    What stays, what streams by in stages, the operands of a tile of scores, and a quarter for what
+    the compiler moves through it to change layouts. For AMD the compiler keeps the first of the
+    stages and what stays in registers.
+    """
     size = padded_size(kind.head_dim)
     own, other = tile.block_m, tile.block_n
     if kernel == "dkdv":
         own, other = other, own
-    if size > tile.chunk:  # chunks of both sides, and one tile whole
-        return ((own + other) * tile.chunk + other * size) * kind.itemsize
+    if kind.arch == AMD:
+        return 4 * max(tile.stages - 1, 1) * other * min(size, 2 * tile.chunk) * kind.itemsize
     stays = 2 * own if kernel in ("dkdv", "dq") else own
-    return (stays + tile.stages * 2 * other) * size * kind.itemsize
+    tensors = (stays + tile.stages * 2 * other) * size * kind.itemsize
+    if size > tile.chunk:  # chunks of both sides, and tiles of one whole
+        tensors = ((own + other) * tile.chunk + 2 * other * size) * kind.itemsize
+    operands = tile.stages * own * other * 2 * min(kind.pressure, 2)
+    return (tensors + operands) * 5 // 4
 
 
 def why_not(kind: Kind, kernels: tuple[str, ...], decode_rows: int = 0) -> list[str]:
@@ -119,9 +137,9 @@ def why_not(kind: Kind, kernels: tuple[str, ...], decode_rows: int = 0) -> list[
         kernels: "forward", "dkdv", "dq", "bias", "weights" or "decode".
         decode_rows: queries that share a tile in decoding.
     """
-    if kind.arch == INTERPRETER:
-        return []
-    reasons = []
+    reasons: list[str] = []
+    if kind.arch == INTERPRETER or kind.shared_memory >= ENOUGH_SHARED_MEMORY:
+        return reasons
     for kernel in kernels:
         if kernel == "decode":
             best = decode_candidates(decode_rows, kind)[0]
@@ -147,7 +165,9 @@ def decode_candidates(rows: int, kind: Kind) -> tuple[Tile, ...]:
     block_m = max(16, 1 << (rows - 1).bit_length())
     lines = tiles.DECODE[kind.itemsize][max(64, padded_size(kind.head_dim))]
     known = [Tile(block_m, *line) for line in lines]
-    return (known[0],) if kind.arch == INTERPRETER else _fitting("decode", known, kind)
+    if kind.arch == INTERPRETER:
+        return (known[0],)
+    return _fitting("decode", known, kind, ENOUGH_SHARED_MEMORY)
 
 
 def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -> int:
