@@ -176,6 +176,20 @@ def test_warming_up_serves_every_operation(monkeypatch: pytest.MonkeyPatch) -> N
         assert 0 < len(set(asked)) <= most, f"{name}: {sorted(set(asked))}"
 
 
+def test_the_first_launch_says_what_it_took(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    if triton_runtime.why_not(q.device):
+        pytest.skip("Triton cannot run here")
+    monkeypatch.setattr(triton_runtime, "_launched", set())
+    with caplog.at_level("INFO", logger="fused_attn.triton_runtime"):
+        for _ in range(2):
+            fused_attn.attention(q, q, q, backend="triton")
+    [message] = caplog.messages
+    assert message.startswith("first launch of _attention_forward_kernel took ")
+
+
 def test_longer_calls_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     if triton_runtime.why_not(torch.device("cpu")):
         pytest.skip("Triton cannot run here")
