@@ -7,6 +7,7 @@ the registration and the policy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -116,6 +117,8 @@ def only_by_name(backend: Backend) -> bool:
 
 
 PlanT = TypeVar("PlanT")
+OperandsT = TypeVar("OperandsT", bound=tuple[Any, ...])
+ScalarsT = TypeVar("ScalarsT", bound=Hashable)
 
 
 class PlanCache(Generic[PlanT]):
@@ -132,16 +135,20 @@ class PlanCache(Generic[PlanT]):
         _caches.append(self._plans)
 
     def get(
-        self, operands: tuple[Any, ...], scalars: Hashable, make_plan: Callable[[], PlanT]
+        self,
+        make_plan: Callable[[OperandsT, ScalarsT, bool], PlanT],
+        operands: OperandsT,
+        scalars: ScalarsT,
+        needs_grad: bool,
     ) -> PlanT:
-        """The plan of (`operands`, `scalars`), made by `make_plan` the first time."""
+        """`make_plan(operands, scalars, needs_grad)`, which is called the first time only."""
         try:
-            key = (_signature(operands), scalars)
+            key = (_signature()(operands), scalars, needs_grad)
             plan = self._plans.get(key)
         except (AttributeError, TypeError):  # no tensor, or not hashable: let the checks say so
-            return make_plan()
+            return make_plan(operands, scalars, needs_grad)
         if plan is None:
-            plan = make_plan()
+            plan = make_plan(operands, scalars, needs_grad)
             if len(self._plans) >= self._MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -157,10 +164,14 @@ def forget_plans() -> None:
         plans.clear()
 
 
-def _signature(operands: tuple[Any, ...]) -> Hashable:
-    if native.why_not() is None:
-        return native.module().signature(operands)
+def _signature_in_python(operands: tuple[Any, ...]) -> Hashable:
     return tuple([None if x is None else (type(x), x.shape, x.dtype, x.device) for x in operands])
+
+
+@functools.cache
+def _signature() -> Callable[[tuple[Any, ...]], Hashable]:
+    """What makes a key of a call's tensors."""
+    return native.module().signature if native.why_not() is None else _signature_in_python
 
 
 def is_plain(operands: Iterable[Any]) -> bool:

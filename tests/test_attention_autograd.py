@@ -127,3 +127,15 @@ def test_checkpointing_gives_the_same_gradients(attention_backend: str) -> None:
     actual = torch.autograd.grad(checkpoint(run, q, k, v, use_reentrant=False).sum(), (q, k, v))
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
+
+
+def test_a_tensor_that_a_transform_left_behind_is_a_tensor(attention_backend: str) -> None:
+    kept = []
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8, requires_grad=True)
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(q)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    skip_unless_supported(Case(1, 2, 2, 5, 5, 8), attention_backend, {"q": q, "k": k, "v": k})
+    out, expected = (attention(x, k, k, backend=attention_backend) for x in (kept[0], q))
+    assert torch.equal(out, expected)
+    gradients = [torch.autograd.grad(x.sum(), k)[0] for x in (out, expected)]
+    assert torch.equal(*gradients)

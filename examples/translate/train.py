@@ -13,7 +13,7 @@ import torch
 from batches import Dataset
 from corpus import Pairs, read_pairs
 from errors import UserError, run
-from training import LAST, Trainer
+from training import CLOCKS, LAST, Trainer
 from vocabulary import Vocabulary
 
 VOCABULARY = "vocabulary.json"
@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run's results")
     parser.add_argument("--steps", type=int, default=6000, help="(default 6000)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of training, at most")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="that minutes are of")
     parser.add_argument("--validate-every", type=int, default=250, metavar="STEPS")
     parser.add_argument("--checkpoint-every", type=int, default=250, metavar="STEPS")
     parser.add_argument("--resume", action="store_true", help="go on from RUN/last.pt")
@@ -40,6 +41,8 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--device must be cpu or cuda, got {arguments.device}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
+    if arguments.device == "cuda" and arguments.clock == "cpu":
+        raise UserError("--clock cpu knows nothing of what a GPU does: use --clock wall")
     return arguments
 
 
@@ -104,6 +107,7 @@ def main() -> None:
         encode("train", train, vocabulary, config.max_tokens),
         encode("val", val, vocabulary, config.max_tokens),
         arguments.device,
+        arguments.clock,
     )
     if arguments.resume:
         trainer.restore(out / LAST)

@@ -6,7 +6,6 @@ out once per signature and remembered, so that a repeated call costs one diction
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +13,7 @@ from torch import Tensor
 
 from .. import autocast, checks, dispatch, higher_order, philox
 from . import BACKENDS, fused, reference
-from .problem import WEIGHTS, AttentionProblem, Operands, Options, describe, make_options
-
-
-class Plan(NamedTuple):
-    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
-
-    options: Options
-    settings: fused.Settings
-    backend: ModuleType
-    needs_grad: bool
-    plain: bool  # no tensor subclasses
+from .problem import WEIGHTS, AttentionProblem, Operands, describe, make_options
 
 
 class Scalars(NamedTuple):
@@ -43,8 +32,9 @@ class Scalars(NamedTuple):
     token_major: bool = False  # lay `out` out as (B, Lq, H, Dv); its shape stays (B, H, Lq, Dv)
 
 
-_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+_plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
 _last_backend: str | None = None
+_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def last_backend() -> str | None:
@@ -59,21 +49,17 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
         out: the tensor to write the output to; a new one if None.
     """
     global _last_backend
-    if torch._C._is_any_autocast_enabled():
+    if _autocast_enabled():
         operands = _autocast(operands)
     if scalars.dropout_p and operands.rng is None:
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.q.device))
+    needs_grad = higher_order.derivative_wanted(operands[:4])
     if torch.compiler.is_compiling():
-        plan = _make_plan(operands, scalars, _needs_grad(operands))
+        plan = _make_plan(operands, scalars, needs_grad)
     else:
-        needs_grad = _needs_grad(operands)
-        plan = _plans.get(
-            operands,
-            (scalars, needs_grad),
-            lambda: _make_plan(operands, scalars, needs_grad),
-        )
-        _last_backend = plan.backend.NAME
+        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
+        _last_backend = plan.settings.backend
     return _execute(plan, operands, out)
 
 
@@ -110,7 +96,7 @@ def problem_of(
         dropout_p=scalars.dropout_p,
     )
     if needs_grad is None:
-        needs_grad = _needs_grad(operands)
+        needs_grad = higher_order.derivative_wanted(operands[:4])
     return describe(operands, options, WEIGHTS[scalars.weights], needs_grad)
 
 
@@ -120,11 +106,9 @@ def _max_seqlen(name: str, value: Any) -> Any:
     return value
 
 
-def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> fused.Result:
+def _execute(plan: fused.Plan, operands: Operands, out: Tensor | None) -> fused.Result:
     if plan.backend is not reference and not higher_order.needs_formula():
-        result, lse, weights = fused.attention(
-            operands, plan.options, plan.settings, plan.needs_grad, plan.plain, out
-        )
+        result, lse, weights = fused.attention(operands, plan, out)
     else:
         result, lse, weights = reference.forward(operands, plan.options, plan.settings.weights)
     if out is not None and result is not out:
@@ -132,16 +116,13 @@ def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> fused.Result
     return result, lse if plan.settings.need_lse else None, weights
 
 
-def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
+def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> fused.Plan:
     problem = problem_of(operands, scalars, needs_grad)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
     plain = dispatch.is_plain(operands)
-    return Plan(problem.options, settings, backend, needs_grad, plain)
-
-
-def _needs_grad(operands: Operands) -> bool:
-    return higher_order.derivative_wanted(operands[:4])
+    lse_like = fused.bare_lse(operands, settings) if plain and needs_grad else None
+    return fused.Plan(problem.options, settings, backend, needs_grad, plain, lse_like)
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -8,6 +8,8 @@ the same arguments, the same code behind them; an operator costs some microsecon
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,17 @@ class Settings(NamedTuple):
     need_lse: bool
     token_major: bool  # lay `out` out as (B, Lq, H, Dv) in memory; its shape stays (B, H, Lq, Dv)
     backend: str
+
+
+class Plan(NamedTuple):
+    """What the signature of a call comes to; made once, and remembered."""
+
+    options: Options
+    settings: Settings
+    backend: ModuleType
+    needs_grad: bool
+    plain: bool  # no operand is a tensor subclass
+    lse_like: Tensor | None  # if `_BareAttention` can run the call
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -55,27 +68,23 @@ _library.define(
 )
 
 
-def attention(
-    operands: Operands,
-    options: Options,
-    settings: Settings,
-    needs_grad: bool,
-    plain: bool,
-    out: Tensor | None = None,
-) -> Result:
-    """Run a backend, with gradients where they are wanted.
+def attention(operands: Operands, plan: Plan, out: Tensor | None = None) -> Result:
+    """Run the plan's backend, with gradients where they are wanted.
 
     Args:
-        needs_grad: a gradient is wanted.
-        plain: no operand is a tensor subclass.
         out: the tensor to write to, if no gradient is wanted; a new one if None.
     """
-    traced = not plain or dispatch.is_traced()
-    if needs_grad:
-        return _Attention.apply(*operands[:4], operands[4:], options, settings, traced)
-    if not traced:
-        return _run_forward(operands, options, settings, out)
-    return _call_forward(operands, options, settings)
+    traced = not plan.plain or dispatch.is_traced()
+    if not plan.needs_grad:
+        if traced:
+            return _call_forward(operands, plan.options, plan.settings)
+        return _run_forward(operands, plan.options, plan.settings, out)
+    if traced:
+        return _Attention.apply(*operands[:4], operands[4:], plan, True)
+    q, k, v, bias = operands[:4]
+    if plan.lse_like is not None and not higher_order.forward_mode():
+        return _apply_bare(_alive(q), _alive(k), _alive(v), plan), None, None
+    return _Attention.apply(q, k, v, bias, operands[4:], plan, False)
 
 
 def _call_forward(operands: Operands, options: Options, settings: Settings) -> Result:
@@ -185,6 +194,16 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def bare_lse(operands: Operands, settings: Settings) -> Tensor | None:
+    """Something of lse's shape and dtype where `_BareAttention` can run the call, else None."""
+    q, v = operands.q, operands.v
+    usual = settings[:3] == (NO_WEIGHTS, False, False) and q.shape[3] == v.shape[3]
+    if not usual or any(operand is not None for operand in operands[3:]):
+        return None
+    # One number, repeated: it costs no memory, and `empty_like` is faster than `empty`.
+    return torch.empty((), dtype=_statistics_dtype(q), device=q.device).expand(q.shape[:3])
+
+
 def _as_tensors(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
     """Operators return tensors only: an empty one stands for None."""
     return tuple(like.new_empty(0) if x is None else x for x in results)
@@ -235,7 +254,11 @@ for _name, _real, _fake in (
 
 
 class _Attention(torch.autograd.Function):
-    """The differentiable operands one by one, then the other operands and everything else."""
+    """The differentiable operands one by one, then the other operands and the rest.
+
+    Every argument, saved tensor and attribute of `ctx` costs tenths of a microsecond, which counts
+    for tiny calls.
+    """
 
     @staticmethod
     def forward(
@@ -245,18 +268,18 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         masks: tuple[Tensor | None, ...],
-        options: Options,
-        settings: Settings,
+        plan: Plan,
         traced: bool,
     ) -> Result:
         operands = Operands(q, k, v, bias, *masks)
+        settings = plan.settings
         # The backward starts from lse, whether or not the call returns it.
         if traced:
             with_lse = settings._replace(need_lse=True)
-            out, lse, weights = _call_forward(operands, options, with_lse)
+            out, lse, weights = _call_forward(operands, plan.options, with_lse)
         else:
-            out, lse, weights = _run_forward(operands, options, settings, need_lse=True)
-        ctx.options, ctx.settings, ctx.traced = options, settings, traced
+            out, lse, weights = _run_forward(operands, plan.options, settings, need_lse=True)
+        ctx.plan, ctx.traced = plan, traced
         ctx.save_for_backward(*operands, out, lse)
         if higher_order.forward_mode():
             ctx.save_for_forward(*operands)
@@ -266,29 +289,77 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        operands = Operands(*tensors)
-        options, settings = ctx.options, ctx.settings
-        if higher_order.backward_needs_formula(grad_outputs):
-            formula = _formula(operands, options, settings.weights)
-            grads = higher_order.gradients_through(formula, operands[:4], grad_outputs)
-            return (*grads, None, None, None, None)
-        dout, dlse, dweights = grad_outputs
-        if dout is None and dlse is None and dweights is None:
-            return (None,) * 8
-        needs = ctx.needs_input_grad[:4]
-        tail = (out, lse, dout, dlse, dweights, needs)
-        if not ctx.traced and not dispatch.is_traced():
-            found = _run_backward(operands, options, settings, *tail)
-            return (*found, None, None, None, None)
-        found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
-        wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-        return (*wanted, None, None, None, None)
+        operands, needs = Operands(*tensors), ctx.needs_input_grad[:4]
+        grads = _gradients(operands, ctx.plan, ctx.traced, out, lse, grad_outputs, needs)
+        return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         operands = Operands(*ctx.saved_tensors[:_OPERANDS])
-        formula = _formula(operands, ctx.options, ctx.settings.weights)
+        formula = _formula(operands, ctx.plan.options, ctx.plan.settings.weights)
         return tuple(higher_order.tangents_through(formula, operands[:4], tangents[:4]))
+
+
+class _BareAttention(torch.autograd.Function):
+    """`_Attention` of q, k and v and nothing else, eagerly: the same, with nothing to spare.
+
+    Most calls are of this kind. Every argument, result, saved tensor and Python call costs tenths
+    of a microsecond, and a tiny call takes thirty in all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        assert plan.lse_like is not None
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty_like(plan.lse_like, memory_format=torch.contiguous_format)
+        plan.backend.forward(Operands(q, k, v), plan.options, out, lse)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        operands, plan, needs = Operands(q, k, v), ctx.plan, ctx.needs_input_grad
+        if higher_order.backward_needs_formula((dout,)) or dispatch.is_traced():
+            return tuple(_gradients(operands, plan, False, out, lse, (dout, None, None), needs))
+        need_q, need_k, need_v, _ = needs
+        dq = torch.empty_like(q) if need_q else None
+        dk = torch.empty_like(k) if need_k else None
+        dv = torch.empty_like(v) if need_v else None
+        plan.backend.backward(operands, plan.options, out, lse, dout, None, None, dq, dk, dv, None)
+        return dq, dk, dv, None
+
+
+# `_BareAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
+# of torch.func, under which no kernel runs, and unwraps tensors that those left behind, as `_alive`
+# does.
+_apply_bare = super(torch.autograd.Function, _BareAttention).apply
+_alive = torch._C._functorch.unwrap_if_dead
+
+
+def _gradients(
+    operands: Operands,
+    plan: Plan,
+    traced: bool,
+    out: Tensor,
+    lse: Tensor,
+    grad_outputs: Sequence[Tensor | None],
+    needs: tuple[bool, ...],
+) -> Sequence[Tensor | None]:
+    """dq, dk, dv and dbias from the gradients of out, lse and weights."""
+    options, settings = plan.options, plan.settings
+    if higher_order.backward_needs_formula(grad_outputs):
+        formula = _formula(operands, options, settings.weights)
+        return higher_order.gradients_through(formula, operands[:4], grad_outputs)
+    dout, dlse, dweights = grad_outputs
+    if dout is None and dlse is None and dweights is None:
+        return (None,) * 4
+    tail = (out, lse, dout, dlse, dweights, needs)
+    if not traced and not dispatch.is_traced():
+        return _run_backward(operands, options, settings, *tail)
+    found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 
 def _formula(operands: Operands, options: Options, weights: int) -> higher_order.Formula:

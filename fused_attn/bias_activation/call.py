@@ -56,11 +56,7 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tens
     if torch.compiler.is_compiling():
         plan = _make_plan(operands, scalars, needs_grad)
     else:
-        plan = _plans.get(
-            operands,
-            (scalars, needs_grad),
-            lambda: _make_plan(operands, scalars, needs_grad),
-        )
+        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
     if out is not None:
         _check_out(out, operands, plan)
     if plan.backend is not reference and not higher_order.needs_formula():

@@ -49,11 +49,7 @@ def run(operands: Operands, scalars: Scalars) -> Tensor:
     if torch.compiler.is_compiling():
         plan = _make_plan(operands, scalars, needs_grad)
     else:
-        plan = _plans.get(
-            operands,
-            (scalars, needs_grad),
-            lambda: _make_plan(operands, scalars, needs_grad),
-        )
+        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
     if plan.backend is not reference and not higher_order.needs_formula():
         return fused.embedding(
             operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.plain

@@ -71,11 +71,7 @@ def run(
     if torch.compiler.is_compiling():
         plan = _make_plan(operands, scalars, needs_grad)
     else:
-        plan = _plans.get(
-            operands,
-            (scalars, needs_grad),
-            lambda: _make_plan(operands, scalars, needs_grad),
-        )
+        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:
             _check_out(name, tensor, operands, needs_grad)
