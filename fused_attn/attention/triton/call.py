@@ -172,15 +172,17 @@ class Call:
         """Run a kernel with the tile that is known to be best, or that a trial shows to be.
 
         Args:
-            kernel: "forward", "dkdv", "dq", "bias" or "decode".
+            kernel: "forward", "dkdv", "dq" or "decode".
             run: launches it with a tile; may be called several times.
         """
         plan = self.plan
         if kernel == "decode":
             candidates = config.decode_candidates(plan.decode_rows, plan.kind)
+            problem = (kernel, f"{plan.name}, {candidates[0].block_m} rows")
         else:
             candidates = config.candidates(kernel, plan.kind)
-        tuning.launch_best(self.operands.q.device, (kernel, plan.name), candidates, run)
+            problem = (kernel, plan.name)
+        tuning.launch_best(self.operands.q.device, problem, candidates, run)
 
     def terms_of(self, tile: Tile, products: int, of_keys: bool = False) -> Terms:
         """The optional operands of a kernel, with the tiles to visit where that pays.
