@@ -68,7 +68,13 @@ def test_a_sample_of_the_tiles_for_trials() -> None:
 def test_no_case_has_more_than_four_tiles() -> None:
     from fused_attn.attention.triton import tiles
 
-    for table in (tiles.HOPPER, tiles.AMPERE, tiles.FLOAT32, tiles.SHARED):
+    for table in (
+        tiles.HOPPER,
+        tiles.BLACKWELL,
+        tiles.AMPERE,
+        tiles.FLOAT32,
+        tiles.SHARED,
+    ):
         for lines in table.values():
             for line in (line for of_size in lines.values() for line in of_size):
                 assert 1 <= len(line) <= 4

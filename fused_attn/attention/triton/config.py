@@ -54,8 +54,8 @@ LISTED_OPERATIONS = 1 << 32
 def lists_pay(kind: Kind, mask_elements: int, scores: int, products: int) -> bool:
     """Whether to read a mask beforehand, so that tiles that it hides are not visited.
 
-    It does where reading it once costs at most a quarter of the call's matrix products: where many
-    heads share it, in the backward always. A mask that hides no tile then costs that much.
+    It does where reading it once costs at most a quarter of the call's matrix products, which is
+    what a mask costs that hides no tile: where several heads share it, and in the backward.
 
     Args:
         mask_elements: what it holds, without what it is broadcast over.
@@ -75,16 +75,22 @@ def candidates(kernel: str, kind: Kind) -> tuple[Tile, ...]:
     """Tiles of "forward", "dkdv", "dq", "bias" or "weights" that fit; the first is the default."""
     if kind.arch == INTERPRETER:
         return tiles.INTERPRETED[kernel]
-    # The backward's Hopper tiles spill on Blackwell, which keeps accumulators elsewhere.
-    hopper = 90 <= kind.arch < 120 and (kind.arch < 100 or kernel == "forward")
-    table, limit = (tiles.HOPPER, 227 << 10) if hopper else (tiles.AMPERE, ENOUGH_SHARED_MEMORY)
-    if kind.itemsize == 4:
-        table, limit = tiles.FLOAT32, ENOUGH_SHARED_MEMORY
-    elif kernel in tiles.SHARED:
-        table, limit = tiles.SHARED, ENOUGH_SHARED_MEMORY
+    table, limit = _table(kernel, kind)
     lines = table[kernel][max(64, padded_size(kind.head_dim))]
     line = lines[min(kind.pressure, len(lines) - 1)]
     return _fitting(kernel, [Tile(*numbers) for numbers in line], kind, limit)
+
+
+def _table(kernel: str, kind: Kind) -> tuple[dict[str, tiles.Table], int]:
+    """Where a kernel's tiles are found, and the shared memory that they keep to."""
+    if kind.itemsize == 4:
+        return tiles.FLOAT32, ENOUGH_SHARED_MEMORY
+    if kernel in tiles.SHARED:
+        return tiles.SHARED, ENOUGH_SHARED_MEMORY
+    if 90 <= kind.arch < 120:
+        table = tiles.HOPPER if kind.arch < 100 else tiles.BLACKWELL
+        return table, 227 << 10
+    return tiles.AMPERE, ENOUGH_SHARED_MEMORY
 
 
 def _fitting(kernel: str, known: list[Tile], kind: Kind, limit: int) -> tuple[Tile, ...]:

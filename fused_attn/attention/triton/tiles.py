@@ -115,6 +115,18 @@ AMPERE: dict[str, Table] = {
     },
 }
 
+# The backward's Hopper tiles spill here, where accumulators are kept elsewhere.
+BLACKWELL: dict[str, Table] = {
+    **AMPERE,
+    "forward": {
+        **HOPPER["forward"],
+        128: (
+            ((128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+            *HOPPER["forward"][128][1:],
+        ),
+    },
+}
+
 # Three products of TF32 stand for one of float32: each operand takes two registers, and rows of 128
 # and more are multiplied in chunks that are loaded again.
 FLOAT32: dict[str, Table] = {
