@@ -144,15 +144,13 @@ def why_not(kind: Kind, kernels: tuple[str, ...], decode_rows: int = 0) -> list[
         decode_rows: queries that share a tile in decoding.
     """
     reasons: list[str] = []
-    if kind.arch == INTERPRETER or kind.shared_memory >= ENOUGH_SHARED_MEMORY:
-        return reasons
-    for kernel in kernels:
+    for kernel in kernels if kind.arch != INTERPRETER else ():
         if kernel == "decode":
-            best = decode_candidates(decode_rows, kind)[0]
+            best, limit = decode_candidates(decode_rows, kind)[0], ENOUGH_SHARED_MEMORY
         else:
-            best = tile(kernel, kind)
+            best, limit = tile(kernel, kind), _table(kernel, kind)[1]
         wanted = shared_bytes(kernel, best, kind)
-        if wanted > kind.shared_memory:
+        if kind.shared_memory < min(wanted, limit):
             reasons.append(
                 f"the {kernel} kernel needs {wanted} bytes of shared memory at head size "
                 f"{kind.head_dim}, this device has {kind.shared_memory}"
