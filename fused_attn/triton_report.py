@@ -2,7 +2,7 @@
 
 `python -m fused_attn.triton_report [--arch 80 90 100 120] [--all] [--json]` compiles the kernels
 of representative calls as a launch would and prints registers, spills, shared memory and the
-instructions that matter, read from the machine code.
+instructions that matter, read from the machine code. It fails if a register is spilled.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def all_calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
     return {k: v for operation in operations for k, v in operation.calls(arch, everything).items()}
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_attn.triton_report")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100, 120])
     parser.add_argument("--all", action="store_true", help="every kernel that is shipped")
@@ -126,10 +126,13 @@ def main(arguments: list[str]) -> None:
     if not options.json:
         print("| arch | call | kernel | registers | stack | shared | mma | cp.async | tma | s |")
         print("|---|---|---|---|---|---|---|---|---|---|")
+    count = spilling = 0
     for arch in options.arch:
         calls = all_calls(arch, options.all)
         calls = {name: call for name, call in calls.items() if options.match in name}
         for kernel, _ in kernels(arch, calls, options.candidates or (4 if options.all else 1)):
+            count += 1
+            spilling += kernel.stack > 0
             if options.json:
                 print(json.dumps(kernel._asdict()), flush=True)
                 continue
@@ -140,7 +143,9 @@ def main(arguments: list[str]) -> None:
                 f"| {kernel.seconds:.1f} |",
                 flush=True,
             )
+    print(f"{count} kernels, {spilling} spill registers", file=sys.stderr)
+    return 1 if spilling else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

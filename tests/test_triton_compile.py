@@ -37,7 +37,7 @@ def compiled(arch: int, match: str, candidates: int = 1) -> list[dict[str, Any]]
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert kernels, f"no call matches {match!r}"
     return kernels
