@@ -159,6 +159,26 @@ def test_report_compares_runs(corpus: Path, trained: Path, example: Example, cap
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
 
+def test_backends_are_compared_seed_by_seed(corpus: Path, example: Example, capsys: Any) -> None:
+    common = ("train", "--data", corpus, *SMALL, "--steps", 2, "--clock", "cpu")
+    runs = []
+    for backend in ("fused", "torch"):
+        out = corpus.parent / f"compared-{backend}"
+        example.run(*common, "--out", out, "--backend", backend)
+        runs.append(out)
+    capsys.readouterr()
+    example.run("backends", *runs, "--out", corpus.parent)
+    text = capsys.readouterr().out
+    assert text == (corpus.parent / "backends.md").read_text()
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:3]] == ["| 0"]
+    error = example.load("errors").UserError
+    with pytest.raises(error, match="seed 0 lacks a run with --backend torch"):
+        example.run("backends", runs[0])
+    example.run(*common, "--out", corpus.parent / "longer", "--steps", 3, "--backend", "torch")
+    with pytest.raises(error, match=r"differs from .*compared-fused in more than backend and seed"):
+        example.run("backends", runs[0], corpus.parent / "longer")
+
+
 def test_same_seed_trains_alike_on_both_backends(corpus: Path, example: Example) -> None:
     config, corpus_module = example.load("config"), example.load("corpus")
     vocabulary_module, batches, training = (
@@ -286,9 +306,10 @@ def test_mistakes_on_the_command_line_are_named(
         ((*train, trained, *SMALL), "exists: give --resume to go on"),
         ((*train, fresh, *SMALL, "--resume"), "there is no checkpoint"),
         ((*train, fresh, *SMALL, "--heads", 5), "--width 32 must be a multiple of --heads 5"),
-        ((*train, trained, *SMALL, "--resume", "--dropout", 0.3), "trained with --dropout 0.1"),
+        ((*train, trained, *SMALL, "--resume", "--dropout", 0.3), "trained with --dropout 0.2"),
         ((*train, fresh, *SMALL, "--vocabulary", fresh / "no.json"), "there is no vocabulary"),
         (("report", corpus), "run train.py first"),
+        (("backends", corpus), "there is no checkpoint"),
     ):
         with pytest.raises(example.load("errors").UserError, match=message):
             example.run(*arguments)

@@ -31,6 +31,7 @@ class Row:
     Attributes:
         gate, goal: ratios of the fastest peer's time to ours.
         flops, bytes: of a call, by the formulas of docs/benchmarks.md; 0 where they say nothing.
+        share_gate: the share of the peak of multiply-adds that must hold as well; 0 for none.
         build: makes the sides, by name; one is "ours".
     """
 
@@ -41,6 +42,7 @@ class Row:
     build: Callable[[], dict[str, Side]] = field(repr=False)
     flops: float = 0.0
     bytes: float = 0.0
+    share_gate: float = 0.0
 
 
 def check(compare: Callable[[], None]) -> Callable[[], str | None]:

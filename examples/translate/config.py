@@ -31,11 +31,11 @@ class Config:
     heads: int = 4
     layers: int = 4
     feed_forward: int = 1024
-    dropout: float = 0.1
+    dropout: float = 0.2
     post_norm: bool = False
     positions: str = "sinusoidal"
     max_tokens: int = 128
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     warmup: int = 1000
     peak_rate: float = 1e-3
     label_smoothing: float = 0.1
