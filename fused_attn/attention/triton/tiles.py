@@ -110,7 +110,7 @@ AMPERE: dict[str, Table] = {
         256: (
             ((64, 32, 8, 1),),
             ((32, 32, 8, 1), (32, 16, 8, 1)),
-            ((32, 32, 8, 1),),
+            ((32, 16, 8, 1),),
         ),
     },
 }
@@ -118,10 +118,6 @@ AMPERE: dict[str, Table] = {
 # The backward's Hopper tiles spill here, where accumulators are kept elsewhere.
 BLACKWELL: dict[str, Table] = {
     **AMPERE,
-    "dq": {
-        **AMPERE["dq"],
-        256: (*AMPERE["dq"][256][:2], ((32, 16, 8, 1), (16, 32, 8, 1))),
-    },
     "forward": {
         **HOPPER["forward"],
         128: (
