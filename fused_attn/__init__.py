@@ -34,6 +34,7 @@ from .modules import (
 )
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .sdpa import scaled_dot_product_attention
+from .tuning import autotune, autotuning
 from .warmup import warmup
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "attention",
     "attention_backends",
     "attention_varlen",
+    "autotune",
+    "autotuning",
     "beam_search",
     "bias_activation",
     "embedding",

@@ -132,6 +132,7 @@ class PlanCache(Generic[PlanT]):
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, PlanT] = {}
+        _caches.append(self._plans)
 
     def get(
         self,
@@ -152,6 +153,15 @@ class PlanCache(Generic[PlanT]):
                 self._plans.clear()
             self._plans[key] = plan
         return plan
+
+
+_caches: list[dict[Hashable, Any]] = []
+
+
+def forget_plans() -> None:
+    """Empty every `PlanCache`: what they say no longer holds."""
+    for plans in _caches:
+        plans.clear()
 
 
 def _signature_in_python(operands: tuple[Any, ...]) -> Hashable:

@@ -26,6 +26,7 @@ from .layer_norm.problem import Operands as LayerNormOperands
 
 ENVIRONMENT = {
     "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",
+    "FUSED_ATTN_TUNING": "off, read, on: what becomes of tiles that were found to be fastest",
     "FUSED_ATTN_CPU": "instruction-set level of the CPU kernels, for tests",
 }
 

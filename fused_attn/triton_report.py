@@ -2,7 +2,7 @@
 
 `python -m fused_attn.triton_report [--arch 80 90 100 120] [--all] [--json]` compiles the kernels
 of representative calls as a launch would and prints registers, spills, shared memory and the
-instructions that matter, read from the machine code.
+instructions that matter, read from the machine code. It fails if a register is spilled.
 """
 
 from __future__ import annotations
@@ -76,20 +76,33 @@ def inspect(call: str, name: str, arch: int, compiled: Any, seconds: float) -> K
     )  # fmt: skip
 
 
-def _appending_to(found: list[tuple[str, Any]]) -> Callable[[str, Any], None]:
-    return lambda name, compiled: found.append((name, compiled))
+def kernels(
+    arch: int, calls: dict[str, Callable[[], None]], candidates: int = 1
+) -> Iterator[tuple[Kernel, Any]]:
+    """Compile what each of `calls` launches; every kernel and what Triton made of it.
 
-
-def kernels(arch: int, calls: dict[str, Callable[[], None]]) -> Iterator[tuple[Kernel, Any]]:
-    """Compile what each of `calls` launches; every kernel and what Triton made of it."""
+    Args:
+        candidates: how many of the tiles that a kernel may have, from the default on.
+    """
     for call, run in calls.items():
-        found: list[tuple[str, Any]] = []
-        start = time.perf_counter()
-        with triton_runtime.compiling_for(arch, _appending_to(found)):
-            run()
-        each = (time.perf_counter() - start) / max(len(found), 1)
-        for name, compiled in found:
-            yield inspect(call, name, arch, compiled, each), compiled
+        found: dict[tuple[str, str], tuple[Any, float]] = {}
+        for candidate in range(candidates):
+            with triton_runtime.compiling_for(arch, _compiling_new_ones(found), candidate):
+                run()
+        for (name, _), (compiled, seconds) in found.items():
+            yield inspect(call, name, arch, compiled, seconds), compiled
+
+
+def _compiling_new_ones(
+    found: dict[tuple[str, str], tuple[Any, float]],
+) -> Callable[[triton_runtime.Wanted], None]:
+    def compile_if_new(wanted: triton_runtime.Wanted) -> None:
+        key = (wanted.kernel, wanted.constants)
+        if key not in found:
+            start = time.perf_counter()
+            found[key] = (wanted.compile(), time.perf_counter() - start)
+
+    return compile_if_new
 
 
 def all_calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
@@ -102,20 +115,24 @@ def all_calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
     return {k: v for operation in operations for k, v in operation.calls(arch, everything).items()}
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_attn.triton_report")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100, 120])
-    parser.add_argument("--all", action="store_true", help="every head size on every architecture")
+    parser.add_argument("--all", action="store_true", help="every kernel that is shipped")
+    parser.add_argument("--candidates", type=int, help="how many tiles of each; with --all, all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--match", default="", help="only calls whose name contains this")
     options = parser.parse_args(arguments)
     if not options.json:
         print("| arch | call | kernel | registers | stack | shared | mma | cp.async | tma | s |")
         print("|---|---|---|---|---|---|---|---|---|---|")
+    count = spilling = 0
     for arch in options.arch:
         calls = all_calls(arch, options.all)
         calls = {name: call for name, call in calls.items() if options.match in name}
-        for kernel, _ in kernels(arch, calls):
+        for kernel, _ in kernels(arch, calls, options.candidates or (4 if options.all else 1)):
+            count += 1
+            spilling += kernel.stack > 0
             if options.json:
                 print(json.dumps(kernel._asdict()), flush=True)
                 continue
@@ -126,7 +143,9 @@ def main(arguments: list[str]) -> None:
                 f"| {kernel.seconds:.1f} |",
                 flush=True,
             )
+    print(f"{count} kernels, {spilling} spill registers", file=sys.stderr)
+    return 1 if spilling else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+BACKEND = "triton"  # what the backends here are called
 
 # What the tests have compiled; a later Triton may run too, but nobody has looked.
 TESTED_VERSIONS = ((3, 5), (3, 7))
 OLDEST_ARCH = 80
-INTERPRETER = 0
+INTERPRETER, AMD = 0, 1  # stand for an architecture where there is no compute capability
 
 _compile_only: _CompileOnly | None = None
+
+
+def compiling() -> _CompileOnly | None:
+    """What stands in for the launches, if anything does."""
+    return _compile_only
 
 
 def _foreign() -> int | None:
@@ -92,14 +102,14 @@ def _device_arch(index: int) -> int:
 
 
 def arch(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; OLDEST_ARCH for AMD, INTERPRETER for the interpreter."""
+    """Compute capability, 90 for 9.0; AMD or INTERPRETER."""
     foreign = _foreign()
     if foreign is not None:
         return foreign
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip:
-        return OLDEST_ARCH
+        return AMD
     return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -132,10 +142,40 @@ def multiprocessors(device: torch.device) -> int:
     )
 
 
+class Machine(NamedTuple):
+    """What a choice of tiles by time holds for."""
+
+    gpu: str
+    capability: int  # 90 for 9.0
+    triton: str
+    kernels: str  # a digest of the kernels' sources
+
+    def file_name(self) -> str:
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", self.gpu)
+        return f"{gpu}-sm{self.capability}-triton{self.triton}-{self.kernels}.json"
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """The GPU that `device` is, and what runs on it."""
+    import triton
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return Machine(gpu, arch(device), triton.__version__, _kernels_digest())
+
+
+@functools.cache
+def _kernels_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "attention" / "triton").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> None:
     """Run `programs` programs of `kernel` on the current stream of the arguments' device."""
     if _compile_only is not None:
-        _compile_only.compile(kernel, args, warps, stages)
+        _compile_only.launch(kernel, args, warps, stages)
     elif programs > 0:
         key = (id(kernel), args[-1], warps)
         first = key not in _launched
@@ -152,40 +192,49 @@ _launched: set[tuple[int, Any, int]] = set()
 _logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(tensor.device):
-            yield
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
-class _CompileOnly:
-    """Stands in for the launches: compiles what they would run.
+_HERE = contextlib.nullcontext()
 
-    Args:
-        arch: for this architecture, on no GPU; None: for the GPU that is there.
-        record: called with each kernel's name and what Triton made of it.
-    """
 
-    def __init__(self, arch: int | None, record: Callable[[str, Any], None]) -> None:
-        self.arch = arch
-        self._record = record
+class Wanted(NamedTuple):
+    """A kernel that a launch would run."""
 
-    def compile(self, kernel: Any, args: tuple[Any, ...], warps: int, stages: int) -> None:
-        from triton.runtime import driver
+    kernel: str
+    constants: str  # tell it from others of that name in one call
+    compile: Callable[[], Any]  # what Triton makes of it
 
-        before = driver.active if torch.cuda.is_available() else None
-        if self.arch is not None:
-            driver.set_active(_Driver(self.arch))
-        try:
-            compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, num_stages=stages)
-        finally:
-            if before is not None:
-                driver.set_active(before)
-        self._record(kernel.__name__, compiled)
+
+class _CompileOnly(NamedTuple):
+    """Stands in for the launches; see `compiling_for`."""
+
+    arch: int | None
+    on_launch: Callable[[Wanted], None]
+    candidate: int | None
+
+    def launch(self, kernel: Any, args: tuple[Any, ...], warps: int, stages: int) -> None:
+        """Say what a launch wants."""
+
+        def compile_it() -> Any:
+            from triton.runtime import driver
+
+            before = driver.active if torch.cuda.is_available() else None
+            if self.arch is not None:
+                driver.set_active(_Driver(self.arch))
+            try:
+                return kernel.warmup(*args, grid=(1,), num_warps=warps, num_stages=stages)
+            finally:
+                if before is not None:
+                    driver.set_active(before)
+
+        constants = f"{args[-1]}, {warps} warps, {stages} stages"
+        self.on_launch(Wanted(kernel.__name__, constants, compile_it))
 
 
 class _Driver:
@@ -207,15 +256,19 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compiling_for(arch: int | None, record: Callable[[str, Any], None]) -> Iterator[None]:
-    """Within this, launches compile and run nothing; with an `arch`, tensors may be on "meta".
+def compiling_for(
+    arch: int | None, on_launch: Callable[[Wanted], None], candidate: int | None = None
+) -> Iterator[None]:
+    """Within this, launches run nothing; with an `arch`, tensors may be on "meta".
 
     Args:
         arch: compute capability, 90 for 9.0; None for that of the GPU that is there.
-        record: called with each kernel's name and what Triton made of it.
+        on_launch: called with what each launch would run; may compile it.
+        candidate: which of the tiles that a kernel may have, 0 for the default; None: the one that
+            a launch would take.
     """
     global _compile_only
-    before, _compile_only = _compile_only, _CompileOnly(arch, record)
+    before, _compile_only = _compile_only, _CompileOnly(arch, on_launch, candidate)
     try:
         yield
     finally:

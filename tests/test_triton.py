@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from cases import Case, run_backend, run_plain, skip_unless_supported
 from torch import Tensor
 
 import fused_attn
-from fused_attn import attention, triton_runtime
+from fused_attn import triton_runtime
 from fused_attn.testing import attention_noise, check_against_oracle
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -37,7 +39,11 @@ def test_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_supported(case, "triton", tensors)
     decoded = []
     decode = launch._decode
-    monkeypatch.setattr(launch, "_decode", lambda *args: decoded.append(args[3]) or decode(*args))
+    monkeypatch.setattr(
+        launch,
+        "_decode",
+        lambda call, *rest: decoded.append(call.plan.splits) or decode(call, *rest),
+    )
     check_against_oracle(
         functools.partial(run_backend, case, "triton"),
         functools.partial(run_plain, case),
@@ -87,16 +93,16 @@ def test_nothing_beyond_the_tensors_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("case", [Case(seqlen_q=70, seqlen_k=150), Case(causal=True)], ids=str)
 def test_tensor_descriptors_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_attn.attention.triton import config, launch
+    from fused_attn.attention.triton import call, config
 
     tensors = case.tensors(torch.float32, requires_grad=False)
     skip_unless_supported(case, "triton", tensors)
     expected = run_backend(case, "triton", **tensors)
     made = []
-    describe = launch._descriptor
+    describe = call._descriptor
     monkeypatch.setattr(config, "has_descriptors", lambda *kind: True)
     monkeypatch.setattr(config, "DESCRIPTOR_SEQLEN", 1)
-    monkeypatch.setattr(launch, "_descriptor", lambda *a: made.append(a) or describe(*a))
+    monkeypatch.setattr(call, "_descriptor", lambda *a: made.append(a) or describe(*a))
     actual = run_backend(case, "triton", **tensors)
     assert len(made) == 3
     for x, y in zip(actual[:2], expected[:2], strict=True):
@@ -113,39 +119,113 @@ def test_the_interpreter_is_taken_by_name_only() -> None:
 def test_warming_up_compiles_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     assert fused_attn.warmup(q, k, v, backend="reference") == {}
+    if triton_runtime.why_not(q.device):
+        pytest.skip("Triton cannot run here")
+    asked = compiling_nothing(monkeypatch)
+    seconds = fused_attn.warmup(q, k, v, causal=True, backend="triton")
+    assert set(seconds) == {name for name, _ in asked}
+    assert {"_attention_forward_kernel", "_attention_backward_dq_kernel"} <= set(seconds)
+    assert all(second >= 0 for second in seconds.values())
+
+
+def compiling_nothing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked of the compiler from now on, as kernel and constants."""
+    from fused_attn.triton_runtime import Wanted, _CompileOnly
+
     asked = []
-    monkeypatch.setattr(
-        triton_runtime._CompileOnly,
-        "compile",
-        lambda self, kernel, args, warps, stages: (
-            asked.append(kernel.__name__) or self._record(kernel.__name__, None)
+
+    def launch(self, kernel, args, warps, stages):
+        constants = f"{args[-1]}, {warps}, {stages}"
+        note = functools.partial(asked.append, (kernel.__name__, constants))
+        self.on_launch(Wanted(kernel.__name__, constants, note))
+
+    monkeypatch.setattr(_CompileOnly, "launch", launch)
+    return asked
+
+
+def operation_calls() -> dict[str, tuple[int, Callable[[], dict[str, float]]]]:
+    """Of each kind of call: how many kernels it may compile, and its warmup."""
+    warm = functools.partial(fused_attn.warmup, backend="triton")
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    many = torch.randn(1, 2, 700, 8)
+    bias = torch.randn(1, 2, 9, 9, requires_grad=True)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    x, weight = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    norm = functools.partial(warm, fused_attn.add_layer_norm, x, x.detach(), (32,), weight, weight)
+    return {
+        "forward": (1, lambda: warm(q.detach(), k.detach(), v.detach())),
+        "decode": (2, lambda: warm(many[:, :, :1], many, many)),
+        "forward and backward": (4, lambda: warm(q, k, v, causal=True)),
+        "bias": (6, lambda: warm(q, k, v, bias=bias)),
+        "mask": (7, lambda: warm(q, k, v, mask=mask)),
+        "weights": (7, lambda: warm(q, k, v, return_weights="average")),
+        "layer norm": (2, norm),
+        "bias activation": (
+            2, lambda: warm(fused_attn.bias_activation, x, weight, activation="gelu"),
         ),
-    )
-    if not triton_runtime.why_not(q.device):
-        seconds = fused_attn.warmup(q, k, v, causal=True, backend="triton")
-        assert set(seconds) == set(asked)
-        assert {"_attention_forward_kernel", "_attention_backward_dq_kernel"} <= set(asked)
-        assert all(second >= 0 for second in seconds.values())
+    }  # fmt: skip
 
 
-def test_limits_are_reasons() -> None:
-    q = torch.randn(1, 1, 2, 300)
-    with pytest.raises(fused_attn.UnsupportedError, match="head_dim=300"):
-        attention(q, q, q, backend="triton")
-    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    with pytest.raises(fused_attn.UnsupportedError, match="float64"):
-        attention(x, x, x, backend="triton")
+def test_warming_up_serves_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the first call of a kind compiles no more kernels than are stated, at any length."""
+    if triton_runtime.why_not(torch.device("cpu")):
+        pytest.skip("Triton cannot run here")
+    for name, (most, call) in operation_calls().items():
+        asked = compiling_nothing(monkeypatch)
+        assert call(), f"{name} compiles nothing"
+        assert 0 < len(set(asked)) <= most, f"{name}: {sorted(set(asked))}"
 
 
-def test_too_little_shared_memory_is_a_reason() -> None:
-    from fused_attn.attention.triton import config
+def test_the_first_launch_says_what_it_took(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    if triton_runtime.why_not(q.device):
+        pytest.skip("Triton cannot run here")
+    monkeypatch.setattr(triton_runtime, "_launched", set())
+    with caplog.at_level("INFO", logger="fused_attn.triton_runtime"):
+        for _ in range(2):
+            fused_attn.attention(q, q, q, backend="triton")
+    [message] = caplog.messages
+    assert message.startswith("first launch of _attention_forward_kernel took ")
 
-    for head_dim in (64, 128, 256):
-        assert config.why_not(config.Kind(head_dim, 2, 86, 0, 99 << 10)) == []
-        assert config.why_not(config.Kind(head_dim, 4, 80, 0, 99 << 10)) == []
-    [reason] = config.why_not(config.Kind(256, 2, 80, 0, 48 << 10))
-    assert "needs" in reason
-    assert str(48 << 10) in reason
+
+def test_longer_calls_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    if triton_runtime.why_not(torch.device("cpu")):
+        pytest.skip("Triton cannot run here")
+    asked = compiling_nothing(monkeypatch)
+    for length in (9, 33, 600):
+        x = torch.randn(2, 2, length, 8, requires_grad=True)
+        fused_attn.warmup(x, x, x, causal=True, backend="triton")
+    assert len(set(asked)) == 4
+
+
+WARM_UP_AHEAD = """
+import torch, fused_attn
+q = torch.randn(1, 2, 64, 64, dtype=torch.float16)
+print(sorted(fused_attn.warmup(q, q, q, arch=90)))
+x = torch.randn(8, 64)
+print(sorted(fused_attn.warmup(fused_attn.layer_norm, x, (64,), arch=80)))
+print(fused_attn.explain(q, q, q).chosen)
+"""
+
+
+def test_warming_up_for_another_gpu(tmp_path: Path) -> None:
+    """Without any GPU: the compiled kernels lie in Triton's cache afterwards."""
+    output = run(WARM_UP_AHEAD, TRITON_CACHE_DIR=str(tmp_path), HOME=str(tmp_path))
+    attention, norm, chosen = output.splitlines()
+    assert attention == "['_attention_forward_kernel']"
+    assert norm == "['_layer_norm_forward_kernel']"
+    assert chosen != "triton"
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2
+
+
+def test_warming_up_for_another_gpu_is_refused_in_the_interpreter() -> None:
+    if not triton_runtime.interpreted():
+        pytest.skip("Triton compiles here")
+    q = torch.randn(1, 1, 2, 8)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        fused_attn.warmup(q, q, q, arch=90)
 
 
 def run(code: str, **environment: str) -> str:
@@ -155,33 +235,3 @@ def run(code: str, **environment: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-EXPLAIN = """
-import torch, fused_attn
-x = torch.zeros(1, 1, 1, 1)
-print(fused_attn.explain(x, x, x))
-print(fused_attn.attention(x, x, x).shape)
-"""
-
-
-def test_without_a_gpu_the_reason_is_the_device() -> None:
-    assert "needs tensors on a GPU, these are on cpu" in run(EXPLAIN)
-
-
-def test_a_triton_that_fails_to_import_is_a_reason() -> None:
-    broken = """
-import sys, importlib.abc
-class Broken(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "triton":
-            raise OSError("libtriton.so: wrong ELF class")
-sys.meta_path.insert(0, Broken())
-"""
-    output = run(broken + EXPLAIN, TRITON_INTERPRET="1")
-    assert "Triton cannot be imported: OSError: libtriton.so: wrong ELF class" in output
-
-
-def test_an_untested_version_is_a_reason() -> None:
-    output = run("import triton; triton.__version__ = '9.1.0'\n" + EXPLAIN, TRITON_INTERPRET="1")
-    assert "Triton 9.1.0 is outside the tested range 3.5 to 3.7" in output

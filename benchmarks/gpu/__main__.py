@@ -37,6 +37,10 @@ def parity(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "benchmarks.gpu.parity", *arguments)
 
 
+def measure(part: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "benchmarks.gpu.measure", part)
+
+
 def sanitizer(tool: str, *arguments: str) -> tuple[str, ...]:
     return (
         *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1"),
@@ -56,15 +60,20 @@ PARTS = (
                       "tests/test_cuda.py"), 60),
     Part("repeat", parity("cuda", "triton", "--match", "long", "--modes", "deterministic",
                           "--dtypes", "bf16", "--repeats", "20", "--budget", "25"), 40),
-    Part("ceilings", (sys.executable, "-m", "benchmarks.gpu.measure", "ceilings"), 30),
-    Part("attention", (sys.executable, "-m", "benchmarks.gpu.measure", "attention"), 130),
+    Part("ceilings", measure("ceilings"), 30),
+    Part("attention", measure("attention"), 160),
     Part("memcheck", sanitizer("memcheck", "cuda", "triton"), 50),
     # Its reports on copies that no tensor map describes, the backward's row statistics, are false:
     # the forward is judged here, the backward's log is to be read.
     Part("racecheck", sanitizer("racecheck", "cuda", "--forward-only"), 30),
-    Part("racecheck-backward", sanitizer("racecheck", "cuda"), 30, advisory=True),
     Part("parity-triton", parity("triton", "--case-limit", "60", "--budget", "90"), 110),
-    Part("norms", (sys.executable, "-m", "benchmarks.gpu.measure", "norms"), 40),
+    Part("norms", measure("norms"), 70),
+    Part("masks", measure("masks"), 90),
+    Part("decode", measure("decode"), 45),
+    Part("overhead", measure("overhead"), 65),
+    Part("modules", measure("modules"), 80),
+    Part("racecheck-backward", sanitizer("racecheck", "cuda"), 30, advisory=True),
+    Part("ptxas", (sys.executable, "-m", "benchmarks.gpu.ptxas"), 150),
 )  # fmt: skip
 
 

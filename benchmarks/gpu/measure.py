@@ -1,4 +1,4 @@
-"""The measurements of `make gpu`, one subcommand each: suites of the package, and two checks.
+"""The measurements of `make gpu`, one subcommand each: suites of the package.
 
     python -m benchmarks.gpu.measure PART
 
@@ -15,14 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import fused_attn
 from fused_attn.bench import ceilings as limits
 from fused_attn.bench import cli, machine
 
-DEVICE = torch.device("cuda")
-OURS = ("cuda", "triton")
 # Without the peers that keep every score, and those that compile for seconds a case.
 ATTENTION_PEERS = (
     "sdpa-cudnn,sdpa-flash,sdpa-efficient,flash-attn-2,flash-attn-3,flash-attn-4,xformers"
@@ -106,46 +102,7 @@ def overhead() -> None:
     suite("forward", 30, "--shapes", "small", "--peers", ATTENTION_PEERS)
 
 
-def repeat() -> None:
-    """The same call twenty times: every bit must be the same, forward and backward."""
-    for backend in OURS:
-        for head_dim in (64, 128, 256):
-            heads = 2048 // head_dim
-            q, k, v = (_input(8, heads, 2048, head_dim) for _ in range(3))
-            first = None
-            for _ in range(20):
-                out = fused_attn.attention(q, k, v, causal=True, backend=backend)
-                grads = torch.autograd.grad(out.float().sum(), (q, k, v))
-                results = (out, *grads)
-                if first is None:
-                    first = results
-                for name, a, b in zip(("out", "dq", "dk", "dv"), first, results, strict=True):
-                    if not torch.equal(a, b):
-                        raise SystemExit(f"{backend}, head size {head_dim}: {name} does not repeat")
-        print(f"{backend}: 20 calls of each head size repeat bit for bit")
-
-
-def small() -> None:
-    """A few small calls, for compute-sanitizer."""
-    for backend in OURS:
-        for head_dim in (40, 64, 128, 256):
-            for causal in (False, True):
-                q, k, v = (_input(2, 2, n, head_dim) for n in (200, 333, 333))
-                out = fused_attn.attention(q, k, v, causal=causal, backend=backend)
-                out.float().sum().backward()
-        x = _input(300, 1000)
-        fused_attn.add_layer_norm(x, x, (1000,), backend=backend).float().sum().backward()
-    torch.cuda.synchronize()
-
-
-def _input(*shape: int) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
-
-
-PARTS = {
-    f.__name__: f
-    for f in (ceilings, repeat, small, attention, norms, masks, decode, modules, overhead)
-}
+PARTS = {f.__name__: f for f in (ceilings, attention, norms, masks, decode, modules, overhead)}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in PARTS:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import triton_runtime
-from ..problem import AttentionProblem, Operands, Options
+from ..problem import NO_WEIGHTS, AttentionProblem, Operands, Options
 from . import config
 
 NAME = "triton"
@@ -28,7 +28,7 @@ def why_not(problem: AttentionProblem) -> list[str]:
         if size > MAX_HEAD_DIM:
             reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
     if not reasons:
-        reasons += config.why_not(_kind(problem))
+        reasons += config.why_not(*_wanted(problem))
         if _takes_bias_gradient(problem) and triton_runtime.version() < (3, 6):
             reasons.append("Triton 3.5 fails to compile the gradient of a bias, 3.6 does not")
     return reasons
@@ -38,14 +38,29 @@ def _takes_bias_gradient(problem: AttentionProblem) -> bool:
     return problem.bias_shape is not None and problem.requires_grad
 
 
-def _kind(problem: AttentionProblem) -> config.Kind:
-    return config.Kind(
+def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], int]:
+    """What decides the tiles of a call, the kernels that it runs, and the rows of decoding."""
+    heavy = ("bias", "mask", "key_padding_mask", "rng")
+    kind = config.Kind(
         max(problem.head_dim, problem.head_dim_v),
         problem.dtype.itemsize,
         triton_runtime.arch(problem.device),
-        0,
+        sum(name in problem.operands for name in heavy) + (problem.options.softcap > 0),
         triton_runtime.shared_memory(problem.device),
     )
+    kernels = ["forward"]
+    rows = problem.seqlen_q * (problem.num_heads // problem.num_heads_kv)
+    planes = problem.num_heads_kv * problem.batch
+    multiprocessors = triton_runtime.multiprocessors(problem.device)
+    if config.decode_splits(rows, problem.seqlen_k, planes, multiprocessors) > 1:
+        kernels = ["decode"]
+    if problem.requires_grad:
+        kernels += ["dkdv", "dq"]
+    if _takes_bias_gradient(problem):
+        kernels.append("bias")
+    if problem.weights != NO_WEIGHTS:
+        kernels.append("weights")
+    return kind, tuple(kernels), rows
 
 
 def only_by_name() -> bool:

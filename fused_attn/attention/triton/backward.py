@@ -22,11 +22,14 @@ from .primitives import (
     only_seen,
     present_keys,
     probability,
+    products,
     queries_of_key,
     score,
     store_rows,
+    tile_at,
     visible_keys,
     visible_queries,
+    walk,
 )
 
 
@@ -84,24 +87,26 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _accumulate_queries(
-    dk, dv, key, value, q, dout, rows, dweights, n0, head, where, queries,
-    tiles, terms, sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
+    dk, dv, key, value, from_k, from_v, q, dout, rows, dweights, n0, head, where, queries, tiles,
+    terms, sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of tiles [a, b) and [c, d) of one head give to a tile of keys."""
     batch, index, start_q, len_q, len_k = where
-    a, b, c, d = tiles
+    visited, a, b, c, d = walk(terms, batch, head, n0 // CONFIG.BLOCK_N, tiles)
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
     low, high = queries
     last = start_q + len_q - 1
     for i in tl.range(a, b + d - c):
-        m0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_M
+        m0 = tile_at(i, b, c, visited, terms) * CONFIG.BLOCK_M
         row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[None, :]
         query = load_rows(q, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                           CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, not MASKED)
         dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, not MASKED)
-        qk = tl.dot(key, tl.trans(query), input_precision=CONFIG.PRECISION)
+        qk = products(key, query, from_k, (q, head, start_q + m0, last), index, CONFIG.BLOCK_N,
+                      CONFIG.BLOCK_M, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED,
+                      CONFIG)  # fmt: skip
         s, factor, slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
         if MASKED:
             s = hide(s, row, low, high)
@@ -117,11 +122,16 @@ def _accumulate_queries(
         doutput = load_rows(dout, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                             CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
-        dp = tl.dot(value, tl.trans(doutput), input_precision=CONFIG.PRECISION)
+        dp = products(value, doutput, from_v, (dout, head, start_q + m0, last), index,
+                      CONFIG.BLOCK_N, CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV,
+                      not MASKED, CONFIG)  # fmt: skip
         ds = softmax_gradient(p, dp, dw, delta, keep, terms, scalars)
         ds = ds * slope
         if HIDING:
             ds = tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
+        if CONFIG.BLOCK_D > CONFIG.CHUNK:  # loaded above it would fill registers all the while
+            query = load_rows(q, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
+                              CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=CONFIG.PRECISION)
     return dk, dv
 
@@ -155,6 +165,8 @@ def _attention_backward_dkdv_kernel(
                     CONFIG.BLOCK_D)  # fmt: skip
     value = load_rows(v, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
                       CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+    from_k = (k, head_kv, start_k + n0, last)
+    from_v = (v, head_kv, start_k + n0, last)
     dkey = tl.zeros([CONFIG.BLOCK_N, CONFIG.BLOCK_D], tl.float32)
     dvalue = tl.zeros([CONFIG.BLOCK_N, CONFIG.BLOCK_DV], tl.float32)
     where = (batch, index, start_q, len_q, len_k)
@@ -163,12 +175,12 @@ def _attention_backward_dkdv_kernel(
     for member in range(sizes.group):
         head = head_kv * sizes.group + member
         dkey, dvalue = _accumulate_queries(
-            dkey, dvalue, key, value, q, dout, rows, dweights, n0, head,
-            where, queries, (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
+            dkey, dvalue, key, value, from_k, from_v, q, dout, rows, dweights, n0, head, where,
+            queries, (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
         )  # fmt: skip
         dkey, dvalue = _accumulate_queries(
-            dkey, dvalue, key, value, q, dout, rows, dweights, n0, head,
-            where, queries, (a, b, c, d), terms, sizes, scalars, True, CONFIG,
+            dkey, dvalue, key, value, from_k, from_v, q, dout, rows, dweights, n0, head, where,
+            queries, (a, b, c, d), terms, sizes, scalars, True, CONFIG,
         )  # fmt: skip
     stop = start_k + len_k
     if dk is not None:
@@ -181,19 +193,19 @@ def _attention_backward_dkdv_kernel(
 
 @triton.jit
 def _accumulate_keys(
-    dq, query, doutput, rows, delta, k, v, dweights, m0, where, keys, tiles, terms,
-    sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
+    dq, query, doutput, from_q, from_dout, rows, delta, k, v, dweights, m0, where, keys, tiles,
+    terms, sizes, scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys of tiles [a, b) and [c, d) give to a tile of queries."""
     batch, head, index, start_q, len_q, start_k, len_k, shift = where
     low, high, first, end = keys
-    a, b, c, d = tiles
+    visited, a, b, c, d = walk(terms, batch, head, m0 // CONFIG.BLOCK_M, tiles)
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     row_low, row_high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     last = start_k + len_k - 1
     for i in tl.range(a, b + d - c):
-        n0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_N
+        n0 = tile_at(i, b, c, visited, terms) * CONFIG.BLOCK_N
         key_index = n0 + tl.arange(0, CONFIG.BLOCK_N)
         col = key_index[None, :]
         key = load_rows(k, None, index, head // sizes.group, start_k + n0, last,
@@ -203,8 +215,13 @@ def _accumulate_keys(
                           not MASKED)  # fmt: skip
         loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, not MASKED)
         dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, not MASKED)
-        qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-        dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
+        head_kv = head // sizes.group
+        qk = products(query, key, from_q, (k, head_kv, start_k + n0, last), index, CONFIG.BLOCK_M,
+                      CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED,
+                      CONFIG)  # fmt: skip
+        dp = products(doutput, value, from_dout, (v, head_kv, start_k + n0, last), index,
+                      CONFIG.BLOCK_M, CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV,
+                      not MASKED, CONFIG)  # fmt: skip
         s, factor, slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
         if MASKED:
             s = hide_keys(s, col, row_low, row_high, len_k, index, terms)
@@ -216,6 +233,9 @@ def _accumulate_keys(
                              CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
         ds = softmax_gradient(p, dp, dw, delta[:, None], keep, terms, scalars)
         ds = ds * slope
+        if CONFIG.BLOCK_D > CONFIG.CHUNK:
+            key = load_rows(k, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
+                            CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         if HIDING:
             ds = tl.where(p == 0.0, 0.0, ds)  # what is hidden may be NaN
             key = only_seen(key, p, key_index, low, high, terms)
@@ -248,17 +268,18 @@ def _attention_backward_dq_kernel(
                       CONFIG.BLOCK_D)  # fmt: skip
     doutput = load_rows(dout, None, index, head, start_q + m0, last, CONFIG.BLOCK_M,
                         CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+    from_q, from_dout = (q, head, start_q + m0, last), (dout, head, start_q + m0, last)
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     delta = load_delta(rows, index, head, start_q, row, len_q, sizes)
     dquery = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_D], tl.float32)
     where = (batch, head, index, start_q, len_q, start_k, len_k, shift)
     keys = (low, high, first, end)
     dquery = _accumulate_keys(
-        dquery, query, doutput, rows, delta, k, v, dweights, m0, where, keys,
+        dquery, query, doutput, from_q, from_dout, rows, delta, k, v, dweights, m0, where, keys,
         (b, c, 0, 0), terms, sizes, scalars, False, CONFIG,
     )  # fmt: skip
     dquery = _accumulate_keys(
-        dquery, query, doutput, rows, delta, k, v, dweights, m0, where, keys,
+        dquery, query, doutput, from_q, from_dout, rows, delta, k, v, dweights, m0, where, keys,
         (a, b, c, d), terms, sizes, scalars, True, CONFIG,
     )  # fmt: skip
     store_rows(dq, index, head, start_q + m0, start_q + len_q, dquery * scalars.scale,

@@ -19,6 +19,7 @@ from .primitives import (
     locate,
     present_keys,
     probability,
+    products,
     score,
 )
 
@@ -38,12 +39,16 @@ def _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, s
                     CONFIG.BLOCK_D)  # fmt: skip
     loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, False)
     dw = load_dweights(dweights, (m0, n0), row, col, len_q, len_k, index, head, False)
-    qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
+    qk = products(query, key, (q, head, m0, len_q - 1), (k, head_kv, n0, len_k - 1), index,
+                  CONFIG.BLOCK_M, CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, False,
+                  CONFIG)  # fmt: skip
     doutput = load_rows(dout, None, index, head, m0, len_q - 1, CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V,
                         CONFIG.BLOCK_DV)  # fmt: skip
     value = load_rows(v, None, index, head_kv, n0, len_k - 1, CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V,
                       CONFIG.BLOCK_DV)  # fmt: skip
-    dp = tl.dot(doutput, tl.trans(value), input_precision=CONFIG.PRECISION)
+    dp = products(doutput, value, (dout, head, m0, len_q - 1), (v, head_kv, n0, len_k - 1), index,
+                  CONFIG.BLOCK_M, CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, False,
+                  CONFIG)  # fmt: skip
     s, factor, _slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
     low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     s = hide_keys(s, col, low, high, len_k, index, terms)

@@ -1,23 +1,13 @@
-"""Tile sizes: a pure function of the problem.
-
-`tests/test_triton_compile.py` compiles every line and holds it to no spilled register and to the
-shared memory that the architecture has; `python -m fused_attn.triton_report` prints what comes out.
-"""
+"""Tile sizes: a pure function of the problem, unless somebody asks for a trial (`tuning.py`)."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
-from ...triton_runtime import INTERPRETER
-
-
-class Tile(NamedTuple):
-    """Queries and keys of one tile, warps of a program, stages of the load pipeline."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
+from ...triton_runtime import AMD, INTERPRETER
+from . import tiles
+from .tiles import Tile
 
 
 class Kind(NamedTuple):
@@ -29,84 +19,12 @@ class Kind(NamedTuple):
     pressure: int  # optional operands that every tile of scores has to load or draw
     shared_memory: int  # bytes that one program may use
 
+    def name(self, band: bool) -> str:
+        """The class of problems that share a line of the table, for people and for files."""
+        size = max(64, padded_size(self.head_dim))
+        pressure = ("plain", "one operand", "several operands")[min(self.pressure, 2)]
+        return f"head {size}, {self.itemsize} bytes, {pressure}{', band' * band}"
 
-# Lines by head size; in each, tiles for calls with none, one and several of the operands that make
-# registers scarce (bias, mask, padding mask, dropout, softcap, gradient of the weights).
-_Table = dict[int, tuple[tuple[int, int, int, int], ...]]
-
-# 227 KiB of shared memory and wgmma.
-_HOPPER: dict[str, _Table] = {
-    "forward": {
-        64: ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-        256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-    },
-    "dkdv": {
-        64: ((64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
-        128: ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-        256: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    },
-    "dq": {
-        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-        256: ((128, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-    },
-}
-
-# 99 KiB, which GPUs of compute capability 8.6, 8.9 and 12.0 have; 8.0 and AMD's run it too.
-_AMPERE: dict[str, _Table] = {
-    "forward": {
-        64: ((128, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
-        128: ((128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-    },
-    "dkdv": {
-        64: ((64, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
-        128: ((32, 64, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
-        256: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    },
-    "dq": {
-        64: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
-        128: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
-        256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    },
-}
-
-# Three products of TF32 stand for one of float32: each operand takes two registers.
-_FLOAT32: dict[str, _Table] = {
-    "forward": {
-        64: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-        128: ((32, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
-        256: ((16, 16, 8, 1),),
-    },
-    "dkdv": {
-        64: ((16, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
-        128: ((16, 16, 8, 1),),
-        256: ((16, 16, 8, 1),),
-    },
-    "dq": {
-        64: ((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
-        128: ((16, 16, 8, 1),),
-        256: ((16, 16, 8, 1),),
-    },
-    "bias": {64: ((16, 32, 8, 1),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
-    "weights": {64: ((32, 32, 4, 1),), 128: ((16, 16, 8, 1),), 256: ((16, 16, 8, 1),)},
-}
-
-# Kernels of optional results: one line a head size serves all.
-_SHARED: dict[str, _Table] = {
-    "bias": {64: ((32, 64, 8, 1),), 128: ((32, 64, 8, 1),), 256: ((16, 32, 4, 1),)},
-    "weights": {64: ((64, 64, 8, 1),), 128: ((64, 64, 8, 1),), 256: ((64, 64, 8, 1),)},
-}
-
-# Small ones, so that short tests meet the edges of tiles; rows and columns of unequal size.
-_INTERPRETED = {
-    "forward": Tile(32, 64, 4, 1),
-    "dkdv": Tile(64, 32, 4, 1),
-    "dq": Tile(32, 64, 4, 1),
-    "bias": Tile(32, 64, 4, 1),
-    "weights": Tile(64, 64, 4, 1),
-}
 
 # Queries, of all heads of a group together, up to which keys are split among programs.
 MAX_DECODE_ROWS = 32
@@ -114,6 +32,9 @@ MAX_SPLITS = 64
 
 # Below this length a descriptor costs more to make than it saves.
 DESCRIPTOR_SEQLEN = 512
+
+# Every NVIDIA GPU from compute capability 8.0 on has it, and all tables but Hopper's keep to it.
+ENOUGH_SHARED_MEMORY = 99 << 10
 
 # Programs that keep a GPU busy: about two on each multiprocessor.
 ENOUGH_PROGRAMS = 256
@@ -124,45 +45,117 @@ def padded_size(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile(kernel: str, kind: Kind) -> Tile:
-    """The tile of "forward", "dkdv", "dq", "bias" or "weights"."""
+# 16-bit operations in the time that memory takes for a byte, about, from A100 to B200.
+OPERATIONS_PER_BYTE = 150
+# Below this many operations a call is over before two more kernels are launched.
+LISTED_OPERATIONS = 1 << 32
+
+
+def lists_pay(kind: Kind, mask_elements: int, scores: int, products: int) -> bool:
+    """Whether to read a mask beforehand, so that tiles that it hides are not visited.
+
+    It does where reading it once costs at most a quarter of the call's matrix products, which is
+    what a mask costs that hides no tile: where several heads share it, and in the backward.
+
+    Args:
+        mask_elements: what it holds, without what it is broadcast over.
+        scores: elements of the scores of the call.
+        products: matrix products that the kernels make of them.
+    """
+    if kind.arch == INTERPRETER:  # tests meet both
+        return 2 * mask_elements <= scores
+    operations = 2 * products * padded_size(kind.head_dim) * scores
+    if operations < LISTED_OPERATIONS:
+        return False
+    return 4 * mask_elements * OPERATIONS_PER_BYTE <= operations
+
+
+@functools.cache
+def candidates(kernel: str, kind: Kind) -> tuple[Tile, ...]:
+    """Tiles of "forward", "dkdv", "dq", "bias" or "weights" that fit; the first is the default."""
     if kind.arch == INTERPRETER:
-        return _INTERPRETED[kernel]
-    # The backward's Hopper tiles spill on Blackwell, which keeps accumulators elsewhere.
-    hopper = 90 <= kind.arch < 120 and (kind.arch < 100 or kernel == "forward")
-    table = _HOPPER if hopper else _AMPERE
-    if kind.itemsize == 4:
-        table = _FLOAT32
-    elif kernel in _SHARED:
-        table = _SHARED
+        return tiles.INTERPRETED[kernel]
+    table, limit = _table(kernel, kind)
     lines = table[kernel][max(64, padded_size(kind.head_dim))]
-    best = Tile(*lines[min(kind.pressure, len(lines) - 1)])
-    while best.stages > 1 and shared_bytes(kernel, best, kind) > kind.shared_memory:
-        best = best._replace(stages=best.stages - 1)
-    return best
+    line = lines[min(kind.pressure, len(lines) - 1)]
+    return _fitting(kernel, [Tile(*numbers) for numbers in line], kind, limit)
+
+
+def _table(kernel: str, kind: Kind) -> tuple[dict[str, tiles.Table], int]:
+    """Where a kernel's tiles are found, and the shared memory that they keep to."""
+    if kind.itemsize == 4:
+        return tiles.FLOAT32, ENOUGH_SHARED_MEMORY
+    if kernel in tiles.SHARED:
+        return tiles.SHARED, ENOUGH_SHARED_MEMORY
+    if 90 <= kind.arch < 120:
+        table = tiles.HOPPER if kind.arch < 100 else tiles.BLACKWELL
+        return table, 227 << 10
+    return tiles.AMPERE, ENOUGH_SHARED_MEMORY
+
+
+def _fitting(kernel: str, known: list[Tile], kind: Kind, limit: int) -> tuple[Tile, ...]:
+    """Those that fit in shared memory, with fewer stages where it takes that; else the first.
+
+    Args:
+        limit: with so much of it the compiler has been seen to fit them all.
+    """
+    if kind.shared_memory >= limit:
+        return tuple(known)
+    fit = []
+    for tile in known:
+        while tile.stages > 1 and shared_bytes(kernel, tile, kind) > kind.shared_memory:
+            tile = tile._replace(stages=tile.stages - 1)
+        if shared_bytes(kernel, tile, kind) <= kind.shared_memory:
+            fit.append(tile)
+    return tuple(dict.fromkeys(fit)) or (tile,)
+
+
+def tile(kernel: str, kind: Kind) -> Tile:
+    """The default, a pure function of the problem."""
+    return candidates(kernel, kind)[0]
 
 
 def shared_bytes(kernel: str, tile: Tile, kind: Kind) -> int:
-    """About how much shared memory a kernel takes: what stays, and what streams by in stages."""
-    stays, streams = tile.block_m, 2 * tile.block_n
+    """Shared memory that a kernel takes at most, about; the exact number only its compiler knows.
+
+    What stays, what streams by in stages, the operands of a tile of scores, and a quarter for what
+    the compiler moves through it to change layouts. For AMD the compiler keeps the first of the
+    stages and what stays in registers.
+    """
+    size = padded_size(kind.head_dim)
+    own, other = tile.block_m, tile.block_n
     if kernel == "dkdv":
-        stays, streams = 2 * tile.block_n, 2 * tile.block_m
-    elif kernel == "dq":
-        stays = 2 * tile.block_m
-    return (stays + tile.stages * streams) * padded_size(kind.head_dim) * kind.itemsize
+        own, other = other, own
+    if kind.arch == AMD:
+        return 4 * max(tile.stages - 1, 1) * other * min(size, 2 * tile.chunk) * kind.itemsize
+    stays = 2 * own if kernel in ("dkdv", "dq") else own
+    tensors = (stays + tile.stages * 2 * other) * size * kind.itemsize
+    if size > tile.chunk:  # chunks of both sides, and tiles of one whole
+        tensors = ((own + other) * tile.chunk + 2 * other * size) * kind.itemsize
+    operands = tile.stages * own * other * 2 * min(kind.pressure, 2)
+    return (tensors + operands) * 5 // 4
 
 
-def why_not(kind: Kind) -> list[str]:
-    """Reasons why no tile fits; empty on every GPU that has at least 99 KiB of shared memory."""
-    if kind.arch == INTERPRETER:
-        return []
-    wanted = max(shared_bytes(name, tile(name, kind), kind) for name in ("forward", "dkdv", "dq"))
-    if wanted <= kind.shared_memory:
-        return []
-    return [
-        f"needs {wanted} bytes of shared memory at head size {kind.head_dim}, "
-        f"this device has {kind.shared_memory}"
-    ]
+def why_not(kind: Kind, kernels: tuple[str, ...], decode_rows: int = 0) -> list[str]:
+    """Reasons why one of `kernels` does not fit on this device.
+
+    Args:
+        kernels: "forward", "dkdv", "dq", "bias", "weights" or "decode".
+        decode_rows: queries that share a tile in decoding.
+    """
+    reasons: list[str] = []
+    for kernel in kernels if kind.arch != INTERPRETER else ():
+        if kernel == "decode":
+            best, limit = decode_candidates(decode_rows, kind)[0], ENOUGH_SHARED_MEMORY
+        else:
+            best, limit = tile(kernel, kind), _table(kernel, kind)[1]
+        wanted = shared_bytes(kernel, best, kind)
+        if kind.shared_memory < min(wanted, limit):
+            reasons.append(
+                f"the {kernel} kernel needs {wanted} bytes of shared memory at head size "
+                f"{kind.head_dim}, this device has {kind.shared_memory}"
+            )
+    return reasons
 
 
 def has_descriptors(arch: int, itemsize: int) -> bool:
@@ -170,11 +163,15 @@ def has_descriptors(arch: int, itemsize: int) -> bool:
     return 90 <= arch < 120 and itemsize == 2
 
 
-def decode_tile(rows: int, kind: Kind) -> Tile:
-    """Tile of the decoding kernel for `rows` queries of all heads of a group."""
+@functools.cache
+def decode_candidates(rows: int, kind: Kind) -> tuple[Tile, ...]:
+    """Tiles of the decoding kernel for `rows` queries of all heads of a group, default first."""
     block_m = max(16, 1 << (rows - 1).bit_length())
-    wide = padded_size(kind.head_dim) > 128 or kind.itemsize == 4
-    return Tile(block_m, 32 if wide else 64, 4, 2)
+    lines = tiles.DECODE[kind.itemsize][max(64, padded_size(kind.head_dim))]
+    known = [Tile(block_m, *line) for line in lines]
+    if kind.arch == INTERPRETER:
+        return (known[0],)
+    return _fitting("decode", known, kind, ENOUGH_SHARED_MEMORY)
 
 
 def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -> int:
@@ -189,5 +186,6 @@ def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -
 
 
 def delta_rows(head_dim: int) -> int:
-    """Rows of a program of the delta kernel: about 4096 elements."""
-    return 4096 // padded_size(head_dim)
+    """Rows of a program of the delta kernel: about 4096 elements, fewer of the longest."""
+    size = padded_size(head_dim)
+    return 4096 // size if size <= 128 else 8

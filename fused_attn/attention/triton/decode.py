@@ -29,9 +29,10 @@ from .primitives import (
 
 
 @triton.jit
-def _load_packed_rows(q, index, head, position, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of several heads, (rows, BLOCK)."""
-    col = tl.arange(0, BLOCK)
+def _load_packed_rows(q, index, head, position, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+                      col0=0):  # fmt: skip
+    """Rows of several heads, (rows, BLOCK), from column `col0` on."""
+    col = col0 + tl.arange(0, BLOCK)
     pointers = head_of(q, index, head) + position.to(tl.int64) * q.strides[2]
     pointers = pointers[:, None] + col[None, :] * q.strides[3]
     return tl.load(pointers, mask=valid[:, None] & (col[None, :] < SIZE), other=0.0)
@@ -72,7 +73,16 @@ def _attention_decode_kernel(
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
         loaded = load_terms((zero, n0), row[:, None], col[None, :], len_q, len_k, index, heads,
                             terms, False)  # fmt: skip
-        qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
+        if CONFIG.BLOCK_D <= CONFIG.CHUNK:
+            qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
+        else:  # as in `primitives.products`
+            qk = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_N], tl.float32)
+            for col0 in tl.range(0, CONFIG.HEAD_DIM, CONFIG.CHUNK, disable_licm=True):
+                left = _load_packed_rows(q, index, head, start_q + row, valid, CONFIG.HEAD_DIM,
+                                         CONFIG.CHUNK, col0)  # fmt: skip
+                right = load_rows(k, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
+                                  CONFIG.HEAD_DIM, CONFIG.CHUNK, False, col0)  # fmt: skip
+                qk = tl.dot(left, tl.trans(right), qk, input_precision=CONFIG.PRECISION)
         s, factor, _slope = score(
             qk, loaded, row[:, None], col[None, :], len_q, len_k, heads, terms, scalars, CONFIG
         )

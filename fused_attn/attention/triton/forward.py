@@ -21,9 +21,12 @@ from .primitives import (
     locate,
     only_seen,
     present_keys,
+    products,
     score,
     store_rows,
+    tile_at,
     visible_keys,
+    walk,
 )
 
 
@@ -44,25 +47,27 @@ def softmax_update(s, factor, peak, total, HIDING: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, peak, total, query, k, v, k_desc, v_desc, m0, where, keys, tiles, terms, sizes, scalars,
-    MASKED: tl.constexpr, CONFIG: tl.constexpr,
+    acc, peak, total, query, from_q, k, v, k_desc, v_desc, m0, where, keys, tiles, terms, sizes,
+    scalars, MASKED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Stream tiles [a, b) and [c, d) of keys through the softmax of one tile of queries."""
     batch, head, index, len_q, start_k, len_k, shift = where
     low, high, first, end = keys
-    a, b, c, d = tiles
+    visited, a, b, c, d = walk(terms, batch, head, m0 // CONFIG.BLOCK_M, tiles)
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     row_low, row_high = keys_of_query(row[:, None], len_q, shift, first, end, scalars, CONFIG)
     last = start_k + len_k - 1
     for i in tl.range(a, b + d - c):
-        n0 = tl.where(i < b, i, i - b + c) * CONFIG.BLOCK_N
+        n0 = tile_at(i, b, c, visited, terms) * CONFIG.BLOCK_N
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         key = load_rows(k, k_desc, index, head // sizes.group, start_k + n0, last,
                         CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         loaded = load_terms((m0, n0), row[:, None], col[None, :], len_q, len_k, index, head, terms,
                             not MASKED)  # fmt: skip
-        qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
+        qk = products(query, key, from_q, (k, head // sizes.group, start_k + n0, last), index,
+                      CONFIG.BLOCK_M, CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED,
+                      CONFIG)  # fmt: skip
         s, factor, _slope = score(
             qk, loaded, row[:, None], col[None, :], len_q, len_k, head, terms, scalars, CONFIG
         )
@@ -105,19 +110,21 @@ def _attention_forward_kernel(
     low, high, tile_n, full, past_full, past = visible_keys(
         m0, end_m, shift, first, end, holes, scalars, CONFIG
     )
-    query = load_rows(q, q_desc, index, head, start_q + m0, start_q + len_q - 1, CONFIG.BLOCK_M,
-                      CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+    last = start_q + len_q - 1
+    query = load_rows(q, q_desc, index, head, start_q + m0, last, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
+                      CONFIG.BLOCK_D)  # fmt: skip
+    from_q = (q, head, start_q + m0, last)
     acc = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_DV], tl.float32)
     peak = tl.full([CONFIG.BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
     where = (batch, head, index, len_q, start_k, len_k, shift)
     keys = (low, high, first, end)
     acc, peak, total = attend(
-        acc, peak, total, query, k, v, k_desc, v_desc, m0, where, keys, (full, past_full, 0, 0),
-        terms, sizes, scalars, False, CONFIG,
+        acc, peak, total, query, from_q, k, v, k_desc, v_desc, m0, where, keys,
+        (full, past_full, 0, 0), terms, sizes, scalars, False, CONFIG,
     )  # fmt: skip
     acc, peak, total = attend(
-        acc, peak, total, query, k, v, k_desc, v_desc, m0, where, keys,
+        acc, peak, total, query, from_q, k, v, k_desc, v_desc, m0, where, keys,
         (tile_n, full, past_full, past), terms, sizes, scalars, True, CONFIG,
     )  # fmt: skip
 

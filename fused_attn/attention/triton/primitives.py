@@ -39,6 +39,18 @@ class Terms(NamedTuple):
     cu_seqlens_q: Any  # (B + 1,) int32
     cu_seqlens_k: Any
     rng: Any  # (2,) int64
+    visits: Any = None  # Visits by the tiles of the kernel
+
+
+class Visits(NamedTuple):
+    """Of each own tile, the tiles of the other side that the bool mask shows anything of.
+
+    A row holds their numbers, ascending, and from `half` on how many come before each tile.
+    """
+
+    ptr: Any  # int32
+    strides: Any  # of batch, head and own tile; 0 where the mask is broadcast
+    half: Any
 
 
 class Rows(NamedTuple):
@@ -153,6 +165,32 @@ def visible_queries(n0, end_n, len_q, shift, whole, scalars, CONFIG: tl.constexp
 
 
 @triton.jit
+def walk(terms, batch, head, own, tiles):
+    """How to visit the tiles [a, b) and [c, d): (list, a, b, c, d), for `tile_at`.
+
+    Where there are lists (`visits.py`), a to d become places in that of the tile `own`.
+    """
+    a, b, c, d = tiles
+    row = own
+    if terms.visits is not None:
+        row = terms.visits.ptr + own * terms.visits.strides[2]
+        row += batch.to(tl.int64) * terms.visits.strides[0] + head * terms.visits.strides[1]
+        before, top = row + terms.visits.half, terms.visits.half - 1
+        a, b = tl.load(before + tl.minimum(a, top)), tl.load(before + tl.minimum(b, top))
+        c, d = tl.load(before + tl.minimum(c, top)), tl.load(before + tl.minimum(d, top))
+    return row, a, b, c, d
+
+
+@triton.jit
+def tile_at(i, b, c, row, terms):
+    """Number of the i-th tile of a walk, which goes on at c after b."""
+    place = tl.where(i < b, i, i - b + c)
+    if terms.visits is not None:
+        place = tl.load(row + place)
+    return place
+
+
+@triton.jit
 def head_of(view, batch, head):
     """Pointer to the first element of one head of one batch element."""
     return view.ptr + batch.to(tl.int64) * view.strides[0] + head.to(tl.int64) * view.strides[1]
@@ -173,10 +211,11 @@ def elements_of(view, batch, head, origin, row, col):
 
 @triton.jit
 def load_rows(view, descriptor, batch, head, row0, last, ROWS: tl.constexpr, SIZE: tl.constexpr,
-              BLOCK: tl.constexpr, INSIDE: tl.constexpr = False):  # fmt: skip
-    """Rows [row0, row0 + ROWS) of a head, row0 <= last; zero from column SIZE to BLOCK.
+              BLOCK: tl.constexpr, INSIDE: tl.constexpr = False, col0=0):  # fmt: skip
+    """Rows [row0, row0 + ROWS) of a head, row0 <= last, BLOCK columns; zero from SIZE on.
 
-    Rows past `last` hold copies of it, or by descriptor anything; INSIDE: there are none.
+    Rows past `last` hold copies of it, or by descriptor anything; INSIDE: there are none. `col0`
+    is the first column, a multiple of BLOCK; for no descriptor.
     """
     if descriptor is not None:
         tile = descriptor.load([batch.to(tl.int32), head, row0, 0])
@@ -187,11 +226,34 @@ def load_rows(view, descriptor, batch, head, row0, last, ROWS: tl.constexpr, SIZ
     row = tl.arange(0, ROWS)
     if not INSIDE:
         row = tl.minimum(row, tl.maximum(last - row0, 0))
-    col = tl.arange(0, BLOCK)
+    col = col0 + tl.arange(0, BLOCK)
     pointers = base + (row[:, None] * stride_m + col[None, :] * stride_d)
-    if SIZE == BLOCK:
+    if SIZE % BLOCK == 0:
         return tl.load(pointers)
     return tl.load(pointers, mask=col[None, :] < SIZE, other=0.0)
+
+
+@triton.jit
+def products(left, right, from_left, from_right, index, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+             SIZE: tl.constexpr, BLOCK: tl.constexpr, INSIDE: tl.constexpr,
+             CONFIG: tl.constexpr):  # fmt: skip
+    """Products of LEFT rows with RIGHT rows, (LEFT, RIGHT).
+
+    Where rows are longer than CONFIG.CHUNK they are loaded again chunk by chunk from what
+    `from_left` and `from_right` say, (view, head, first row, last row): three products of TF32
+    take two registers a number, and long rows would not fit. INSIDE: of the right.
+    """
+    if BLOCK <= CONFIG.CHUNK:
+        return tl.dot(left, tl.trans(right), input_precision=CONFIG.PRECISION)
+    x, x_head, x_row, x_last = from_left
+    y, y_head, y_row, y_last = from_right
+    acc = tl.zeros([LEFT, RIGHT], tl.float32)
+    for col0 in tl.range(0, SIZE, CONFIG.CHUNK, disable_licm=True):
+        a = load_rows(x, None, index, x_head, x_row, x_last, LEFT, SIZE, CONFIG.CHUNK, False, col0)
+        b = load_rows(y, None, index, y_head, y_row, y_last, RIGHT, SIZE, CONFIG.CHUNK, INSIDE,
+                      col0)  # fmt: skip
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=CONFIG.PRECISION)
+    return acc
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Causal, Operands, make_options
-from . import launch
+from . import config, launch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LENGTH = 2048
@@ -22,21 +22,28 @@ def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
         everything: all combinations on each architecture; otherwise all of bfloat16 and head size
             128 on sm_90, and elsewhere what differs most.
     """
-    kinds = ("full", "causal", "bias", "dropout", "everything")
+    kinds = ("full", "causal", "bias", "mask", "dropout", "everything")
     result: dict[str, Callable[[], None]] = {}
     for dtype in ("bf16", "fp32"):
         for head_dim in (64, 128, 256):
             for kind in kinds:
-                wide = everything or (arch == 90 and dtype == "bf16" and head_dim == 128)
-                brief = kind in ("causal", "everything") and (
-                    (dtype == "bf16" and head_dim == 128)
-                    or (arch == 90 and (dtype == "bf16" or head_dim <= 128))
-                )
-                if wide or brief:
+                if everything or _is_telling(arch, dtype, head_dim, kind):
                     name = f"attention {dtype} {head_dim} {kind}"
                     result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
-    result["attention bf16 128 decode"] = functools.partial(_decode, torch.bfloat16, 128)
+            for rows in (4, config.MAX_DECODE_ROWS):
+                if everything or (dtype == "bf16" and head_dim == 128 and rows == 4):
+                    run = functools.partial(_decode, _DTYPES[dtype], head_dim, rows)
+                    result[f"attention {dtype} {head_dim} decode {rows}"] = run
     return result
+
+
+def _is_telling(arch: int, dtype: str, head_dim: int, kind: str) -> bool:
+    """Whether a call belongs to the sample that every test run compiles."""
+    if dtype == "fp32":  # what registers are scarcest for
+        return arch == 90 and kind == ("causal" if head_dim == 64 else "everything")
+    if head_dim == 128 and arch == 90:
+        return True
+    return kind in ("causal", "everything") and (head_dim == 128 or arch == 90)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,6 +58,8 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str) -> None:
         causal = True
     if kind == "bias":
         operands = operands._replace(bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype))
+    if kind == "mask":
+        operands = operands._replace(mask=_meta(2, 1, _LENGTH, _LENGTH, dtype=torch.bool))
     if kind == "dropout":
         operands, dropout_p = operands._replace(rng=_meta(2, dtype=torch.int64)), 0.1
     if kind == "everything":
@@ -94,8 +103,9 @@ def _launch_all(
     launch.backward(operands, options, out, lse, out, None, dweights, grads)
 
 
-def _decode(dtype: torch.dtype, head_dim: int) -> None:
-    q = _meta(2, 8, 1, head_dim, dtype=dtype)
+def _decode(dtype: torch.dtype, head_dim: int, rows: int) -> None:
+    """`rows` queries share a key head."""
+    q = _meta(2, 2 * rows, 1, head_dim, dtype=dtype)
     k = _meta(2, 2, _LENGTH, head_dim, dtype=dtype)
     options = make_options(max_seqlen_q=1, max_seqlen_k=_LENGTH, head_dim=head_dim)
     operands = Operands(q, k, k, key_lengths=_meta(2, dtype=torch.int64))

@@ -19,6 +19,7 @@ from .primitives import (
     load_terms,
     locate,
     present_keys,
+    products,
     score,
     visible_keys,
 )
@@ -57,7 +58,10 @@ def _attention_refine_kernel(
             key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                             CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
             loaded = load_terms((m0, n0), rows, cols, len_q, len_k, index, head, terms, False)
-            qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
+            qk = products(query, key, (q, head, m0, len_q - 1),
+                          (k, head // sizes.group, n0, len_k - 1), index, CONFIG.BLOCK_M,
+                          CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, False,
+                          CONFIG)  # fmt: skip
             s, factor, _slope = score(
                 qk, loaded, rows, cols, len_q, len_k, head, terms, scalars, CONFIG
             )

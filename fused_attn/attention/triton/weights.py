@@ -16,6 +16,7 @@ from .primitives import (
     locate,
     present_keys,
     probability,
+    products,
     score,
     visible_keys,
 )
@@ -34,7 +35,9 @@ def dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars
     key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                     CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
     loaded = load_terms((m0, n0), row, col, len_q, len_k, index, head, terms, False)
-    qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
+    qk = products(query, key, (q, head, m0, len_q - 1), (k, head // sizes.group, n0, len_k - 1),
+                  index, CONFIG.BLOCK_M, CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, False,
+                  CONFIG)  # fmt: skip
     s, factor, _slope = score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG)
     low, high = keys_of_query(row, len_q, shift, first, end, scalars, CONFIG)
     s = hide_keys(s, col, low, high, len_k, index, terms)
