@@ -8,7 +8,7 @@ BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell f
 INSTALLED := $(VENV)/installed
 EMULATOR := $(VENV)/emulator
 
-.PHONY: test demo style format gates gpu sanitize venv clean
+.PHONY: test demo style format bench readme gates gpu sanitize venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal
@@ -30,6 +30,14 @@ format: $(INSTALLED)
 # On a machine with a GPU, with the Python, torch and build tools that are installed there.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# Every suite at a few small sizes, recorded, with report and pictures; and README's table of it.
+bench: $(INSTALLED)
+	python -m fused_attn bench all --device cpu --quick --budget 270 --save --plot
+	python -m fused_attn bench report --readme
+
+readme: $(INSTALLED)
+	python -m fused_attn bench report --readme
 
 gates: $(INSTALLED)
 	python benchmarks/cpu_gates.py
@@ -59,7 +67,7 @@ venv: $(INSTALLED)
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
-	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,examples]'
+	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,examples,bench]'
 	touch $@
 
 # The GPU kernels on an emulated device, which the tests take from the build folder.

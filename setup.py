@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -75,7 +76,9 @@ class CMakeBuild(build_ext):
                 # What CMake remembers of this machine (a broken compiler, say) must not last.
                 shutil.rmtree(folder)
                 raise subprocess.CalledProcessError(1, configure)
+            start = time.monotonic()
             subprocess.run(build, check=True)
+            print(f"fused_attn._C took {time.monotonic() - start:.0f} s to build")
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"Building fused_attn._C failed: see the messages above. {ADVICE}"

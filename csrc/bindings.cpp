@@ -1,7 +1,10 @@
 #include "attention/bindings.h"
 #ifdef FUSED_ATTN_WITH_CUDA
-#include "attention/cuda_bindings.h"
+#include "common/device/launch_cuda.h"
 #include "layer_norm/cuda_bindings.h"
+#endif
+#ifdef FUSED_ATTN_WITH_HOPPER
+#include "attention/cuda_bindings.h"
 #endif
 
 #include <pybind11/pybind11.h>
@@ -43,7 +46,9 @@ constexpr bool kOpenMP = false;
 
 py::dict build_info() {
   return py::dict(py::arg("version") = FUSED_ATTN_VERSION, py::arg("compiler") = kCompiler,
-                  py::arg("openmp") = kOpenMP, py::arg("cuda") = kCuda);
+                  py::arg("openmp") = kOpenMP, py::arg("cuda") = kCuda,
+                  py::arg("cuda_archs") = FUSED_ATTN_CUDA_ARCHS,
+                  py::arg("cuda_missing") = FUSED_ATTN_CUDA_MISSING);
 }
 
 double multiply_adds_of(const std::string& dtype, int64_t repeats) {
@@ -71,7 +76,11 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::bias_activation::bind(m);
   fused_attn::embedding::bind(m);
 #ifdef FUSED_ATTN_WITH_CUDA
-  fused_attn::attention::bind_attention_cuda(m);
+  m.def("cuda_versions", &fused_attn::device::cuda_versions,
+        "CUDA versions of the runtime in here and of the driver, as CUDA counts: 13010 is 13.1.");
   fused_attn::layer_norm::bind_cuda(m);
+#endif
+#ifdef FUSED_ATTN_WITH_HOPPER
+  fused_attn::attention::bind_attention_cuda(m);
 #endif
 }

@@ -5,25 +5,35 @@ set(FUSED_ATTN_CUDA auto CACHE STRING "Build the CUDA kernels: auto, on or off")
 set(FUSED_ATTN_CUDA_ARCHS "80;90a" CACHE STRING "Architectures of the CUDA kernels")
 set(_fused_attn_oldest_nvcc 12.3)  # the first whose ptxas knows all that the kernels use
 
-function(fused_attn_find_cuda result)
+# What is wrong with a compiler, if anything is.
+function(fused_attn_nvcc_problem compiler result)
+  set(${result} "" PARENT_SCOPE)
+  if(NOT compiler)
+    set(${result} "no CUDA compiler (nvcc) was found" PARENT_SCOPE)
+    return()
+  endif()
+  execute_process(COMMAND ${compiler} --version OUTPUT_VARIABLE text ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${text}")
+  if(NOT CMAKE_MATCH_1)
+    set(${result} "${compiler} does not say which release of nvcc it is" PARENT_SCOPE)
+  elseif(CMAKE_MATCH_1 VERSION_LESS _fused_attn_oldest_nvcc)
+    set(${result} "nvcc ${CMAKE_MATCH_1} is older than ${_fused_attn_oldest_nvcc}" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# `result`: whether there will be CUDA kernels; `missing`: why not.
+function(fused_attn_find_cuda result missing)
   set(${result} OFF PARENT_SCOPE)
   if(FUSED_ATTN_CUDA STREQUAL "off")
+    set(${missing} "FUSED_ATTN_CUDA was off" PARENT_SCOPE)
     return()
   endif()
   include(CheckLanguage)
   # Architectures are given by hand: CMake's own notion does not know 90a everywhere.
   set(CMAKE_CUDA_ARCHITECTURES OFF)
   check_language(CUDA)
-  set(problem "")
-  if(NOT CMAKE_CUDA_COMPILER)
-    set(problem "no CUDA compiler (nvcc) was found")
-  else()
-    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE text)
-    string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${text}")
-    if(CMAKE_MATCH_1 VERSION_LESS _fused_attn_oldest_nvcc)
-      set(problem "nvcc ${CMAKE_MATCH_1} is older than ${_fused_attn_oldest_nvcc}")
-    endif()
-  endif()
+  fused_attn_nvcc_problem("${CMAKE_CUDA_COMPILER}" problem)
+  set(${missing} "${problem}" PARENT_SCOPE)
   if(problem STREQUAL "")
     set(${result} ON PARENT_SCOPE)
   elseif(FUSED_ATTN_CUDA STREQUAL "on")
@@ -60,22 +70,27 @@ function(fused_attn_add_cuda target)
     DEPENDS ${generator} VERBATIM)
   find_package(CUDAToolkit REQUIRED)
 
-  # Wherever there are no Hopper kernels the plain ones still are, and the other way round.
-  set(hopper ${FUSED_ATTN_CUDA_ARCHS})
-  list(FILTER hopper INCLUDE REGEX "a$")
-  _fused_attn_cuda_objects(${target} hopper "${hopper}" ${wrappers}
-    csrc/attention/cuda_dkdv_bfloat16.cu
-    csrc/attention/cuda_dkdv_float16.cu
-    csrc/attention/cuda_dq_bfloat16.cu
-    csrc/attention/cuda_dq_float16.cu
-    csrc/attention/cuda_forward_bfloat16.cu
-    csrc/attention/cuda_forward_float16.cu
-    csrc/attention/cuda_host.cu)
+  # Without 90a there are the plain kernels only.
+  if("90a" IN_LIST FUSED_ATTN_CUDA_ARCHS)
+    _fused_attn_cuda_objects(${target} hopper 90a ${wrappers}
+      csrc/attention/cuda_dkdv_bfloat16.cu
+      csrc/attention/cuda_dkdv_float16.cu
+      csrc/attention/cuda_dq_bfloat16.cu
+      csrc/attention/cuda_dq_float16.cu
+      csrc/attention/cuda_dqdkdv_bfloat16.cu
+      csrc/attention/cuda_dqdkdv_float16.cu
+      csrc/attention/cuda_forward_bfloat16.cu
+      csrc/attention/cuda_forward_float16.cu
+      csrc/attention/cuda_host.cu)
+    target_sources(${target} PRIVATE
+      csrc/attention/cuda_bindings.cpp
+      csrc/common/device/map_cache.cpp)
+    target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_HOPPER)
+  endif()
   _fused_attn_cuda_objects(${target} plain "${FUSED_ATTN_CUDA_ARCHS}" ${wrappers}
     csrc/layer_norm/cuda.cu)
 
   target_sources(${target} PRIVATE
-    csrc/attention/cuda_bindings.cpp
     csrc/common/device/launch_cuda.cpp
     csrc/layer_norm/cuda_bindings.cpp)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_CUDA)

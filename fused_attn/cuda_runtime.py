@@ -10,7 +10,9 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,14 +68,39 @@ def why_not(
         return [missing]
     build = native.module().build_info()
     if not build["cuda"]:
-        return ["fused_attn._C was built without CUDA (FUSED_ATTN_CUDA=on says why)"]
+        return [f"fused_attn._C was built without CUDA: {build['cuda_missing']}"]
+    runtime, driver = native.module().cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return [
+            f"needs a driver for CUDA {runtime // 1000}.0 or later, which fused_attn._C was built "
+            f"with; this one is for {_version(driver)}"
+        ]
     capability = torch.cuda.get_device_capability(device)
     have = ".".join(map(str, capability))
     if exactly is not None and capability != exactly:
         return [f"needs compute capability {exactly[0]}.{exactly[1]}, {device} has {have}"]
     if at_least is not None and capability < at_least:
         return [f"needs compute capability {at_least[0]}.{at_least[1]}, {device} has {have}"]
+    archs = build["cuda_archs"].split()
+    if not any(_runs_on(arch, capability, exactly is not None) for arch in archs):
+        return [
+            f"fused_attn._C was built for {', '.join(archs) or 'no GPU'} "
+            f"(FUSED_ATTN_CUDA_ARCHS), {device} has compute capability {have}"
+        ]
     return []
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def _runs_on(arch: str, capability: tuple[int, int], exactly: bool) -> bool:
+    """Whether code for `arch` ("80", "90a") runs: a letter binds it to one capability."""
+    number = int(arch.rstrip("af"))
+    major, minor = divmod(number, 10)
+    if exactly or not arch.isdigit():
+        return arch == f"{capability[0]}{capability[1]}a"
+    return major == capability[0] and minor <= capability[1]
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -81,6 +108,24 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def launch(
+    function: str, arguments: tuple[Any, ...], device: torch.device, problem: Callable[[], object]
+) -> None:
+    """Call `function` of the module with `arguments` and torch's current stream of `device`.
+
+    Args:
+        problem: describes the call, for the message.
+
+    Raises:
+        RuntimeError: a launch failed; with CUDA's name for the error, and the problem.
+    """
+    with on(device):
+        try:
+            getattr(module(), function)(*arguments, stream(device))
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n  in {problem()}") from None
 
 
 def stream(device: torch.device) -> int:

@@ -66,3 +66,43 @@ def _read_instructions(text: str, kernels: dict[str, Kernel]) -> None:
             kernel.text.append(line)
             if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)", line):
                 kernel.opcodes.append(instruction[1].rstrip(";"))
+
+
+def registers_after(kernel: Kernel, mnemonic: str) -> tuple[int, int]:
+    """(what the one `mnemonic`, a USETMAXREG, asks for; how many its code then uses)."""
+    labels = {
+        label[1]: i
+        for i, line in enumerate(kernel.text)
+        if (label := re.match(r"(\.L_x_\d+):", line.strip()))
+    }
+    [start] = [i for i, line in enumerate(kernel.text) if mnemonic in line]
+    asked = re.search(r"0x[0-9a-f]+", kernel.text[start].split(mnemonic)[1])
+    assert asked, kernel.text[start]
+    used = 0
+    seen: set[int] = set()
+    waiting = [start]
+    while waiting:
+        i = waiting.pop()
+        while i < len(kernel.text) and i not in seen:
+            seen.add(i)
+            line = kernel.text[i].split(";")[0]
+            used = max(used, _registers_of(line))
+            waiting += [
+                labels[label] for label in re.findall(r"\.L_x_\d+", line) if label in labels
+            ]
+            if re.search(r"\*/\s+(EXIT|BRA `)", line):  # without a predicate
+                break
+            i += 1
+    return int(asked[0], 16), used
+
+
+def _registers_of(instruction: str) -> int:
+    """One more than the highest register: names stand for the first of several."""
+    width = 4 if ".128" in instruction else 2 if ".64" in instruction else 1
+    if product := re.search(r"HGMMA\.64x(\d+)x", instruction):
+        width = int(product[1]) // 2
+    names = [int(name) for name in re.findall(r"\bR(\d+)\b", instruction)]
+    if not names:
+        return 0
+    # An accumulator comes first; what follows it is at most four registers of A.
+    return max(names[0] + width, *(name + min(width, 4) for name in names))

@@ -1,4 +1,4 @@
-"""`python -m fused_attn`: info and demo."""
+"""`python -m fused_attn`: info, demo and the way to bench."""
 
 from __future__ import annotations
 
@@ -29,10 +29,19 @@ def test_info_runs_as_a_module() -> None:
     assert "attention backends" in done.stdout
 
 
+def test_bench_lists_suites_shapes_and_peers(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "list"]) == 0
+    text = capsys.readouterr().out
+    for name in ("layer_norm", "tokens-16k", "B,H,Hkv,Lq,Lk,D", "flash-attn-3", "sdpa-cudnn"):
+        assert name in text
+
+
 def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["fly"])
-    assert "info" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "info" in shown
+    assert "bench" in shown
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_code import Kernel, read_kernels
+from cuda_code import Kernel, read_kernels, registers_after
 from sass_hazards import hazards
 
 from fused_attn import native
@@ -44,6 +44,31 @@ def test_registers_are_those_that_the_launch_counts_on(kernels: list[Kernel]) ->
         assert kernel.registers in (128, 168), kernel.name
     for kernel in named(kernels, "dq_kernel") + named(kernels, "dkdv_kernel"):
         assert kernel.registers == 168, kernel.name
+
+
+def test_each_role_stays_within_the_registers_that_it_asks_for(kernels: list[Kernel]) -> None:
+    roles = [kernel for kernel in kernels if kernel.count("USETMAXREG") == 2]
+    assert len(roles) == len(kernels_with_tiles(kernels))
+    for kernel in roles:
+        for mnemonic in ("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):
+            asked, used = registers_after(kernel, mnemonic)
+            assert 0 < used <= asked, (kernel.name, mnemonic)
+
+
+def kernels_with_tiles(kernels: list[Kernel]) -> list[Kernel]:
+    names = ("forward_kernel", "dq_kernel", "dkdv_kernel")
+    return [kernel for name in names for kernel in named(kernels, name)]
+
+
+def test_dq_is_added_up_by_bulk_reductions(kernels: list[Kernel]) -> None:
+    adding = [kernel for kernel in named(kernels, "dkdv_kernel") if kernel.count("UBLKRED")]
+    # Five head sizes, two element types, plain and general; as many again leave dq alone.
+    assert len(adding) == 20
+    assert len(named(kernels, "dkdv_kernel")) == 40
+    for kernel in adding:
+        transposed = [text for text in kernel.text if "tnspA.tnspB" in text]
+        assert transposed, kernel.name  # dq^T = k^T ds^T
+        assert all("HGMMA" in text for text in transposed), kernel.name
 
 
 @pytest.mark.parametrize("name", ["forward_kernel", "dq_kernel", "dkdv_kernel"])
@@ -95,6 +120,10 @@ def test_the_hazard_scan_finds_planted_hazards() -> None:
 def test_the_module_needs_no_cuda_library() -> None:
     needed = subprocess.run(["ldd", str(MODULE)], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"libcuda|libcudart|libtorch|libc10", needed), needed
+
+
+def test_the_module_fits_into_the_wheel() -> None:
+    assert MODULE.stat().st_size < 20e6
 
 
 def test_importing_starts_no_cuda() -> None:

@@ -42,6 +42,11 @@ EXPECTED: dict[str, str | tuple[str, ...]] = {
     "no barrier init": "no mbarrier was initialised",
     "too many registers": "warps ask for",
     "products left": "without waiting for its matrix products",
+    "no reduction fence": "without a proxy fence",
+    "stage reused": "while a bulk store may still read it",
+    "reduction forgotten": "not committed",
+    "misaligned reduction": "not 16-byte aligned",
+    "no reduction wait": "bulk stores may read shared memory",
 }
 
 
@@ -63,13 +68,19 @@ def test_a_planted_mistake_is_reported(name: str) -> None:
         assert any(text in report for text in texts), f"schedule {seed} reports {report!r}"
 
 
-def test_the_order_of_threads_and_engines_changes_no_bit() -> None:
-    q, k, v = (torch.randn(1, 2, 200, 64).half().requires_grad_() for _ in range(3))
+@pytest.mark.parametrize("bias", [None, (1, 2, 70, 90), (3, 1, 1, 90), (1, 1, 70, 1)])
+def test_the_order_of_blocks_threads_and_engines_changes_no_bit(
+    bias: tuple[int, ...] | None,
+) -> None:
+    q, k, v = (torch.randn(3, 2, n, 64).half().requires_grad_() for n in (70, 90, 90))
+    operands = [q, k, v] + ([] if bias is None else [torch.randn(bias).requires_grad_()])
     results = []
+    torch.use_deterministic_algorithms(True, warn_only=True)
     for seed in (1, 1000, 2000):
         cuda_runtime.module().set_seed(seed)
-        out = attention(q, k, v, causal=True, backend="cuda")
-        results.append((out, *torch.autograd.grad(out.float().sum(), (q, k, v))))
+        out = attention(q, k, v, bias=operands[3] if bias else None, backend="cuda")
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), operands)))
+    torch.use_deterministic_algorithms(False)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

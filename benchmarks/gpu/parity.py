@@ -1,19 +1,23 @@
-"""Parity of a GPU backend on the device: the tests' attention and norm cases, and longer ones.
+"""Parity of GPU backends on the device: the tests' attention and norm cases, and longer ones.
 
-    python -m benchmarks.gpu.parity BACKEND [--dtypes ...] [--match TEXT] [--device cpu]
+    python -m benchmarks.gpu.parity BACKEND... [--match TEXT] [--dtypes ...] [--device cpu] [...]
 
-Results and gradients are held against the float64 oracle, and twice against each other, bit by bit.
-`--device cpu`, with TRITON_INTERPRET=1 or FUSED_ATTN_EMULATOR, tries the script without a GPU.
+Results and gradients are held against the float64 oracle, with deterministic algorithms and
+without; what promises to repeat is run again and compared bit by bit; inputs and results lie
+between guard bands, and results start as NaN. Checks run in worker processes under a watchdog: one
+that hangs is killed and named. `--device cpu`, with TRITON_INTERPRET=1 or FUSED_ATTN_EMULATOR,
+needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +33,13 @@ from test_attention_fuzz import random_case
 
 from fused_attn.testing import attention_noise, check_against_oracle
 
+from .guards import guarded
+from .watchdog import supervise, work
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = {"default": False, "deterministic": True}
 RANDOM_CASES = 300
+SEEDS = 10  # of the long cases
 
 # Several tiles of every shipped size, and the lengths at which tensor descriptors are used.
 LONG = {
@@ -46,7 +55,22 @@ LONG = {
     ),
     "decoding": Case(2, 8, 2, 1, 4000, 128, padding="lengths"),
 }  # fmt: skip
+# For compute-sanitizer, which takes its time: every compiled head size, plain and with operands.
+SMALL = {
+    f"small {kind}, head {head_dim}": Case(1, 2, 1, 150, 200, head_dim, causal=True, **operands)
+    for kind, operands in (("plain", {}), ("bias", {"bias": "11qk", "padding": "holes"}))
+    for head_dim in (40, 64, 128, 256)
+}
 NORM_SHAPES = ((5, 1), (9, 65), (33, 100), (64, 1024), (50, 4096), (20, 8192), (3, 20000))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is asked of every check."""
+
+    device: str
+    repeats: int
+    backward: bool
 
 
 def on_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
@@ -55,83 +79,170 @@ def on_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     }
 
 
-def check_attention(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Raise AssertionError unless results are within the budget and repeat bit by bit."""
-    tensors = on_device(case.tensors(dtype), device)
+def check_attention(case: Case, dtype: torch.dtype, backend: str, wanted: Wanted) -> None:
+    """Raise AssertionError unless results are within the budget and repeat as promised."""
+    tensors = on_device(case.tensors(dtype, requires_grad=wanted.backward), wanted.device)
     skip_unless_supported(case, backend, tensors)
-    check_against_oracle(
-        functools.partial(run_backend, case, backend),
-        functools.partial(run_plain, case),
-        tensors,
-        ("out", "lse", "weights"),
-        attention_noise,
-    )
-    wanted = [x for x in tensors.values() if x.requires_grad]
-
-    def results() -> list[Tensor]:
-        outputs = [x for x in run_backend(case, backend, **tensors) if x is not None]
-        return [*outputs, *torch.autograd.grad(outputs[0].sum(), wanted, allow_unused=True)]
-
-    for first, second in zip(results(), results(), strict=True):
-        assert first is None or torch.equal(first, second), "two runs differ"
-
-
-def check_norm(case: norm_cases.Case, backend: str, device: str) -> None:
-    with torch.device(device):
-        case.check(backend)
-
-
-def attention_checks(backend: str, device: str) -> Iterator[tuple[str, Callable[..., None]]]:
-    for name, case in {**CASES, **LONG}.items():
-        yield name, lambda dtype, case=case: check_attention(case, dtype, backend, device)
-    for seed in range(RANDOM_CASES):
-        case, _ = random_case(seed)
-        yield (
-            f"random {seed}",
-            lambda dtype, case=case: check_attention(case, dtype, backend, device),
+    with guarded() as guards:
+        fenced = {name: guards.fenced(x, name) for name, x in tensors.items()}
+        check_against_oracle(
+            functools.partial(run_backend, case, backend),
+            functools.partial(run_plain, case),
+            fenced,
+            ("out", "lse", "weights"),
+            attention_noise,
         )
+        first = results(case, backend, fenced)
+    for _ in range(wanted.repeats - 1):
+        for a, b in zip(first, results(case, backend, tensors), strict=True):
+            assert a is None or torch.equal(a, b), "two runs differ"
 
 
-def norm_checks(backend: str, device: str) -> Iterator[tuple[str, Callable[..., None]]]:
+def results(case: Case, backend: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
+    """What must repeat bit by bit: outputs, and gradients of deterministic algorithms."""
+    outputs = [x for x in run_backend(case, backend, **tensors) if x is not None]
+    wanted = [x for x in tensors.values() if x.requires_grad]
+    if not wanted:
+        return [*outputs]
+    gradients = torch.autograd.grad(outputs[0].sum(), wanted, allow_unused=True)
+    return [*outputs, *(gradients if torch.are_deterministic_algorithms_enabled() else ())]
+
+
+def check_norm(case: norm_cases.Case, dtype: torch.dtype, backend: str, wanted: Wanted) -> None:
+    with torch.device(wanted.device):
+        dataclasses.replace(case, dtype=dtype).check(backend)
+
+
+@functools.cache
+def all_checks() -> dict[str, tuple[Callable[..., None], tuple[str, ...]]]:
+    """(check of dtype, backend and wanted; modes) by name, the most telling first."""
+    checks: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {}
+    both = tuple(MODES)
+    for name, case in {**SMALL, **CASES, **LONG}.items():
+        checks[name] = functools.partial(check_attention, case), both
     for shape in NORM_SHAPES:
         for residual, dropout_p in ((None, 0.0), ("post", 0.2), ("pre", 0.0)):
-            case = norm_cases.Case(shape, residual=residual, dropout_p=dropout_p)
-            yield (
-                f"norm {shape} {residual}",
-                lambda dtype, case=case: check_norm(
-                    dataclasses.replace(case, dtype=dtype), backend, device
-                ),
-            )
+            norm = norm_cases.Case(shape, residual=residual, dropout_p=dropout_p)
+            checks[f"norm {shape} {residual}"] = functools.partial(check_norm, norm), both[:1]
+    for seed in range(1, SEEDS):
+        for name, case in LONG.items():
+            seeded = dataclasses.replace(case, seed=seed)
+            mode = both[seed % 2 : seed % 2 + 1]
+            checks[f"{name}, seed {seed}"] = functools.partial(check_attention, seeded), mode
+    for seed in range(RANDOM_CASES):
+        case, _ = random_case(seed)
+        mode = both[seed % 2 : seed % 2 + 1]
+        checks[f"random {seed}"] = functools.partial(check_attention, case), mode
+    return checks
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """`backend | check | dtype | mode` of everything to run."""
+    return [
+        " | ".join((backend, name, dtype, mode))
+        for name, (_, modes) in all_checks().items()
+        if options.match in name and not (options.exactly and options.exactly != name)
+        for backend in options.backends
+        for dtype in options.dtypes
+        for mode in modes
+        if mode in options.modes
+    ]
+
+
+def run_one(name: str, options: argparse.Namespace) -> tuple[str, str]:
+    """(kind, text) of an outcome; ends the process if the device is lost to it."""
+    backend, check, dtype, mode = name.split(" | ")
+    if options.inject:
+        inject(*options.inject, check)
+    wanted = Wanted(options.device, options.repeats, not options.forward_only)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(MODES[mode], warn_only=True)
+    try:
+        all_checks()[check][0](DTYPES[dtype], backend, wanted)
+    except pytest.skip.Exception as reason:
+        return "skipped", str(reason)
+    except Exception as error:  # one kernel's fault must not hide another's
+        text = f"{type(error).__name__}: {error}"
+        if options.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # the context is gone: the next check needs another process
+                print(f"{name}: {text}", file=sys.stderr, flush=True)
+                raise SystemExit(3) from None
+        return "failed", text
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return "passed", ""
+
+
+def inject(what: str, where: str, check: str) -> None:
+    """For the runner's own tests: a hang, a failure or a death in the check called `where`."""
+    if check != where:
+        return
+    if what == "hang":
+        time.sleep(1e6)
+    if what == "die":
+        raise SystemExit(9)
+    raise AssertionError("injected")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backends", nargs="+")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--match", default="", help="only checks whose name contains this")
+    parser.add_argument("--exactly", default="", help="only the check of this name")
+    parser.add_argument("--repeats", type=int, default=2, help="runs to compare bit by bit")
+    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--case-limit", type=float, default=30.0, help="seconds for one check")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all checks")
+    parser.add_argument("--in-process", action="store_true", help="no workers: for sanitizers")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--inject", nargs=2, metavar=("WHAT", "CHECK"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backend")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
-    options = parser.parse_args()
-    passed = failed = skipped = 0
-    start = time.perf_counter()
-    checks = (
-        *attention_checks(options.backend, options.device),
-        *norm_checks(options.backend, options.device),
+    options = parse()
+    run = functools.partial(run_one, options=options)
+    if options.worker:
+        work(sys.stdin, lambda name: guard_failures(run, name))
+        return 0
+    names = chosen(options)
+    counts: collections.Counter[str] = collections.Counter()
+    start = time.monotonic()
+    for name, kind, text in outcomes(names, options, run):
+        counts[kind] += 1
+        if kind not in ("passed", "skipped"):
+            print(f"{kind.upper()} {name}: {text}", flush=True)
+    left = len(names) - counts.total()
+    print(
+        f"{counts['passed']} passed, {counts['failed']} failed, {counts['hung']} hung, "
+        f"{counts['died']} died, {counts['skipped']} not supported, {left} not begun in time, "
+        f"{time.monotonic() - start:.0f} s"
     )
-    for name, check in checks:
-        if options.match not in name:
-            continue
-        for dtype in options.dtypes:
-            try:
-                check(DTYPES[dtype])
-                passed += 1
-            except pytest.skip.Exception:
-                skipped += 1
-            except Exception as error:  # one kernel's fault must not hide another's
-                failed += 1
-                print(f"FAILED {name} {dtype}: {type(error).__name__}: {error}", flush=True)
-    seconds = time.perf_counter() - start
-    print(f"{passed} passed, {failed} failed, {skipped} not supported, {seconds:.0f} s")
-    return 1 if failed or not passed else 0
+    wrong = counts["failed"] + counts["hung"] + counts["died"]
+    return 1 if wrong or not counts["passed"] else 0
+
+
+def guard_failures(run: Callable[[str], tuple[str, str]], name: str) -> tuple[str, str]:
+    try:
+        return run(name)
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def outcomes(names, options, run):
+    """(name, kind, text) of each, here or in workers."""
+    if options.in_process:
+        for name in names:
+            yield name, *guard_failures(run, name)
+        return
+    command = (sys.executable, "-m", "benchmarks.gpu.parity", *sys.argv[1:], "--worker")
+    for outcome in supervise(names, command, options.case_limit, options.budget):
+        yield outcome.name, outcome.kind, outcome.text
 
 
 if __name__ == "__main__":

@@ -1,37 +1,31 @@
-"""The one short table that `make gpu` ends with, from the files of its parts."""
+"""The one short table that `make gpu` ends with, from the files of its parts; it fits a screen."""
 
 from __future__ import annotations
 
-import csv
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
-PEERS = ("cudnn", "flash", "efficient", "flex")
+from fused_attn.bench import results
+from fused_attn.bench.suites import SUITES
 
-
-def read(folder: Path, name: str) -> list[dict[str, str]]:
-    """Rows of `name`.csv; none if the part did not get that far."""
-    path = folder / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+BACKENDS = ("cuda", "triton")
+ATTENTION = ("forward", "backward")
+CLOCK = "device events"
 
 
 def render(folder: Path, outcomes: dict[str, str]) -> str:
-    """Outcomes, ceilings, attention against its best peer, norms against the copy bandwidth."""
-    lines = ["", *_machine(folder), *(f"{name:14} {outcome}" for name, outcome in outcomes.items())]
-    ceilings = read(folder, "ceilings")
-    if ceilings:
-        lines.append("ceilings       " + ", ".join(f"{k} {v}" for k, v in ceilings[0].items()))
-    lines += ["", f"{'attention, TFLOP/s':30}{'cuda':>8}{'triton':>8}{'best peer':>18}{'ratio':>7}"]
-    lines += [_attention(row) for row in read(folder, "attention")]
-    lines += [
-        "",
-        f"{'add + layer norm, GB/s':30}{'cuda':>8}{'triton':>8}{'torch':>8}{'of copy':>9}",
-    ]
-    copy = _number(ceilings[0].get("copy_gbs")) if ceilings else None
-    lines += [_norm(row, copy) for row in read(folder, "norms")]
+    """Outcomes, ceilings, attention by head size against its best peer, and every other suite."""
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in results.read_file(path)]
+    lines = ["", *_machine(folder), *_outcomes(outcomes), *_ceilings(folder), ""]
+    lines.append(f"{'attention, TFLOP/s':42}{'cuda':>8}{'triton':>8}{'best peer':>24}{'ratio':>7}")
+    lines += _attention([row for row in rows if row["suite"] in ATTENTION])
+    lines += ["", f"{'least, median and most of':42}{'cases':>6}"
+              f"{'best peer over ours':>22}{'share of ceiling':>22}"]  # fmt: skip
+    for suite in SUITES:
+        lines += _suite(suite.name, [row for row in rows if row["suite"] == suite.name])
+    lines += _bad(rows)
     return "\n".join(lines)
 
 
@@ -44,33 +38,80 @@ def _machine(folder: Path) -> list[str]:
             f"commit {m['commit']}"]  # fmt: skip
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text is not None else None
-    except ValueError:
-        return None
+def _outcomes(outcomes: dict[str, str]) -> list[str]:
+    """Two parts a line: a screen is short."""
+    cells = [f"{name:14} {outcome:25}" for name, outcome in outcomes.items()]
+    return ["".join(cells[i : i + 2]).rstrip() for i in range(0, len(cells), 2)]
 
 
-def _cell(text: str | None) -> str:
-    value = _number(text)
-    return f"{value:8.0f}" if value is not None else f"{(text or '-')[:7]:>8}"
+def _ceilings(folder: Path) -> list[str]:
+    path = folder / "ceilings.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return ["ceilings       " + ", ".join(f"{name} {value}" for name, value in found.items())]
 
 
-def _attention(row: dict[str, str]) -> str:
-    name = f"{row['direction']} D{row['head_dim']} L{row['length']}"
-    if row["causal"] == "True":
-        name += " causal"
-    peers = {peer: value for peer in PEERS if (value := _number(row.get(peer))) is not None}
-    best = max(peers, key=lambda peer: peers[peer]) if peers else None
-    ours = _number(row.get("cuda"))
-    ratio = f"{ours / peers[best]:7.2f}" if best and ours is not None else f"{'-':>7}"
-    peer = f"{peers[best]:8.0f} ({best})" if best else "-"
-    return f"{name:30}{_cell(row.get('cuda'))}{_cell(row.get('triton'))}{peer:>18}{ratio}"
+def _attention(rows: Sequence[results.Row]) -> list[str]:
+    """A line a case of 8192 keys: the others are in the file."""
+    cases: dict[str, list[results.Row]] = {}
+    for row in rows:
+        if row["seqlen_k"] == "8192" and row["heads"] == row["heads_kv"]:
+            cases.setdefault(row["case"], []).append(row)
+    return [_case(sides) for sides in cases.values()]
 
 
-def _norm(row: dict[str, str], copy: float | None) -> str:
-    name = f"{row['direction']} width {row['width']}"
-    ours = _number(row.get("cuda"))
-    share = f"{100 * ours / copy:8.0f}%" if ours is not None and copy else f"{'-':>9}"
-    cells = "".join(_cell(row.get(side)) for side in ("cuda", "triton", "torch"))
-    return f"{name:30}{cells}{share}"
+def _case(rows: Sequence[results.Row]) -> str:
+    first = rows[0]
+    causal = " causal" if first["variant"] == "causal" else ""
+    name = f"{first['direction']} D{first['head_dim']} L{first['seqlen_k']}{causal}"
+    sides = {row["side"]: row for row in rows if row["clock"] in (CLOCK, "")}
+    ours = [sides.get(f"fused_attn:{backend}") for backend in BACKENDS]
+    found = results.pairs([row for row in rows if row["clock"] == CLOCK])
+    peer = found[0][1] if found else None
+    mine = next((row for row in ours if row is not None and results.counts(row)), None)
+    best = f"{float(peer['gflops']) / 1e3:8.0f} ({peer['side']})" if peer else "-"
+    ratio = results.ratio(mine, peer) if mine is not None else None
+    cells = "".join(_cell(row) for row in ours)
+    return f"{name:42}{cells}{best:>24}" + (f"{'-':>7}" if ratio is None else f"{ratio:7.2f}")
+
+
+def _cell(row: results.Row | None) -> str:
+    if row is None:
+        return f"{'-':>8}"
+    if not results.counts(row):
+        return f"{row['status'].partition(':')[0].upper():>8}"
+    return f"{float(row['gflops']) / 1e3:8.0f}"
+
+
+def _suite(name: str, rows: Sequence[results.Row]) -> list[str]:
+    """One line a suite, direction and clock: attention's own are above already."""
+    if name in ATTENTION:
+        rows = [row for row in rows if row["clock"] == "CUDA graph"]
+    lines = []
+    groups = dict.fromkeys((row["direction"], row["clock"]) for row in rows if results.counts(row))
+    for direction, clock in groups:
+        found = results.pairs(
+            [row for row in rows if (row["direction"], row["clock"]) == (direction, clock)]
+        )
+        ratios = [r for ours, peer in found if (r := results.ratio(ours, peer)) is not None]
+        shares = [float(ours["share"]) for ours, _ in found if ours["share"]]
+        label = f"{name} {direction}" if name != direction else name
+        how = "" if clock == CLOCK else f" ({clock})"
+        lines.append(f"{label + how:42}{len(found):>6}{_spread(ratios):>22}{_spread(shares):>22}")
+    return lines
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{min(values):.2f} {statistics.median(values):.2f} {max(values):.2f}"
+
+
+def _bad(rows: Sequence[results.Row]) -> list[str]:
+    """Ours that are wrong or fail: the first few in full."""
+    bad = [row for row in rows if row["ours"] == "yes"
+           and row["status"].startswith(("wrong", "failed"))]  # fmt: skip
+    lines = [f"{row['side']} {row['case']}: {row['status'][:90]}" for row in bad[:4]]
+    more = [f"... and {len(bad) - 4} more"] if len(bad) > 4 else []
+    return ["", *lines, *more] if bad else []

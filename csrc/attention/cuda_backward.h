@@ -1,8 +1,9 @@
-// What both kernels of the attention backward share.
+// What the kernels of the attention backward share.
 //
-// Two kernels rather than one: dkdv holds a block of keys and walks over queries, dq holds a block
-// of queries and walks over keys. Each recomputes the probabilities from lse. That is two products
-// more than a kernel which adds dQ up in global memory, and it is deterministic.
+// dkdv holds a block of keys and walks over queries. It can add up dq as well, in float32 in global
+// memory (cuda_dq_sum.h): five products, and sums whose order nobody promises. Or dq has a kernel
+// of its own, which holds a block of queries and walks over keys: seven products, for both
+// recompute the probabilities from lse, but deterministic. cuda_host.cu chooses.
 //
 //   p = exp(score - lse)              delta = rowsum(dout * out) - dlse
 //   ds = p * (keep * (dout v^T) - delta)
@@ -24,6 +25,7 @@ struct BackwardProblem : DeviceProblem {
   int64_t forward_lse_stride[3];
   const float* dlse;  // may be null
   int64_t dlse_stride[3];
+  float* dq_sum;          // cuda_dq_sum.h; null = dq is not added up
   DeviceView dq, dk, dv;  // null = not wanted
   bool dq_by_tile, dk_by_tile, dv_by_tile;
   float* dbias;  // null = not wanted
@@ -62,13 +64,12 @@ FUSED_ATTN_DEVICE float score_gradient(float p, float dp, float delta, float kee
 // dbias += ds, where the score exists.
 template <class At, int kCount>
 FUSED_ATTN_DEVICE void add_to_bias(const float (&ds)[kCount], const BackwardProblem& p,
-                                   const At& at, const Band& band, const Sequence& sequence) {
+                                   const At& at, const Band& band) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) {
-    const int query = at.query_of(i), key = at.key_of(i);
-    if (query >= sequence.seqlen_q || key >= band.end(query)) continue;
+    if (!at.exists(i, band)) continue;
     float* to = p.dbias + at.batch * p.dbias_stride[0] + at.head * p.dbias_stride[1] +
-                query * p.dbias_stride[2] + key * p.dbias_stride[3];
+                at.query_of(i) * p.dbias_stride[2] + at.key_of(i) * p.dbias_stride[3];
     if (p.dbias_shared) {
       device::atomic_add(to, ds[i]);
     } else {

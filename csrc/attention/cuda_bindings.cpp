@@ -3,6 +3,7 @@
 
 #include "attention/arguments.h"
 #include "attention/cuda.h"
+#include "common/device/map_cache.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -40,17 +41,22 @@ void attention_backward_cuda(Arguments& args) {
   p.dbias = args.view("dbias");
   const TensorView workspace = args.tensor("workspace");
   read_scalars(args, p);
+  BackwardWay way;
+  way.add_up_dq = args.integer() != 0;
+  way.first_head = static_cast<int>(args.integer());
+  way.head_count = static_cast<int>(args.integer());
   void* stream = reinterpret_cast<void*>(args.integer());
   args.finish();
   check_present(workspace);
   check_dtype(workspace, {DType::kFloat32});
   check_contiguous(workspace);
-  if (workspace.shape[0] < backward_workspace(p)) {
-    fail_check("workspace", "hold " + std::to_string(backward_workspace(p)) + " numbers",
+  const int64_t numbers = backward_workspace(p, way.add_up_dq);
+  if (workspace.shape[0] < numbers) {
+    fail_check("workspace", "hold " + std::to_string(numbers) + " numbers",
                std::to_string(workspace.shape[0]));
   }
   const py::gil_scoped_release release;
-  backward_cuda(p, workspace.as<float>(), stream);
+  backward_cuda(p, way, workspace.as<float>(), stream);
 }
 
 PyMethodDef kMethods[] = {
@@ -60,13 +66,15 @@ PyMethodDef kMethods[] = {
     {"attention_backward_cuda", method<attention_backward_cuda>(), METH_FASTCALL,
      "attention_backward_cuda(<operands of attention_forward>, out, lse, dout, dlse, dq, dk, dv, "
      "dbias, workspace, max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, "
-     "softcap, dropout_p, stream)"},
+     "softcap, dropout_p, add_up_dq, first_head, head_count, stream)"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void bind_attention_cuda(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), kMethods) != 0) throw py::error_already_set();
+  m.def("encoded_tensor_maps", &device::encoded_tensor_maps,
+        "How many tensor maps the calls of this process have encoded: equal ones are kept.");
 }
 
 }  // namespace fused_attn::attention

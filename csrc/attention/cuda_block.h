@@ -52,17 +52,25 @@ FUSED_ATTN_DEVICE void store_panels(const TensorMap& map, SharedAddress tile, in
   device::wait_stores();
 }
 
-// A warpgroup's accumulator of 64 rows x kColumns into a tile, rounded to 16 bits.
-template <class Element, class Tile, int kCount>
-FUSED_ATTN_DEVICE void fragment_to_tile(const float (&x)[kCount], SharedAddress tile, int row) {
-  const int thread = device::thread_index() % device::kWarpgroupThreads;
+// A warpgroup's fragment of 64 rows, packed in pairs, into a tile.
+template <class Tile, int kCount>
+FUSED_ATTN_DEVICE void packed_to_tile(const uint32_t (&x)[kCount], SharedAddress tile, int row) {
+  const int thread = device::opaque(device::thread_index()) % device::kWarpgroupThreads;
   const int lane = thread % device::kWarpThreads, warp = thread / device::kWarpThreads;
   FUSED_ATTN_UNROLL_LOOP
-  for (int i = 0; i < kCount; i += 8) {
-    device::store_matrices(Tile::chunk(tile, row + warp * 16 + lane % 16, 2 * i + lane / 16 * 8),
-                           Element::pack(x[i], x[i + 1]), Element::pack(x[i + 2], x[i + 3]),
-                           Element::pack(x[i + 4], x[i + 5]), Element::pack(x[i + 6], x[i + 7]));
+  for (int i = 0; i < kCount; i += 4) {
+    device::store_matrices(Tile::chunk(tile, row + warp * 16 + lane % 16, 4 * i + lane / 16 * 8),
+                           x[i], x[i + 1], x[i + 2], x[i + 3]);
   }
+}
+
+// The same from an accumulator, rounded to 16 bits.
+template <class Element, class Tile, int kCount>
+FUSED_ATTN_DEVICE void fragment_to_tile(const float (&x)[kCount], SharedAddress tile, int row) {
+  uint32_t packed[kCount / 2];
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = Element::pack(x[2 * i], x[2 * i + 1]);
+  packed_to_tile<Tile>(packed, tile, row);
 }
 
 // The same element by element, for tensors that no tensor map describes. `row` is that of the
@@ -164,10 +172,9 @@ struct Block {
   KeyTiles<Tile::kBlockN> tiles;
   Padding padding;
 
-  // Blocks of a head follow each other, so that they find its keys in the second-level cache;
-  // later queries first: under a causal mask they have the most to do.
+  // Later queries first: under a causal mask they have the most to do.
   FUSED_ATTN_DEVICE Block(const DeviceProblem& p, int index, SharedAddress padding_bits)
-      : Block(p, index / row_blocks(p), row_blocks(p) - 1 - index % row_blocks(p), padding_bits) {}
+      : Block(p, BlockPlace(index, row_blocks(p), p.head_count, p.heads_together), padding_bits) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return query_begin >= sequence.seqlen_q; }
   FUSED_ATTN_DEVICE TileKind kind(int tile) const { return padding.kind(tile, tiles.plain(tile)); }
@@ -186,7 +193,7 @@ struct Block {
            tile * Tile::kBlockN < band.key_begin() || (Tile::kGeneral && masks_elements(p));
   }
   // By band or padding.
-  FUSED_ATTN_DEVICE bool hides_key(int key) const {
+  FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& /*p*/, int key) const {
     if (key < band.key_begin()) return true;
     if (!padding.present()) return false;
     const uint32_t bits = padding.word(key / Tile::kBlockN, key % Tile::kBlockN / 32);
@@ -197,28 +204,29 @@ struct Block {
   static FUSED_ATTN_DEVICE int row_blocks(const DeviceProblem& p) {
     return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
   }
-  FUSED_ATTN_DEVICE Block(const DeviceProblem& p, int head_index, int row_block,
+  FUSED_ATTN_DEVICE Block(const DeviceProblem& p, const BlockPlace& place,
                           SharedAddress padding_bits)
-      : head(head_index % p.num_heads),
-        query_begin(row_block * Tile::kBlockM),
-        sequence(p, head_index / p.num_heads),
+      : head((p.first_head + place.head) % p.num_heads),
+        query_begin((row_blocks(p) - 1 - place.piece) * Tile::kBlockM),
+        sequence(p, (p.first_head + place.head) / p.num_heads),
         band(p, sequence),
         tiles(band, query_begin, smaller(query_begin + Tile::kBlockM, sequence.seqlen_q)),
         padding(p, sequence, padding_bits) {}
 };
 
-// Zeroes the rows of keys that no query of the sequence sees, in tiles that came in raw, and passes
-// the tiles on. A product with 0 is not enough, for 0 * NaN is NaN. For one warp.
-template <class Tile>
+// Zeroes the rows of keys that no query of the sequence sees. A product with 0 is not enough, for
+// 0 * NaN is NaN. For one warp. `Block` says what band and padding hide.
+template <class Tile, class Block>
 class TileCleaner {
  public:
   using KvTile = typename Tile::KvTile;
   static constexpr uint32_t kExponent = Tile::Element::kExponent * 0x10001u;
 
-  FUSED_ATTN_DEVICE TileCleaner(const DeviceProblem& p, const Block<Tile>& block)
+  FUSED_ATTN_DEVICE TileCleaner(const DeviceProblem& p, const Block& block)
       : p_(p), block_(block), lane_(device::thread_index() % device::kWarpThreads) {}
 
-  // `tile_at`, `raw`, `full`: address and barriers by stage.
+  // Tiles that came in raw are cleaned and passed on. `tile_at`, `raw`, `full`: address and
+  // barriers by stage.
   template <class TileAtStage, class Raw, class Full>
   FUSED_ATTN_DEVICE void run(const TileAtStage& tile_at, const Raw& raw, const Full& full) const {
     static_assert(Tile::kStages <= 32, "a bit per stage");
@@ -232,21 +240,20 @@ class TileCleaner {
       if (!block_.hides_keys(p_, tile)) continue;
       device::barrier_wait(raw(stage), phases >> stage & 1);
       phases ^= 1u << stage;
-      clean(tile_at(stage), tile * Tile::kBlockN);
+      clean(tile_at(stage), tile * Tile::kBlockN, 0, Tile::kBlockN);
       device::fence_async();
       device::sync_warp();
       if (lane_ == 0) device::barrier_arrive(full(stage));
     }
   }
 
- private:
-  FUSED_ATTN_DEVICE void clean(SharedAddress tile, int first_key) const {
+  // Rows [begin, end) of the tile whose row 0 is key `first_key`.
+  FUSED_ATTN_DEVICE void clean(SharedAddress tile, int first_key, int begin, int end) const {
     // Only numbers that are none can be hidden by elements and hurt: there are hardly ever any.
-    const bool suspect =
-        Tile::kGeneral && masks_elements(p_) && any_not_finite(tile, 0, Tile::kBlockN);
+    const bool suspect = Tile::kGeneral && masks_elements(p_) && any_not_finite(tile, begin, end);
     FUSED_ATTN_KEEP_LOOP
-    for (int row = 0; row < Tile::kBlockN; ++row) {
-      const bool hidden = block_.hides_key(first_key + row) ||
+    for (int row = begin; row < end; ++row) {
+      const bool hidden = block_.hides_key(p_, first_key + row) ||
                           (suspect && any_not_finite(tile, row, row + 1) &&
                            first_key + row < block_.band.key_end() && nobody_sees(first_key + row));
       if (!hidden) continue;
@@ -257,6 +264,7 @@ class TileCleaner {
     }
   }
 
+ private:
   FUSED_ATTN_DEVICE SharedAddress word(SharedAddress tile, int row, int panel) const {
     return tile + panel * KvTile::kPanelBytes + row * kTileRowBytes + 4 * lane_;
   }
@@ -299,7 +307,7 @@ class TileCleaner {
   }
 
   const DeviceProblem& p_;
-  const Block<Tile>& block_;
+  const Block& block_;
   int lane_;
 };
 

@@ -1,7 +1,8 @@
-// The row statistics of the backward: delta = rowsum(dout * out) - dlse, and lse in base 2.
+// The row statistics of the backward: delta = rowsum(dout * out) - dlse, and lse in base 2. Where
+// dq is to be added up, its sum starts from the zeros that this kernel writes.
 #pragma once
 
-#include "attention/cuda_backward.h"
+#include "attention/cuda_dq_sum.h"
 
 namespace fused_attn::attention {
 
@@ -21,6 +22,11 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
       device::block_index() % blocks * kDeltaRows + device::thread_index() / device::kWarpThreads;
   // The tiles of a sequence end where those of the next one begin.
   if (row / kStatisticsTile * kStatisticsTile >= sequence.seqlen_q) return;
+  const int64_t to = int64_t{head} * p.padded_rows + statistics_start(p, sequence) + row;
+  if (p.dq_sum != nullptr) {
+    const int columns = dq_sum_columns(p);
+    for (int c = lane; c < columns; c += device::kWarpThreads) p.dq_sum[to * columns + c] = 0.0f;
+  }
   float sum = 0.0f, lse = -device::infinity();
   const int in_tensor = sequence.start_q + row;
   if (row < sequence.seqlen_q && in_tensor < p.rows_q) {
@@ -41,7 +47,6 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
     sum -= p.dlse[sequence.tensor_batch * p.dlse_stride[0] + head * p.dlse_stride[1] +
                   in_tensor * p.dlse_stride[2]];
   }
-  const int64_t to = int64_t{head} * p.padded_rows + statistics_start(p, sequence) + row;
   // A row that sees nothing, or is not there, gets probabilities of 0.
   p.lse2[to] = seen ? lse * kLog2E : device::infinity();
   p.delta[to] = seen ? sum : 0.0f;

@@ -5,17 +5,19 @@
 // of dv = p^T dout and dk = ds^T q as they are (Shah et al., "FlashAttention-3", 2024).
 #pragma once
 
-#include "attention/cuda_backward.h"
+#include "attention/cuda_dq_sum.h"
 
 namespace fused_attn::attention {
 
 // Two consumer warpgroups. Up to head size 128 each holds 64 keys, with dk and dv in registers;
 // above it both hold the same 64 keys, one dv and the other dk. Modified scores need registers for
-// their derivatives: fewer queries at a time.
-template <class Element_, int kHeadDim_, bool kGeneral_>
+// their derivatives: fewer queries at a time. `kDq`: dq (and dbias) are added up, too, above head
+// size 128 by the warpgroup that holds dv.
+template <class Element_, int kHeadDim_, bool kGeneral_, bool kDq_>
 struct DkDvTile {
   using Element = Element_;
   static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kDq = kDq_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kSplit = kHeadDim > 128;
   static constexpr int kGroups = 2;
@@ -34,7 +36,22 @@ struct DkDvTile {
   static constexpr uint32_t kV = kK + KvTile::kBytes;
   static constexpr uint32_t kQ = kV + KvTile::kBytes;
   static constexpr uint32_t kDout = kQ + kStages * QTile::kBytes;
-  static constexpr uint32_t kLse = kDout + kStages * QTile::kBytes;
+  // Of dq only: ds^T by stage, and a place for each warp's part of dq on its way out.
+  // Up to 64 columns the warpgroups share the queries, each with a panel of its own: nobody says
+  // that a transposed operand may begin within a swizzle.
+  static constexpr bool kDqByQueries = kHeadDim <= kTileColumns;
+  static constexpr int kDqQueries = kDqByQueries ? kBlockM / kGroups : kBlockM;
+  struct DsTile : SharedTile<kBlockN, kDqByQueries ? kGroups * kTileColumns : kBlockM> {
+    static FUSED_ATTN_DEVICE SharedAddress chunk(SharedAddress tile, int row, int query) {
+      return SharedTile<kBlockN, kTileColumns>::chunk(
+          tile, row, query / kDqQueries * kTileColumns + query % kDqQueries);
+    }
+  };
+  static constexpr int kDqWarps = kSplit ? 4 : 8;
+  static constexpr int kDqStageBytes = kSliceColumns * kDqQueries * 4;
+  static constexpr uint32_t kDs = kDout + kStages * QTile::kBytes;
+  static constexpr uint32_t kDqStage = kDs + (kDq ? kStages * DsTile::kBytes : 0);
+  static constexpr uint32_t kLse = kDqStage + (kDq ? kDqWarps * kDqStageBytes : 0);
   static constexpr uint32_t kDelta = kLse + kStages * kStatisticsBytes;
   static constexpr uint32_t kBarriers = kDelta + kStages * kStatisticsBytes;
   static constexpr uint32_t kSharedBytes = kBarriers + 128 + 1024;
@@ -60,6 +77,10 @@ struct DkDvShared : SharedBase<Tile> {
   FUSED_ATTN_DEVICE SharedAddress lse(int stage) const {
     return base + Tile::kLse + stage * Tile::kStatisticsBytes;
   }
+  FUSED_ATTN_DEVICE SharedAddress ds(int stage) const {
+    return base + Tile::kDs + stage * Tile::DsTile::kBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress dq_stage() const { return base + Tile::kDqStage; }
   FUSED_ATTN_DEVICE SharedAddress delta(int stage) const {
     return base + Tile::kDelta + stage * Tile::kStatisticsBytes;
   }
@@ -89,19 +110,36 @@ struct KeyBlock {
   Band band;
   QueryTiles<Tile::kBlockM> tiles;
 
+  // Earlier keys first: under a causal mask more queries see them.
   FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int index)
-      : KeyBlock(p, index / key_blocks(p), index % key_blocks(p)) {}
+      : KeyBlock(p, BlockPlace(index, key_blocks(p), p.batch * (p.num_heads / p.group),
+                               p.key_heads_together)) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return key_begin >= sequence.seqlen_k; }
+  // May the block hold a key that no query of the sequence sees? (Past the end of the keys the copy
+  // engine writes zeros.)
+  FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p) const {
+    return p.key_padding != nullptr || key_begin < band.key_begin() ||
+           (Tile::kGeneral && masks_elements(p));
+  }
+  // By band or padding.
+  FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& p, int key) const {
+    return key < band.key_begin() || padded(p, key);
+  }
+  FUSED_ATTN_DEVICE bool padded(const DeviceProblem& p, int key) const {
+    return p.key_padding != nullptr && key < band.key_end() &&
+           p.key_padding[sequence.batch * p.key_padding_stride[0] +
+                         key * p.key_padding_stride[1]] == 0;
+  }
 
  private:
   static FUSED_ATTN_DEVICE int key_blocks(const DeviceProblem& p) {
     return (p.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
   }
-  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int head_index, int key_block)
-      : head_kv(head_index % (p.num_heads / p.group)),
-        key_begin(key_block * Tile::kBlockN),
-        sequence(p, head_index / (p.num_heads / p.group)),
+  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, const BlockPlace& place)
+      : head_kv(place.head % (p.num_heads / p.group)),
+        key_begin(place.piece * Tile::kBlockN),
+        sequence(p, place.head / (p.num_heads / p.group)),
         band(p, sequence),
         tiles(band, key_begin, key_begin + Tile::kBlockN) {}
 };
@@ -171,25 +209,28 @@ class DkDvConsumer {
         group_(group),
         row_(Tile::kSplit ? 0 : group * 64),
         thread_(device::thread_index() % device::kWarpgroupThreads),
-        fragment_(thread_),
-        multiplier_(kGeneral ? 1.0f : p.scale * kLog2E) {
+        fragment_(thread_) {
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] = 0.0f;
     if constexpr (!Tile::kSplit) {
       FUSED_ATTN_UNROLL_LOOP
       for (int i = 0; i < Tile::kHeadDim / 2; ++i) dv_[i] = 0.0f;
     }
+    lowest_query_ = block.band.lowest_query(key());
     FUSED_ATTN_UNROLL_LOOP
-    for (int row = 0; row < 2; ++row) seen_[row] = is_seen(key() + 8 * row);
+    for (int row = 0; row < 2; ++row) {
+      const int key = this->key() + 8 * row;
+      end_query_[row] = block.padded(p, key) ? 0 : block.band.end_query(key);
+    }
   }
 
   FUSED_ATTN_DEVICE void run() {
     device::barrier_wait(shared_.kv_full(), 0);
+    if (Tile::kDq && block_.hides_keys(p_)) clean_keys();
     // Padding anywhere in the block: every tile needs masks.
     const bool padded = p_.key_padding != nullptr;
     FUSED_ATTN_KEEP_LOOP
-    for (int g = 0; g < p_.group; ++g) {
-      head_ = block_.head_kv * p_.group + g;
+    for (head_ = block_.head_kv * p_.group; head_ < (block_.head_kv + 1) * p_.group; ++head_) {
       FUSED_ATTN_KEEP_LOOP
       for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
         if (!kGeneral && !padded && block_.tiles.plain(tile)) {
@@ -210,6 +251,16 @@ class DkDvConsumer {
   using KvTile = typename Tile::KvTile;
   using RowProduct = device::Mma<typename Tile::Element, kBlockM, false, false>;
   using GradientProduct = device::Mma<typename Tile::Element, Tile::kHeadDim, false, true>;
+
+  // Hidden keys must not count in ds k, even multiplied by 0.
+  FUSED_ATTN_DEVICE void clean_keys() const {
+    constexpr int kRows = Tile::kBlockN / (4 * Tile::kGroups);  // a warp
+    const int begin = (group_ * 4 + thread_ / device::kWarpThreads) * kRows;
+    TileCleaner<Tile, KeyBlock<Tile>>(p_, block_)
+        .clean(shared_.k(), block_.key_begin, begin, begin + kRows);
+    device::fence_async();
+    device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+  }
 
   template <bool kMasked>
   FUSED_ATTN_DEVICE void step(int tile) {
@@ -238,9 +289,18 @@ class DkDvConsumer {
     device::mma_wait<0>();
     device::pin(dp_);
     issue_gradient(dv_, probabilities_, shared_.dout(stage));
-    differentiate<kMasked>(slope);
+    differentiate<kMasked>(at, slope);
+    hand_over_ds(stage);
     issue_gradient(dk_, packed_, shared_.q(stage));
-    device::mma_wait<0>();
+    typename DqAdder<Tile>::Accumulator dq;
+    if constexpr (Tile::kDq) {
+      device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+      const int panel = Tile::kDqByQueries ? 0 : group_;
+      DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
+      device::mma_wait<1>();
+    } else {
+      device::mma_wait<0>();
+    }
     device::pin(dv_);
     device::pin(dk_);
     device::pin(probabilities_);
@@ -249,6 +309,12 @@ class DkDvConsumer {
     // the statistics, too.
     release(shared_.dout_empty(stage));
     release(shared_.q_empty(stage));
+    if constexpr (Tile::kDq) {
+      device::mma_wait<0>();
+      device::pin(dq);
+      const int panel = Tile::kDqByQueries ? 0 : group_;
+      DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
+    }
   }
 
   // The accumulator is called dk_ in both warpgroups: this one's is dv.
@@ -264,11 +330,22 @@ class DkDvConsumer {
     pack_probabilities();
     device::barrier_wait(shared_.dout_full(stage), ring_.phase);
     issue_gradient(dk_, probabilities_, shared_.dout(stage));
+    if constexpr (Tile::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
     device::mma_wait<0>();
     device::pin(dk_);
     device::pin(probabilities_);
     release(shared_.q_empty(stage));
     release(shared_.dout_empty(stage));
+    if constexpr (Tile::kDq) {
+      FUSED_ATTN_KEEP_LOOP
+      for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
+        typename DqAdder<Tile>::Accumulator dq;
+        DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
+        device::mma_wait<0>();
+        device::pin(dq);
+        DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
+      }
+    }
   }
 
   template <bool kMasked>
@@ -283,13 +360,22 @@ class DkDvConsumer {
     recompute<kMasked>(at, slope);
     device::mma_wait<0>();
     device::pin(dp_);
-    differentiate<kMasked>(slope);
+    differentiate<kMasked>(at, slope);
+    hand_over_ds(stage);
     issue_gradient(dk_, packed_, shared_.q(stage));
+    if constexpr (Tile::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
     device::mma_wait<0>();
     device::pin(dk_);
     device::pin(packed_);
     release(shared_.dout_empty(stage));
     release(shared_.q_empty(stage));
+  }
+
+  // Before the warpgroups meet.
+  FUSED_ATTN_DEVICE void hand_over_ds(int stage) const {
+    if constexpr (!Tile::kDq) return;
+    packed_to_tile<typename Tile::DsTile>(packed_, shared_.ds(stage), row_);
+    device::fence_async();
   }
 
   FUSED_ATTN_DEVICE void issue_scores() {
@@ -333,14 +419,10 @@ class DkDvConsumer {
   FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, SlopeOf& slope) {
     if constexpr (kGeneral) {
       modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence, slope);
-      hide_by_mask(scores_, p_, at, block_.band, block_.sequence);
+      hide_by_mask(scores_, p_, at, block_.band);
     }
     if constexpr (kMasked) {
-      hide_by_band(scores_, at, block_.band);
-      FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        if (!seen_[i >> 1 & 1]) scores_[i] = -device::infinity();
-      }
+      hide_by_band(scores_, at);
     }
     const SharedAddress lse = shared_.lse(ring_.stage);
     FUSED_ATTN_UNROLL_LOOP
@@ -348,7 +430,7 @@ class DkDvConsumer {
       const float lse2[2] = {statistic(lse, i), statistic(lse, i + 1)};
       FUSED_ATTN_UNROLL_LOOP
       for (int e = 0; e < 4; ++e) {
-        scores_[i + e] = probability(scores_[i + e], multiplier_, lse2[e & 1]);
+        scores_[i + e] = probability(scores_[i + e], multiplier(), lse2[e & 1]);
       }
     }
     if constexpr (kGeneral) {
@@ -366,7 +448,7 @@ class DkDvConsumer {
 
   // probabilities -> ds, packed
   template <bool kMasked, class SlopeOf>
-  FUSED_ATTN_DEVICE void differentiate(const SlopeOf& slope) {
+  FUSED_ATTN_DEVICE void differentiate(const ScoreAt<true>& at, const SlopeOf& slope) {
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     const SharedAddress delta = shared_.delta(ring_.stage);
     FUSED_ATTN_UNROLL_LOOP
@@ -379,6 +461,9 @@ class DkDvConsumer {
       }
     }
     if constexpr (kGeneral) {
+      if (Tile::kDq && p_.dbias != nullptr) {
+        add_to_bias(scores_, p_, at, block_.band);
+      }
       if (p_.softcap > 0.0f) {
         FUSED_ATTN_UNROLL_LOOP
         for (int i = 0; i < kBlockM / 2; ++i) scores_[i] *= slope.value[i];
@@ -396,6 +481,7 @@ class DkDvConsumer {
   }
 
   FUSED_ATTN_DEVICE void finish() {
+    if (Tile::kDq && thread_ % device::kWarpThreads == 0) device::wait_stores();
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     if constexpr (Tile::kSplit) {
       FUSED_ATTN_UNROLL_LOOP
@@ -416,17 +502,21 @@ class DkDvConsumer {
     }
   }
 
-  // Through the place of k or v in shared memory. Split, the other warpgroup reads k as well, so
-  // both must have read it for good.
+  // Through the place of k or v in shared memory. Split, and for dq, the other warpgroup reads k as
+  // well, so both must have read it for good.
   FUSED_ATTN_DEVICE void store(const float (&x)[Tile::kHeadDim / 2], const TensorMap& map,
                                const DeviceView& view, bool by_tile, int columns,
                                SharedAddress tile) {
-    if (Tile::kSplit) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    if (Tile::kSplit || Tile::kDq) {
+      device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    }
     if (view.data == nullptr) return;
-    const Sequence& s = block_.sequence;
+    // Worked out again: the loop over queries had no registers for it.
+    const KeyBlock<Tile> block(p_, device::block_index());
+    const Sequence& s = block.sequence;
     // All keys, those that nobody sees too: their gradient is 0.
-    const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block_.head_kv, s.tensor_batch};
-    const int to_row = block_.key_begin + row_;
+    const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block.head_kv, s.tensor_batch};
+    const int to_row = block.key_begin + row_;
     if (!by_tile) {
       store_elements<typename Tile::Element>(x, view, rows, p_.rows_k, columns, to_row);
       return;
@@ -437,15 +527,16 @@ class DkDvConsumer {
     if (thread_ == 0) store_panels<KvTile>(map, tile, row_, rows, to_row);
   }
 
-  FUSED_ATTN_DEVICE bool is_seen(int key) const {
-    if (key >= block_.band.key_end()) return false;
-    return p_.key_padding == nullptr ||
-           p_.key_padding[block_.sequence.batch * p_.key_padding_stride[0] +
-                          key * p_.key_padding_stride[1]] != 0;
-  }
   FUSED_ATTN_DEVICE ScoreAt<true> place(int tile) const {
-    return {block_.sequence.batch, head_, tile * kBlockM + fragment_.column, key()};
+    return {block_.sequence.batch,
+            head_,
+            tile * kBlockM + fragment_.column,
+            kGeneral ? device::opaque(key()) : key(),
+            lowest_query_,
+            {end_query_[0], end_query_[1]}};
   }
+  // Of scores, to come to base 2.
+  FUSED_ATTN_DEVICE float multiplier() const { return kGeneral ? 1.0f : p_.scale_log2; }
   FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
     if (thread_ == 0) device::barrier_arrive(empty);
   }
@@ -457,10 +548,9 @@ class DkDvConsumer {
   const BackwardProblem& p_;
   const KeyBlock<Tile>& block_;
   const DkDvShared<Tile>& shared_;
-  int group_, row_, thread_, head_ = 0;
+  int group_, row_, thread_, head_;
   Fragment fragment_;
-  float multiplier_;
-  bool seen_[2];
+  int lowest_query_, end_query_[2];  // of ScoreAt
   Ring<Tile::kStages> ring_;
   float scores_[kBlockM / 2], dp_[kBlockM / 2];
   uint32_t probabilities_[kBlockM / 4], packed_[kBlockM / 4];

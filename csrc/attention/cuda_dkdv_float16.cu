@@ -2,7 +2,7 @@
 
 namespace fused_attn::attention {
 
-template void launch_dkdv<device::Float16>(const BackwardParams&, const BackwardProblem&,
-                                           device::Stream);
+template void launch_dkdv<device::Float16, false>(const BackwardParams&, const BackwardProblem&,
+                                                  device::Stream);
 
 }  // namespace fused_attn::attention

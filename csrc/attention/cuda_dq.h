@@ -104,7 +104,7 @@ class DqProducer {
     const auto k = [&](int stage) { return shared_.k(stage); };
     const auto raw = [&](int stage) { return shared_.k_raw(stage); };
     const auto full = [&](int stage) { return shared_.k_full(stage); };
-    TileCleaner<Tile>(p_, block_).run(k, raw, full);
+    TileCleaner<Tile, Block<Tile>>(p_, block_).run(k, raw, full);
   }
 
  private:
@@ -133,8 +133,7 @@ class DqConsumer {
         shared_(shared),
         group_(group),
         thread_(device::thread_index() % device::kWarpgroupThreads),
-        fragment_(thread_),
-        multiplier_(kGeneral ? 1.0f : p.scale * kLog2E) {
+        fragment_(thread_) {
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < Tile::kHeadDim / 2; ++i) dq_[i] = 0.0f;
     FUSED_ATTN_UNROLL_LOOP
@@ -225,7 +224,7 @@ class DqConsumer {
   FUSED_ATTN_DEVICE void recompute(int tile, const ScoreAt<false>& at, SlopeOf& slope) {
     if constexpr (kGeneral) {
       modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence, slope);
-      hide_by_mask(scores_, p_, at, block_.band, block_.sequence);
+      hide_by_mask(scores_, p_, at, block_.band);
     }
     if constexpr (kMasked) {
       hide_by_band(scores_, at, block_.band);
@@ -233,7 +232,7 @@ class DqConsumer {
     }
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kBlockN / 2; ++i) {
-      scores_[i] = probability(scores_[i], multiplier_, lse2_[i >> 1 & 1]);
+      scores_[i] = probability(scores_[i], multiplier(), lse2_[i >> 1 & 1]);
     }
     if constexpr (kGeneral) {
       if (p_.rng != nullptr) drop<true>(scores_, p_, at);
@@ -250,7 +249,7 @@ class DqConsumer {
           score_gradient<kMasked, kGeneral>(scores_[i], dp_[i], delta_[i >> 1 & 1], keep_scale);
     }
     if constexpr (kGeneral) {
-      if (p_.dbias != nullptr) add_to_bias(scores_, p_, at, block_.band, block_.sequence);
+      if (p_.dbias != nullptr) add_to_bias(scores_, p_, at, block_.band);
       if (p_.softcap > 0.0f) {
         FUSED_ATTN_UNROLL_LOOP
         for (int i = 0; i < kBlockN / 2; ++i) scores_[i] *= slope.value[i];
@@ -280,6 +279,8 @@ class DqConsumer {
                         query_rows(p_, block_.sequence, block_.head), row);
   }
 
+  // Of scores, to come to base 2.
+  FUSED_ATTN_DEVICE float multiplier() const { return kGeneral ? 1.0f : p_.scale_log2; }
   FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
     if (thread_ == 0) device::barrier_arrive(empty);
   }
@@ -291,7 +292,6 @@ class DqConsumer {
   const DqShared<Tile>& shared_;
   int group_, thread_;
   Fragment fragment_;
-  float multiplier_;
   Ring<Tile::kStages> ring_;
   float lse2_[2], delta_[2];
   float scores_[kBlockN / 2], dp_[kBlockN / 2];

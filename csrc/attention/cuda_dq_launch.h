@@ -31,7 +31,7 @@ void launch_dq_tile(const BackwardParams& p, const BackwardProblem& problem,
   maps.dq =
       problem.dq_by_tile && p.dq.data != nullptr ? query_map(p, p.dq, p.head_dim, 64) : maps.q;
   const int64_t row_blocks = (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
-  const device::LaunchShape shape{"attention_backward (dq)", row_blocks * p.num_heads * p.batch,
+  const device::LaunchShape shape{"attention_backward (dq)", row_blocks * problem.head_count,
                                   Tile::kThreads, Tile::kSharedBytes, Tile::kLaunchRegisters};
   device::launch(&dq_kernel<Tile>, shape, stream, maps, problem);
 }

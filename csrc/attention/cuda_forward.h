@@ -44,7 +44,7 @@ class ForwardProducer {
     const auto v = [&](int stage) { return shared_.v(stage); };
     const auto raw = [&](int stage) { return shared_.v_raw(stage); };
     const auto full = [&](int stage) { return shared_.v_full(stage); };
-    TileCleaner<Tile>(p_, block_).run(v, raw, full);
+    TileCleaner<Tile, Block<Tile>>(p_, block_).run(v, raw, full);
   }
 
  private:
@@ -82,8 +82,7 @@ class ForwardConsumer {
         shared_(shared),
         group_(group),
         thread_(device::thread_index() % device::kWarpgroupThreads),
-        fragment_(thread_),
-        multiplier_(kGeneral ? 1.0f : p.scale * kLog2E) {
+        fragment_(thread_) {
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < Tile::kHeadDim / 2; ++i) out_[i] = 0.0f;
   }
@@ -218,13 +217,13 @@ class ForwardConsumer {
       NoSlope unwanted;
       modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence,
                                             unwanted);
-      hide_by_mask(scores_, p_, at, block_.band, block_.sequence);
+      hide_by_mask(scores_, p_, at, block_.band);
     }
-    if constexpr (kMasked) {
+    if (kMasked && !(kGeneral && block_.kind(tile) == TileKind::kPlain)) {
       hide_by_band(scores_, at, block_.band);
       hide_by_padding(scores_, block_.padding, tile, fragment_.column);
     }
-    softmax_.template step<kMasked>(scores_, multiplier_, shrink);
+    softmax_.template step<kMasked>(scores_, multiplier(), shrink);
     if constexpr (kGeneral) {
       if (p_.rng != nullptr) drop<false>(scores_, p_, at);
     }
@@ -243,6 +242,8 @@ class ForwardConsumer {
     for (int i = 0; i < Tile::kHeadDim / 2; ++i) out_[i] *= factor[i >> 1 & 1];
   }
 
+  // Of scores, to come to base 2.
+  FUSED_ATTN_DEVICE float multiplier() const { return kGeneral ? 1.0f : p_.scale_log2; }
   FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
     if (thread_ == 0) device::barrier_arrive(empty);
   }
@@ -273,7 +274,7 @@ class ForwardConsumer {
     const int i = query() + 8 * row;
     if (i >= block_.sequence.seqlen_q || block_.sequence.start_q + i >= p_.rows_q) return;
     p_.lse[block_.sequence.tensor_batch * p_.lse_stride[0] + block_.head * p_.lse_stride[1] +
-           (block_.sequence.start_q + i) * p_.lse_stride[2]] = softmax_.lse(row, multiplier_);
+           (block_.sequence.start_q + i) * p_.lse_stride[2]] = softmax_.lse(row, multiplier());
   }
 
   // Through the queries' own place in shared memory: this warpgroup has read them for good.
@@ -300,7 +301,6 @@ class ForwardConsumer {
   const SharedMap<Tile>& shared_;
   int group_, thread_;
   Fragment fragment_;
-  float multiplier_;
   Ring<Tile::kStages> ring_;
   OnlineSoftmax softmax_;
   float scores_[kBlockN / 2];

@@ -2,6 +2,7 @@
 
 #include "attention/cuda.h"
 #include "attention/cuda_host.h"
+#include "common/device/map_cache.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -32,6 +33,13 @@ void set_dropout(const Params& p, DeviceProblem& d) {
   if (d.rng == nullptr) d.keep_scale = 1.0f;
 }
 
+// How many heads of `rows` rows the second-level cache holds.
+int fit_together(const Params& p, int64_t rows, int64_t shared_by, int64_t heads) {
+  const int64_t bytes = std::max<int64_t>(2 * rows * (p.head_dim + p.head_dim_v), 1);
+  const int64_t together = device::kCacheBytes / bytes * shared_by;
+  return static_cast<int>(std::clamp<int64_t>(together, 1, std::max<int64_t>(heads, 1)));
+}
+
 struct Extent {
   int64_t heads, rows, window;
 };
@@ -49,7 +57,7 @@ TensorMap map_of(const Params& p, const View4& view, const Extent& extent, int64
   request.stride_row = view.stride[2];
   request.window = std::max<int64_t>(extent.window, 1);  // a map cannot be empty
   request.box_rows = box_rows;
-  return device::make_tensor_map(request);
+  return device::cached_tensor_map(request);
 }
 
 }  // namespace
@@ -70,6 +78,7 @@ DeviceProblem device_problem(const Params& p) {
   if (p.causal != Causal::kNone) d.high = std::min(d.high, 0);
   d.aligned_right = p.causal != Causal::kUpperLeft;
   d.scale = static_cast<float>(p.scale);
+  d.scale_log2 = d.scale * kLog2E;
   d.softcap = static_cast<float>(p.softcap);
   set_dropout(p, d);
   d.cu_seqlens_q = p.cu_seqlens_q;
@@ -80,6 +89,9 @@ DeviceProblem device_problem(const Params& p) {
   d.alibi_slopes = p.alibi_slopes;
   d.bias = device_view(p.bias);
   d.mask = device_view(p.mask);
+  d.head_count = static_cast<int>(p.batch * p.num_heads);
+  d.heads_together = fit_together(p, p.seqlen_k, d.group, p.batch * p.num_heads);
+  d.key_heads_together = fit_together(p, p.seqlen_q * d.group, 1, p.batch * p.num_heads_kv);
   d.out = device_view(p.out);
   d.out_by_tile = can_map(p.out);
   d.lse = static_cast<float*>(p.lse.data);
@@ -90,13 +102,14 @@ DeviceProblem device_problem(const Params& p) {
   return d;
 }
 
-BackwardProblem backward_problem(const BackwardParams& p, const Statistics& statistics) {
+BackwardProblem backward_problem(const BackwardParams& p, const Workspace& workspace) {
   BackwardProblem d = {};
   static_cast<DeviceProblem&>(d) = device_problem(p);
   d.general = d.general || p.dbias.data != nullptr;
-  d.lse2 = statistics.lse2;
-  d.delta = statistics.delta;
-  d.padded_rows = static_cast<int>(statistics.rows);
+  d.lse2 = workspace.lse2;
+  d.delta = workspace.delta;
+  d.dq_sum = workspace.dq_sum;
+  d.padded_rows = static_cast<int>(workspace.rows);
   d.result_out = device_view(p.out);
   d.dout = device_view(p.dout);
   d.forward_lse = static_cast<const float*>(p.lse.data);
@@ -137,12 +150,14 @@ namespace {
 template <class Element>
 void backward_in(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream) {
   const bool queries = p.batch * p.seqlen_q > 0, keys = p.batch * p.seqlen_k > 0;
-  if (queries) launch_delta<Element>(p, problem, stream);
+  // Of some heads after others, it is there already.
+  if (queries && problem.first_head == 0) launch_delta<Element>(p, problem, stream);
+  if (problem.dq_sum != nullptr) return launch_dkdv<Element, true>(p, problem, stream);
   if (queries && (p.dq.data != nullptr || p.dbias.data != nullptr)) {
     launch_dq<Element>(p, problem, stream);
   }
   if (keys && (p.dk.data != nullptr || p.dv.data != nullptr)) {
-    launch_dkdv<Element>(p, problem, stream);
+    launch_dkdv<Element, false>(p, problem, stream);
   }
 }
 
@@ -155,14 +170,20 @@ void forward_cuda(const Params& p, void* stream) {
   return launch_forward<device::Float16>(p, problem, stream);
 }
 
-int64_t backward_workspace(const Params& p) {
-  return 2 * p.num_heads * statistics_rows(p);
+int64_t backward_workspace(const Params& p, bool add_up_dq) {
+  const int64_t columns = (p.head_dim + kSliceColumns - 1) / kSliceColumns * kSliceColumns;
+  return (2 + (add_up_dq ? columns : 0)) * p.num_heads * statistics_rows(p);
 }
 
-void backward_cuda(const BackwardParams& p, float* workspace, void* stream) {
-  const int64_t rows = statistics_rows(p);
-  const BackwardProblem problem =
-      backward_problem(p, {workspace, workspace + p.num_heads * rows, rows});
+void backward_cuda(const BackwardParams& p, const BackwardWay& way, float* workspace,
+                   void* stream) {
+  const int64_t rows = statistics_rows(p), numbers = p.num_heads * rows;
+  BackwardProblem problem = backward_problem(
+      p, {workspace, workspace + numbers, way.add_up_dq ? workspace + 2 * numbers : nullptr, rows});
+  if (way.head_count > 0) {
+    problem.first_head = way.first_head;
+    problem.head_count = way.head_count;
+  }
   if (p.dtype == DType::kBFloat16) return backward_in<device::BFloat16>(p, problem, stream);
   return backward_in<device::Float16>(p, problem, stream);
 }

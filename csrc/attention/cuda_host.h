@@ -1,7 +1,7 @@
 // From Params to what the GPU kernels take.
 #pragma once
 
-#include "attention/cuda_backward.h"
+#include "attention/cuda_dq_sum.h"
 #include "attention/params.h"
 #include "common/device/launch.h"
 
@@ -9,15 +9,17 @@ namespace fused_attn::attention {
 
 DeviceProblem device_problem(const Params& p);
 
-// Memory for the row statistics of the backward: (num_heads, rows) each.
-struct Statistics {
+// Memory of the backward: row statistics, (num_heads, rows) each, and the sum of dq, which is null
+// if dq is not added up.
+struct Workspace {
   float* lse2;
   float* delta;
+  float* dq_sum;
   int64_t rows;
 };
 int64_t statistics_rows(const Params& p);
 
-BackwardProblem backward_problem(const BackwardParams& p, const Statistics& statistics);
+BackwardProblem backward_problem(const BackwardParams& p, const Workspace& workspace);
 
 // Ragged tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of
 // `box_rows`.
@@ -31,7 +33,8 @@ template <class Element>
 void launch_delta(const Params& p, const BackwardProblem& problem, device::Stream stream);
 template <class Element>
 void launch_dq(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream);
-template <class Element>
+// `kDq`: adds dq up and converts it, and dbias.
+template <class Element, bool kDq>
 void launch_dkdv(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream);
 
 }  // namespace fused_attn::attention

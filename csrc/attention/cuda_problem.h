@@ -31,6 +31,7 @@ struct DeviceProblem {
   bool aligned_right;
 
   float scale, softcap;
+  float scale_log2;             // scale * log2(e)
   bool general;                 // anything but causal, window, key lengths and padding
   float keep_scale;             // 1 / (1 - dropout_p); 0 if nothing is kept
   uint32_t keep_from;           // a random word is kept iff it is at least this
@@ -42,6 +43,9 @@ struct DeviceProblem {
   int64_t key_padding_stride[2];
   const float* alibi_slopes;
   DeviceView bias, mask;
+  int first_head, head_count;  // of all heads of the batch: those that blocks of queries work on
+  // Heads (of q, or of k and v) whose tensors the second-level cache holds together.
+  int heads_together, key_heads_together;
   DeviceView out;  // written element by element unless `out_by_tile`
   bool out_by_tile;
   float* lse;  // may be null
@@ -68,6 +72,20 @@ struct Sequence {
     seqlen_q = p.cu_seqlens_q[batch + 1] - start_q;
     seqlen_k = p.cu_seqlens_k[batch + 1] - start_k;
     tensor_batch = 0;
+  }
+};
+
+// Which head (over the batch) a block of the grid works on, and which of its `blocks` pieces. Heads
+// that the cache holds together take turns, so that all their first pieces start before all their
+// second ones: those with the most to do come first, and the last to start are short.
+struct BlockPlace {
+  int head, piece;
+
+  FUSED_ATTN_DEVICE BlockPlace(int index, int blocks, int heads, int together) {
+    const int section = index / (blocks * together), rest = index % (blocks * together);
+    const int turns = device::smaller(together, heads - section * together);
+    head = section * together + rest % turns;
+    piece = rest / turns;
   }
 };
 

@@ -17,9 +17,20 @@ template <bool kTransposed>
 struct ScoreAt {
   int batch, head;
   int query, key;  // of register 0
+  // Transposed: the queries [lowest_query + 8 r, end_query[r]) see the key of the fragment's row r.
+  int lowest_query = 0, end_query[2] = {0, 0};
 
   FUSED_ATTN_DEVICE int query_of(int i) const { return query + (kTransposed ? along(i) : down(i)); }
   FUSED_ATTN_DEVICE int key_of(int i) const { return key + (kTransposed ? down(i) : along(i)); }
+  // Is there anything for operands of single scores to change in register i? Elsewhere there may
+  // be no memory behind them.
+  FUSED_ATTN_DEVICE bool exists(int i, const Band& band) const {
+    const int row = i >> 1 & 1;
+    if (kTransposed) {
+      return query_of(i) >= lowest_query + 8 * row && query_of(i) < end_query[row];
+    }
+    return query_of(i) < band.seqlen_q() && key_of(i) < band.end(query_of(i));
+  }
 
   static FUSED_ATTN_DEVICE constexpr int down(int i) { return (i & 2) * 4; }
   static FUSED_ATTN_DEVICE constexpr int along(int i) { return (i >> 2) * 8 + (i & 1); }
@@ -77,9 +88,9 @@ FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p,
   if (p.bias.data != nullptr) {
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kCount; ++i) {
-      const int query = at.query_of(i), key = at.key_of(i);
-      if (query >= sequence.seqlen_q || key >= band.end(query)) continue;
-      s[i] = biased(s[i], read_bias<Element>(p, at.batch, at.head, query, key));
+      if (!at.exists(i, band)) continue;
+      const float bias = read_bias<Element>(p, at.batch, at.head, at.query_of(i), at.key_of(i));
+      s[i] = biased(s[i], bias);
     }
   }
   FUSED_ATTN_UNROLL_LOOP
@@ -107,11 +118,10 @@ FUSED_ATTN_DEVICE void hide_by_band(float (&s)[kCount], const ScoreAt<false>& at
   }
 }
 template <int kCount>
-FUSED_ATTN_DEVICE void hide_by_band(float (&s)[kCount], const ScoreAt<true>& at, const Band& band) {
+FUSED_ATTN_DEVICE void hide_by_band(float (&s)[kCount], const ScoreAt<true>& at) {
   FUSED_ATTN_UNROLL_LOOP
   for (int row = 0; row < 2; ++row) {
-    const int key = at.key + 8 * row;
-    hide_outside(s, row, band.first_query(key) - at.query, band.end_query(key) - at.query);
+    hide_outside(s, row, at.lowest_query + 8 * row - at.query, at.end_query[row] - at.query);
   }
 }
 
@@ -133,14 +143,13 @@ FUSED_ATTN_DEVICE void hide_by_padding(float (&s)[kCount], const Padding& paddin
 // -inf where the bool mask hides a key.
 template <int kCount, class At>
 FUSED_ATTN_DEVICE void hide_by_mask(float (&s)[kCount], const DeviceProblem& p, const At& at,
-                                    const Band& band, const Sequence& sequence) {
+                                    const Band& band) {
   if (p.mask.data == nullptr) return;
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) {
-    const int query = at.query_of(i), key = at.key_of(i);
-    if (query >= sequence.seqlen_q || key >= band.end(query)) continue;
-    const uint8_t* row = p.mask.at<uint8_t>(at.batch, at.head, query);
-    if (row[key * p.mask.stride[3]] == 0) s[i] = -device::infinity();
+    if (!at.exists(i, band)) continue;
+    const uint8_t* row = p.mask.at<uint8_t>(at.batch, at.head, at.query_of(i));
+    if (row[at.key_of(i) * p.mask.stride[3]] == 0) s[i] = -device::infinity();
   }
 }
 

@@ -31,7 +31,8 @@ class Band {
   FUSED_ATTN_DEVICE int first(int query) const { return larger(query + low_, 0); }
   FUSED_ATTN_DEVICE int end(int query) const { return smaller(query + high_, key_end_); }
   // The other way round: the queries [first_query(j), end_query(j)) see key j.
-  FUSED_ATTN_DEVICE int first_query(int key) const { return larger(key - high_ + 1, 0); }
+  FUSED_ATTN_DEVICE int first_query(int key) const { return larger(lowest_query(key), 0); }
+  FUSED_ATTN_DEVICE int lowest_query(int key) const { return key - high_ + 1; }  // maybe below 0
   FUSED_ATTN_DEVICE int end_query(int key) const {
     return key < key_end_ ? smaller(key - low_ + 1, seqlen_q_) : 0;
   }

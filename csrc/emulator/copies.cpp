@@ -1,5 +1,6 @@
 #include "emulator/copies.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "emulator/machine.h"
@@ -33,6 +34,7 @@ void Copies::issue_store(Copy copy) {
   copy.issuer = &machine_.thread();
   ++copy.issuer->copies.uncommitted;
   pending_.push_back(copy);
+  sources_.push_back({copy.issuer, copy.shared, copy.bytes});
   machine_.maybe_yield();
 }
 
@@ -90,11 +92,21 @@ void Copies::wait_read() {
   }
   if (forgotten) machine_.fault("wait for bulk stores that were not committed");
   while (groups.committed > 0) machine_.wait(groups.waiting, {"bulk stores", groups.committed});
+  const Thread* self = &machine_.thread();
+  const auto waited = [self](const Source& source) { return source.issuer == self; };
+  sources_.erase(std::remove_if(sources_.begin(), sources_.end(), waited), sources_.end());
+}
+
+bool Copies::reads(uint32_t address, uint32_t count) const {
+  for (const Source& source : sources_) {
+    if (address < source.shared + source.bytes && source.shared < address + count) return true;
+  }
+  return false;
 }
 
 void Copies::check_thread_exit() {
-  const CopyGroups& groups = machine_.thread().copies;
-  const int open = groups.uncommitted + groups.committed;
+  int open = 0;
+  for (const Source& source : sources_) open += source.issuer == &machine_.thread() ? 1 : 0;
   if (open != 0) machine_.fault("thread ends while %d bulk stores may read shared memory", open);
 }
 

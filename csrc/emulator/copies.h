@@ -28,7 +28,10 @@ inline uint32_t swizzle128(uint32_t address) {
 class Copies {
  public:
   explicit Copies(Machine& machine) : machine_(machine) {}
-  void reset() { pending_.clear(); }
+  void reset() {
+    pending_.clear();
+    sources_.clear();
+  }
 
   using Coordinates = std::array<int, kTensorMapRank>;
   void load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, const Coordinates& at);
@@ -39,6 +42,9 @@ class Copies {
   void wait_read();  // until this thread's committed stores no longer read shared memory
 
   bool idle() const { return pending_.empty(); }
+  // Does a bulk store that its thread has not waited for read any of these bytes? It may be over,
+  // but nobody can know.
+  bool reads(uint32_t address, uint32_t count) const;
   void run_one();  // any of the pending ones
   void check_thread_exit();
 
@@ -55,6 +61,10 @@ class Copies {
     void* global = nullptr;
     bool committed = false;
   };
+  struct Source {
+    const Thread* issuer;
+    uint32_t shared, bytes;
+  };
   void issue_load(Copy copy);
   void issue_store(Copy copy);
   void move_tile(const Copy& copy);
@@ -62,6 +72,7 @@ class Copies {
 
   Machine& machine_;
   std::vector<Copy> pending_;
+  std::vector<Source> sources_;
 };
 
 }  // namespace fused_attn::emulator

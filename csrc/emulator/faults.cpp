@@ -1,5 +1,6 @@
 // A kernel in miniature, right and with one mistake at a time: a producer thread brings tiles of A
-// and B in two stages, a warpgroup adds up A B^T and stores the sum. What the emulator says of each
+// and B in two stages, a warpgroup adds up A B^T, stores the sum, and adds part of it to numbers in
+// global memory, in two rounds through one place in shared memory. What the emulator says of each
 // mistake is tested; a judge that lets one pass would prove nothing about the real kernels.
 #include "emulator/faults.h"
 
@@ -41,6 +42,11 @@ enum class Fault {
   kNoBarrierInit,       // waits at an mbarrier that does not exist
   kTooManyRegisters,    // setmaxnreg beyond what the block has
   kProductsLeft,        // ends without waiting for its products
+  kNoReductionFence,    // adds what the copy engine may not see yet
+  kStageReused,         // stores where a reduction may still read
+  kReductionForgotten,  // waits for reductions that it has not committed
+  kMisalignedReduction,
+  kNoReductionWait,  // ends while a reduction may still read shared memory
 };
 
 struct Named {
@@ -72,6 +78,11 @@ constexpr Named kFaults[] = {
     {"no barrier init", Fault::kNoBarrierInit},
     {"too many registers", Fault::kTooManyRegisters},
     {"products left", Fault::kProductsLeft},
+    {"no reduction fence", Fault::kNoReductionFence},
+    {"stage reused", Fault::kStageReused},
+    {"reduction forgotten", Fault::kReductionForgotten},
+    {"misaligned reduction", Fault::kMisalignedReduction},
+    {"no reduction wait", Fault::kNoReductionWait},
 };
 
 constexpr int kSize = 64;  // rows and columns of every tile
@@ -81,11 +92,14 @@ constexpr int kThreads = 2 * kWarpgroupThreads;
 using Tile = SharedTile<kSize, kSize>;
 constexpr uint32_t kB = kStages * Tile::kBytes;
 constexpr uint32_t kOut = 2 * kStages * Tile::kBytes;
-constexpr uint32_t kBarriers = kOut + Tile::kBytes;
+constexpr int kPiece = 4 * kWarpThreads;  // numbers that a warp adds in a round
+constexpr uint32_t kAdded = kOut + Tile::kBytes;
+constexpr uint32_t kBarriers = kAdded + 4 * kPiece * 4;
 constexpr uint32_t kSharedBytes = kBarriers + 64 + 1024;
 
 struct Maps {
   TensorMap a, b, out;
+  float* added;  // 4 warps x kPiece
 };
 
 struct Kernel {
@@ -164,6 +178,7 @@ struct Kernel {
     }
     if (is(Fault::kProductsLeft)) return;
     store(sum, thread);
+    if (!is(Fault::kNoStoreWait)) add(sum, thread);  // which waits
     if (is(Fault::kNoMatrixWait)) mma_wait<0>();
   }
 
@@ -190,6 +205,25 @@ struct Kernel {
     store_tile(maps.out, base + kOut, {0, 0, kSize, 0, 0});
     commit_stores();
     if (!is(Fault::kNoStoreWait)) wait_stores();
+  }
+
+  // Registers 0 to 3 of every thread, twice.
+  void add(const float (&sum)[kSize / 2], int thread) const {
+    const int warp = thread / kWarpThreads, lane = thread % kWarpThreads;
+    const SharedAddress stage = base + kAdded + warp * kPiece * 4;
+    for (int round = 0; round < 2; ++round) {
+      shared_store4(stage + 16 * lane, sum[0], sum[1], sum[2], sum[3]);
+      if (!is(Fault::kNoReductionFence)) fence_async();
+      sync_warp();
+      if (lane == 0) {
+        const uint32_t shift = is(Fault::kMisalignedReduction) && warp == 0 ? 8 : 0;
+        add_bulk(maps.added + warp * kPiece, stage + shift, kPiece * 4);
+        if (!is(Fault::kReductionForgotten)) commit_stores();
+        const bool skip = round == 0 ? is(Fault::kStageReused) : is(Fault::kNoReductionWait);
+        if (!skip) wait_stores();
+      }
+      sync_warp();
+    }
   }
 
   void small_mistakes(int thread) const {
@@ -247,6 +281,17 @@ bool right(const Matrix& a, const Matrix& b, const Matrix& out) {
   return true;
 }
 
+// What was added is twice what was stored, but for the rounding of `out`.
+bool right(const Matrix& out, const float (&added)[4 * kPiece]) {
+  for (int i = 0; i < 4 * kPiece; ++i) {
+    const int thread = i / 4, r = i % 4;
+    const attention::Fragment fragment(thread);
+    const float expected = 2 * out.at(fragment.row + r / 2 * 8, fragment.column + r % 2);
+    if (!(std::fabs(added[i] - expected) <= 0.01f * std::fabs(expected) + 0.01f)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 std::vector<std::string> fault_names() {
@@ -259,17 +304,18 @@ std::vector<std::string> run_fault(const std::string& name, uint64_t seed) {
   for (const Named& named : kFaults) {
     if (name != named.name) continue;
     const Matrix a(kSteps * kSize, true), b(kSteps * kSize + 1, true), out(kSize, false);
+    alignas(16) float added[4 * kPiece] = {};
     const Maps maps{a.map(),
                     make_tensor_map({b.bits.data(), 1, 1, kSteps * kSize, kSize, 0, 0, kSize,
                                      kSteps * kSize, kSize}),
-                    out.map()};
+                    out.map(), added};
     Launch launch;
     launch.threads = kThreads;
     launch.shared_bytes = kSharedBytes;
     launch.registers_per_thread = 128;
     launch.seed = seed;
     const Report report = Machine::instance().run(launch, [&] { fault_kernel(maps, named.fault); });
-    if (report.faults.empty() && !right(a, b, out)) return {"wrong result"};
+    if (report.faults.empty() && !(right(a, b, out) && right(out, added))) return {"wrong result"};
     return report.faults;
   }
   throw std::invalid_argument("no such fault: " + name);

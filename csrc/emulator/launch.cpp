@@ -3,20 +3,35 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "common/device/launch_error.h"
 #include "emulator/machine.h"
 
 namespace fused_attn::emulator {
 namespace {
 uint64_t seed = 1;
-}
+
+struct {
+  int code = 0;
+  std::string name;
+} failure;
+}  // namespace
 
 void set_seed(uint64_t value) {
   seed = value;
 }
 
+void fail_next_launch(int code, const std::string& name) {
+  failure = {code, name};
+}
+
 void run_blocks(const device::LaunchShape& shape, const std::function<void()>& block) {
+  if (failure.code != 0) {
+    const auto injected = std::exchange(failure, {});
+    device::fail_launch(shape.kernel, injected.code, injected.name.c_str(), "injected");
+  }
   std::vector<int> order(static_cast<std::size_t>(shape.blocks));
   std::iota(order.begin(), order.end(), 0);
   Random random;

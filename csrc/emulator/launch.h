@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <string>
 
 #include "common/device/launch.h"
 
@@ -9,6 +10,9 @@ namespace fused_attn::emulator {
 
 // The schedule of the next launches; each launch moves on to the next.
 void set_seed(uint64_t seed);
+
+// The next launch fails as if CUDA had said so; nothing runs.
+void fail_next_launch(int code, const std::string& name);
 
 // Runs all blocks; throws std::runtime_error with what the machine found fault with.
 void run_blocks(const device::LaunchShape& shape, const std::function<void()>& block);

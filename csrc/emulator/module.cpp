@@ -11,6 +11,8 @@
 PYBIND11_MODULE(_emulator, m) {
   m.doc() = "The CUDA kernels of fused_attn on an emulated device. For tests.";
   m.def("set_seed", &fused_attn::emulator::set_seed, "Schedule of the next launch.");
+  m.def("fail_next_launch", &fused_attn::emulator::fail_next_launch, pybind11::arg("code"),
+        pybind11::arg("name"), "The next launch fails with this CUDA error.");
   m.def("fault_names", &fused_attn::emulator::fault_names, "Mistakes that the emulator must find.");
   m.def("run_fault", &fused_attn::emulator::run_fault, pybind11::arg("name"), pybind11::arg("seed"),
         "What the emulator reports of a small kernel with this mistake in it.");

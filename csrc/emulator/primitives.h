@@ -200,6 +200,10 @@ void pin(float (&)[kCount]) {}
 template <int kCount>
 void pin(uint32_t (&)[kCount]) {}
 
+inline int opaque(int x) {
+  return x;
+}
+
 template <class Element, int kColumns, bool kTransposeA, bool kTransposeB>
 struct Mma {
   static void from_shared(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {

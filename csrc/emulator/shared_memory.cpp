@@ -117,6 +117,10 @@ void SharedMemory::check_not_in_use(uint32_t address, uint32_t count, const char
                    offset(address));
     return;
   }
+  if (machine_.copies.reads(address, count)) {
+    machine_.fault("%s into shared offset %u while a bulk store may still read it", who,
+                   offset(address));
+  }
 }
 
 }  // namespace fused_attn::emulator

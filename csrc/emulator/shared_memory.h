@@ -49,7 +49,7 @@ class SharedMemory {
   // A reader that has waited for `seen` phases; `seen` null: not checked (bulk stores).
   void check_async_read(uint32_t address, const uint64_t* seen, const char* who);
 
-  // Does anything that is not retired still read these bytes? (Matrix units say so.)
+  // Does anything that is not retired still read these bytes? (Matrix units and bulk stores.)
   void check_not_in_use(uint32_t address, uint32_t count, const char* who);
 
  private:

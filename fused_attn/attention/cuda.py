@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import cuda_runtime
-from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options
+from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options, describe
 
 NAME = "cuda"
 
@@ -42,10 +44,10 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
             lse.fill_(-torch.inf)
     if operands.q.numel() == 0 or operands.k.shape[2] == 0:
         return
-    with cuda_runtime.on(out.device):
-        cuda_runtime.module().attention_forward_cuda(
-            *_readable(operands), out, lse, *options, cuda_runtime.stream(out.device)
-        )
+    arguments = (*_readable(operands), out, lse, *options)
+    cuda_runtime.launch(
+        "attention_forward_cuda", arguments, out.device, lambda: describe(operands, options)
+    )
 
 
 def backward(
@@ -70,15 +72,66 @@ def backward(
                 gradient.zero_()
     if empty:
         return
-    workspace = torch.empty(_workspace(operands), dtype=torch.float32, device=out.device)
-    with cuda_runtime.on(out.device):
-        cuda_runtime.module().attention_backward_cuda(
-            *_readable(operands),
-            *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
-            *(*gradients, dbias, workspace),
-            *options,
-            cuda_runtime.stream(out.device),
+    add_up_dq = _adds_up_dq(*gradients, dbias)
+    workspace = _workspace(operands, add_up_dq)
+    given = (
+        *_readable(operands),
+        *(cuda_runtime.for_tiles(out), lse, cuda_runtime.for_tiles(dout), dlse),
+    )
+
+    def launch(
+        gradients: tuple[Tensor | None, ...], dbias: Tensor | None, first: int = 0, count: int = 0
+    ) -> None:
+        cuda_runtime.launch(
+            "attention_backward_cuda",
+            (*given, *gradients, dbias, workspace, *options, add_up_dq, first, count),
+            out.device,
+            lambda: describe(operands, options, requires_grad=True),
         )
+
+    if dbias is None or not (_must_repeat() and _is_shared(dbias, operands)):
+        return launch(gradients, dbias)
+    if any(gradient is not None for gradient in gradients):
+        launch(gradients, None)
+    _add_up_bias(dbias, operands, lambda *part: launch((None, None, None), *part))
+
+
+def _must_repeat() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def _adds_up_dq(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None
+) -> bool:
+    """Whether the kernel of dk and dv adds dq (and dbias) up as well; else they have their own.
+
+    Five products against seven, for all head sizes, but sums in any order and a float32 buffer of
+    q's size. The only place that chooses.
+    """
+    if _must_repeat():
+        return False
+    return (dq is not None or dbias is not None) and (dk is not None or dv is not None)
+
+
+def _is_shared(dbias: Tensor, operands: Operands) -> bool:
+    """Whether several scores have an element of the bias in common."""
+    return tuple(dbias.shape) != (*operands.q.shape[:3], operands.k.shape[2])
+
+
+def _add_up_bias(
+    dbias: Tensor, operands: Operands, launch: Callable[[Tensor, int, int], None]
+) -> None:
+    """The gradient of a shared bias in a fixed order: the batch entries, and heads if they share
+    it, one after the other, each in memory of its own for (Lq, Lk) that is then added to it.
+    """
+    batch, num_heads, seqlen_q, _ = operands.q.shape
+    together = num_heads if dbias.shape[1] == num_heads else 1
+    shape = (1, together, seqlen_q, operands.k.shape[2])
+    for first in range(0, batch * num_heads, together):
+        part = torch.zeros(shape, dtype=dbias.dtype, device=dbias.device)
+        launch(part, first, together)
+        to = dbias[first // num_heads if dbias.shape[0] == batch else 0][None]
+        to += part.sum_to_size(to.shape)
 
 
 def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
@@ -100,12 +153,14 @@ def _within_padding(operands: Operands) -> Operands:
     return operands._replace(key_padding_mask=None, mask=mask)
 
 
-def _workspace(operands: Operands) -> int:
-    """Numbers that the backward wants for its row statistics: two a head and query, in tiles."""
-    tile = 64
-    _, num_heads, rows, _ = operands.q.shape
+def _workspace(operands: Operands, add_up_dq: bool) -> Tensor:
+    """Memory for the row statistics, two numbers a head and query, in tiles, and the sum of dq."""
+    tile, slice_columns = 64, 16
+    _, num_heads, rows, head_dim = operands.q.shape
     if operands.cu_seqlens_q is not None:
         padded = (rows // tile + operands.cu_seqlens_q.shape[0]) * tile
     else:
         padded = operands.q.shape[0] * -(-rows // tile) * tile
-    return 2 * num_heads * padded
+    columns = -(-head_dim // slice_columns) * slice_columns if add_up_dq else 0
+    size = (2 + columns) * num_heads * padded
+    return torch.empty(size, dtype=torch.float32, device=operands.q.device)

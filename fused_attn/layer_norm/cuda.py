@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_runtime
-from .problem import LayerNormProblem, Operands, Options
+from .problem import LayerNormProblem, Operands, Options, describe
 
 NAME = "cuda"
 
@@ -39,15 +39,17 @@ def forward(
     rstd: Tensor | None,
 ) -> None:
     rows = _Rows(options.dims)
-    with cuda_runtime.on(y.device), rows.written_back(y, h) as (y_rows, h_rows):
-        cuda_runtime.module().layer_norm_forward_cuda(
+    with rows.written_back(y, h) as (y_rows, h_rows):
+        arguments = (
             rows.read(operands.x),
             rows.read(operands.residual),
             *_parameters(y.dtype, operands.weight, operands.bias),
             operands.rng,
             *(y_rows, h_rows, _flat(mean), _flat(rstd)),
             *options[1:],
-            cuda_runtime.stream(y.device),
+        )
+        cuda_runtime.launch(
+            "layer_norm_forward_cuda", arguments, y.device, lambda: _problem(operands, options)
         )
 
 
@@ -71,18 +73,27 @@ def backward(
     count, width = dy_rows.shape
     module = cuda_runtime.module()
     parameters = [_Parameter(dweight), _Parameter(dbias)]
-    with cuda_runtime.on(dy.device), rows.written_back(dx, dresidual) as (dx_rows, dres_rows):
-        parts = module.layer_norm_parts_cuda(count)
+    with rows.written_back(dx, dresidual) as (dx_rows, dres_rows):
+        with cuda_runtime.on(dy.device):
+            parts = module.layer_norm_parts_cuda(count)
         workspace = torch.empty(2 * parts * width, dtype=torch.float32, device=dy.device)
-        module.layer_norm_backward_cuda(
+        arguments = (
             *((None, None) if summed else (x, rows.read(operands.residual))),
             *(*_parameters(dy.dtype, operands.weight), operands.rng, x if summed else None),
             *(_flat(mean), _flat(rstd), dy_rows, rows.read(dh)),
             *(dx_rows, dres_rows, parameters[0].sums, parameters[1].sums, workspace),
-            *(options.rms, options.dropout_p, cuda_runtime.stream(dy.device)),
+            *(options.rms, options.dropout_p),
+        )
+        cuda_runtime.launch(
+            "layer_norm_backward_cuda", arguments, dy.device, lambda: _problem(operands, options)
         )
         for parameter in parameters:
             parameter.write_back()
+
+
+def _problem(operands: Operands, options: Options) -> LayerNormProblem:
+    x = operands.x
+    return describe(operands, options, tuple(x.shape[x.dim() - options.dims :]))
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

@@ -48,6 +48,13 @@ TensorMap make_tensor_map(const MapRequest& request);
 // Of the current device.
 int multiprocessors();
 
+// How much of the second-level cache the tensors of blocks that run at once should fill at most.
+#if defined(FUSED_ATTN_EMULATED)
+constexpr int64_t kCacheBytes = 32 << 10;  // the tests' tensors are small
+#else
+constexpr int64_t kCacheBytes = 32 << 20;  // of 50 MiB
+#endif
+
 struct LaunchShape {
   const char* kernel;  // for messages
   int64_t blocks;

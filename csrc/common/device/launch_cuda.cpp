@@ -11,8 +11,14 @@ namespace fused_attn::device {
 void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorName(status) + " (" +
-                           cudaGetErrorString(status) + ")");
+  fail_launch(what, status, cudaGetErrorName(status), cudaGetErrorString(status));
+}
+
+std::pair<int, int> cuda_versions() {
+  int runtime = 0, driver = 0;
+  check_cuda(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  return {runtime, driver};
 }
 
 void allow_shared_memory(const void* kernel, uint32_t bytes) {

@@ -8,12 +8,17 @@
 #include <utility>
 
 #include "common/device/launch.h"
+#include "common/device/launch_error.h"
 
 namespace fused_attn::device {
 
 // Throws std::runtime_error "`what` failed: NAME (text)" unless `status` is success; the error does
 // not stay behind for the next call.
 void check_cuda(cudaError_t status, const char* what);
+
+// Of the runtime that is linked in, and the newest that the driver serves (0: there is none), as
+// CUDA counts: 13010 is 13.1. Starts nothing.
+std::pair<int, int> cuda_versions();
 
 // A kernel may use more than 48 KiB of shared memory once it is told so, on each device.
 void allow_shared_memory(const void* kernel, uint32_t bytes);

@@ -228,6 +228,13 @@ FUSED_ATTN_DEVICE void pin(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+// The same number, of which the compiler knows nothing: what is worked out from it in a loop is not
+// kept in registers from step to step.
+FUSED_ATTN_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 template <class Element, int kColumns, bool kTransposeA, bool kTransposeB>
 struct Mma;
 #include "wgmma_wrappers.h"

@@ -1,0 +1,1 @@
+"""The operations that are measured: sizes, inputs, formula, counting, and our own sides."""

@@ -1,0 +1,293 @@
+"""Measuring one problem: every side judged, then the right ones timed in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .ceilings import ceiling
+from .judge import Judge, first_line
+from .peers.peer import Peer
+from .problem import SHORT_NAMES, Call, Problem, step, with_flags
+from .suites import Suite
+from .timing import (
+    DEVICE_ROUNDS,
+    PROCESS_ROUNDS,
+    ROUNDS,
+    Clock,
+    DeviceClock,
+    GraphClock,
+    HostClock,
+    LaunchClock,
+    ReportedClock,
+    Timing,
+)
+
+SMALL_FLOPS = 2e10  # below, a GPU's time is launches as much as work: a CUDA graph tells them apart
+OK, WRONG, FAILED, REFUSED, ABSENT = "ok", "wrong", "failed", "refused", "absent"
+Prepare = Callable[[dict[str, Tensor]], Call]
+
+
+@dataclass
+class Side:
+    """Who computes a problem, and what became of it.
+
+    Attributes:
+        status: "ok", or why there is no figure: "wrong: ...", "failed: ...", "refused: ..." (cannot
+            take this problem, or was not asked to), "absent: ..." (not on this machine).
+    """
+
+    name: str
+    ours: bool
+    prepare: Prepare
+    status: str = OK
+
+    @property
+    def verdict(self) -> str:
+        return self.status.partition(":")[0]
+
+
+@dataclass
+class Result:
+    """One case: its sides, and the times of those that count."""
+
+    suite: str
+    problem: Problem
+    sides: list[Side]
+    times: dict[str, dict[str, Timing]] = field(default_factory=dict)  # by clock, by side
+    clocks: dict[str, Clock] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def figure(self, clock: str, side: str) -> float:
+        """The seconds of a side that count."""
+        return self.clocks[clock].figure(self.times[clock][side])
+
+    def rows(self) -> list[dict[str, object]]:
+        """A row a side and clock; one row without a clock for a side without a figure."""
+        rows = []
+        for side in self.sides:
+            timed = [name for name, times in self.times.items() if side.name in times]
+            rows += [self._row(side, name) for name in timed] or [self._row(side, None)]
+        return rows
+
+    def _row(self, side: Side, clock: str | None) -> dict[str, object]:
+        problem = self.problem
+        row: dict[str, object] = {
+            "suite": self.suite, "case": problem.label, "operation": problem.operation,
+            "direction": problem.direction, "dtype": SHORT_NAMES[problem.dtype],
+            "device": problem.device, **problem.columns(), "side": side.name,
+            "ours": "yes" if side.ours else "no", "status": side.status,
+        }  # fmt: skip
+        if clock is None:
+            return row
+        time = self.times[clock][side.name]
+        row |= {"clock": clock, "samples": time.samples}
+        row |= {name: f"{value:.4g}" for name, value in _quantiles(time).items()}
+        row |= _rates(problem, self.figure(clock, side.name), self.clocks[clock].threads)
+        if side.name in self.memory:
+            row |= {"memory_bytes": self.memory[side.name], "memory_is": memory.HOW[problem.device]}
+        return row
+
+
+def _quantiles(time: Timing) -> dict[str, float]:
+    return {
+        "min_s": time.minimum, "q25_s": time.low, "median_s": time.median, "q75_s": time.high,
+        "max_s": time.maximum,
+    }  # fmt: skip
+
+
+def _rates(problem: Problem, seconds: float, threads: int) -> dict[str, object]:
+    row: dict[str, object] = {}
+    rates = {"compute": problem.flops / seconds, "memory": problem.bytes / seconds}
+    if problem.flops:
+        row |= {"flops": f"{problem.flops:.6g}", "gflops": f"{rates['compute'] / 1e9:.4g}"}
+    if problem.bytes:
+        row |= {"bytes": f"{problem.bytes:.6g}", "gbytes": f"{rates['memory'] / 1e9:.4g}"}
+    name, rate = ceiling(problem.bound, problem.dtype, problem.device, threads)
+    if name is not None and rate is not None:
+        row |= {"ceiling": name, "ceiling_rate": f"{rate / 1e9:.4g}"}
+        row["share"] = f"{rates[problem.bound] / rate:.3f}"
+    return row
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of the sides is asked for.
+
+    Attributes:
+        peers: names; all that are here if None.
+        backends: names of our own, as in `BACKENDS`; all that can run if None.
+        quick: leave out peers that compile for seconds on the CPU, unless they are named.
+        rounds: samples a side; the clock's own number if None.
+    """
+
+    peers: tuple[str, ...] | None = None
+    backends: tuple[str, ...] | None = None
+    quick: bool = False
+    rounds: int | None = None
+
+
+def sides_of(
+    problem: Problem, tensors: dict[str, Tensor], peers: Sequence[Peer], wanted: Wanted
+) -> list[Side]:
+    """Our sides and the peers of the problem's operation, those that cannot run it refused."""
+    sides = []
+    for ours in problem.ours(tensors):
+        backend = ours.name.partition(":")[2]
+        named = wanted.backends is not None and backend in wanted.backends
+        if wanted.backends is not None and backend and not named:
+            continue
+        reasons = list(ours.reasons) or ([ours.by_name] if ours.by_name and not named else [])
+        sides.append(Side(ours.name, True, ours.prepare, _refused(reasons)))
+    for peer in peers:
+        named = wanted.peers is not None and peer.name in wanted.peers
+        if not peer.serves(problem.operation) or (wanted.peers is not None and not named):
+            continue
+        absent = peer.missing()
+        if absent is not None:
+            status = f"{ABSENT}: {absent}"
+        else:
+            reasons = peer.why_not(problem)
+            if peer.compiles and wanted.quick and problem.device == "cpu" and not named:
+                reasons.append("compiles for seconds; measured if asked for by name")
+            status = _refused(reasons)
+        sides.append(Side(peer.name, False, _prepare_peer(peer, problem), status))
+    return sides
+
+
+def _prepare_peer(peer: Peer, problem: Problem) -> Prepare:
+    return lambda tensors: peer.prepare(problem, tensors)
+
+
+def _refused(reasons: Sequence[str]) -> str:
+    return f"{REFUSED}: {'; '.join(reasons)}" if reasons else OK
+
+
+def measure(
+    suite: Suite, problem: Problem, peers: Sequence[Peer], wanted: Wanted | None = None
+) -> Result:
+    """Judge every side of `problem`, time those that are right, and measure their memory."""
+    wanted = wanted or Wanted()
+    with torch.set_grad_enabled(problem.wants_gradient), warnings.catch_warnings():
+        # torch warns of every path that it does not take, and of prototypes on its fast path.
+        warnings.simplefilter("ignore", UserWarning)
+        judge = Judge(problem)
+        checked = judge.problem
+        candidates = {side.name: side for side in sides_of(checked, judge.tensors, peers, wanted)}
+        for side in candidates.values():
+            _judge(judge, side)
+        tensors = judge.tensors
+        if problem != checked:
+            tensors = with_flags(problem, problem.tensors())
+        sides = sides_of(problem, tensors, peers, wanted)
+        for side in sides:
+            if side.status == OK and candidates[side.name].status != OK:
+                side.status = candidates[side.name].status
+        result = Result(suite.name, problem, sides)
+        _time(result, tensors, clocks(suite, problem, wanted.rounds))
+    gc.collect()
+    return result
+
+
+def broken(suite: Suite, problem: Problem, error: Exception) -> Result:
+    """The result of a case that could not be set up: nobody has a figure."""
+
+    def prepare(tensors: dict[str, Tensor]) -> Call:
+        raise error
+
+    side = Side("fused_attn", True, prepare, f"{FAILED}: the case itself: {first_line(error)}")
+    return Result(suite.name, problem, [side])
+
+
+def _judge(judge: Judge, side: Side) -> None:
+    if side.status != OK:
+        return
+    try:
+        wrong = judge.verdict(side.prepare)
+    except Exception as error:  # one side's fault must not hide another's
+        side.status = f"{FAILED}: {first_line(error)}"
+        return
+    if wrong is not None:
+        side.status = f"{WRONG}: {wrong.splitlines()[0]}"
+
+
+def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -> None:
+    problem = result.problem
+    steps: dict[str, Callable[[], object]] = {}
+    for side in result.sides:
+        if side.status != OK:
+            continue
+        try:
+            inputs = with_flags(problem, {name: x.detach() for name, x in tensors.items()})
+            call = side.prepare(inputs)
+            dout = None
+            if problem.wants_gradient:
+                out = call.restore("out", call.main().detach())
+                dout = problem.output_gradient(out)
+            steps[side.name] = step(problem, call, dout)
+        except Exception as error:
+            side.status = f"{FAILED}: {first_line(error)}"
+    by_name = {side.name: side for side in result.sides}
+    for clock in wanted:
+        times, failed = clock.time({n: f for n, f in steps.items() if by_name[n].status == OK})
+        result.times[clock.name], result.clocks[clock.name] = times, clock
+        for name, why in failed.items():
+            if isinstance(clock, GraphClock):  # its other figures stay: the call itself works
+                result.sides.append(_uncaptured(by_name[name], why))
+            else:
+                by_name[name].status = f"{FAILED}: {first_line(why)}"
+    for side in result.sides:
+        for times in result.times.values():
+            if side.status != OK:  # by a later clock: what an earlier one said does not count
+                times.pop(side.name, None)
+    if memory.why_not(problem.device) is None and problem.operation != "import":
+        for name, function in steps.items():
+            if by_name[name].status == OK:
+                result.memory[name] = memory.peak_bytes(function, problem.device)
+
+
+def _uncaptured(side: Side, error: Exception) -> Side:
+    status = f"{FAILED}: {first_line(error)}"
+    return dataclasses.replace(side, name=f"{side.name} (CUDA graph)", status=status)
+
+
+def clocks(suite: Suite, problem: Problem, rounds: int | None = None) -> list[Clock]:
+    """How a problem is timed on its device."""
+    if problem.operation == "import":
+        return [ReportedClock(min(rounds or PROCESS_ROUNDS, PROCESS_ROUNDS))]
+    if problem.device == "cpu":
+        threads = [1] if suite.launches else sorted({1, torch.get_num_threads()})
+        return [HostClock(n, rounds or ROUNDS) for n in threads]
+    if suite.launches:
+        clock: list[Clock] = [LaunchClock(rounds or ROUNDS)]
+    else:
+        clock = [DeviceClock(rounds or DEVICE_ROUNDS)]
+    # A backward alone hangs on a forward that ran outside of the graph.
+    if problem.flops < SMALL_FLOPS and problem.direction != "backward":
+        clock.append(GraphClock(rounds or DEVICE_ROUNDS))
+    return clock
+
+
+def absent(peers: Sequence[Peer], wanted: Wanted) -> dict[str, str]:
+    """Why each of the peers asked for is not on this machine."""
+    asked = [p for p in peers if wanted.peers is None or p.name in wanted.peers]
+    return {p.name: reason for p in asked if (reason := p.missing()) is not None}
+
+
+def fits(result: Result) -> dict[str, Any]:
+    """Names of our first side and of the fastest peer, by clock, among those with a figure."""
+    found = {}
+    ours = [side.name for side in result.sides if side.ours]
+    for clock, times in result.times.items():
+        mine = next((name for name in ours if name in times), None)
+        peers = [name for name in times if name not in ours]
+        found[clock] = (mine, min(peers, key=lambda name: result.figure(clock, name), default=None))
+    return found

@@ -1,0 +1,77 @@
+"""Every peer against the formula: the real one where it is installed, else by its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import peer_stand_ins
+import pytest
+import torch
+
+from fused_attn.bench import peers
+from fused_attn.bench.judge import Judge
+from fused_attn.bench.peers import flex
+from fused_attn.bench.peers.peer import Peer
+from fused_attn.bench.suites import SUITES
+
+STAND_INS = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_peers_are_called_by_their_signatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the peers' signatures: what we pass, in their layout, gives the formula."""
+    peer_stand_ins.install(monkeypatch)
+    [named] = [peer for peer in peers.PEERS if peer.name == name]
+    checked = 0
+    for problem in toy_problems(named):
+        if named.why_not(problem) != ["needs an NVIDIA GPU"]:
+            continue
+        assert verdict(named, problem) is None, problem
+        checked += 1
+    assert checked >= 2
+
+
+def verdict(named: Peer, problem: object) -> str | None:
+    with torch.set_grad_enabled(problem.wants_gradient):
+        judge = Judge(problem)
+        return judge.verdict(lambda tensors: named.prepare(judge.problem, tensors))
+
+
+def toy_problems(peer: Peer) -> Iterator[object]:
+    """Every toy problem of the peer's operations, float32's and, where that is refused, bf16's."""
+    for suite in SUITES:
+        shapes = [f"{shape},{v}" for shape in suite.toy for v in suite.variants] or suite.toy
+        for problem in suite.problems("cpu", [torch.float32, torch.bfloat16], shapes):
+            if problem.operation in peer.operations and suite.name != "decode":
+                yield problem
+
+
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without", "ignore:The PyTorch API of nested"
+)
+def test_compiled_peers_have_the_right_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to the compiler, run without one: seconds a case are not worth it here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    compiled = [peer for peer in peers.PEERS if peer.compiles]
+    assert {peer.name for peer in compiled} == {"flex", "torch.compile"}
+    monkeypatch.setattr(flex, "_compiled", eager_flex)
+    for named in compiled:
+        for problem in toy_problems(named):
+            if problem.dtype == torch.float32 and not named.why_not(problem):
+                assert verdict(named, problem) is None, (named.name, problem)
+
+
+def eager_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+def test_onnxruntime_is_right_where_it_is_installed() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    [named] = [peer for peer in peers.PEERS if peer.name == "onnxruntime"]
+    problems = [problem for problem in toy_problems(named) if not named.why_not(problem)]
+    assert {p.operation for p in problems} == {"attention", "add_norm", "bias_activation"}
+    for problem in problems:
+        assert verdict(named, problem) is None, problem

@@ -1,0 +1,218 @@
+"""The CUDA backend's own promises, on a GPU or, without one, on the emulated device.
+
+That it computes what every backend computes is tested with them all (test_attention*.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Case, run_backend, run_plain
+from torch import Tensor
+
+from fused_attn import attention, attention_varlen, cuda_runtime
+from fused_attn.attention import cuda
+from fused_attn.testing import attention_noise, check_against_oracle
+
+if cuda_runtime.emulated():
+    DEVICE = torch.device("cpu")
+elif torch.cuda.is_available() and not cuda_runtime.why_not(torch.device("cuda"), exactly=(9, 0)):
+    DEVICE = torch.device("cuda")
+else:
+    pytest.skip("needs the emulator (make test builds it) or a GPU", allow_module_level=True)
+
+on_a_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU of compute capability 9.0")
+
+
+@pytest.fixture(params=[False, True], ids=["default", "deterministic"])
+def deterministic(request: pytest.FixtureRequest) -> Iterator[bool]:
+    torch.use_deterministic_algorithms(request.param, warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE).half().requires_grad_()
+
+
+# Two tiles of queries and of keys and some more, with few operands and with all.
+KINDS = {
+    "plain": Case(1, 2, 1, 70, 150, causal="lower_right", padding="lengths"),
+    "general": Case(
+        2, 2, 1, 70, 150, causal="lower_right", window=(100, 0), padding="holes", mask="b1qk",
+        bias="1hqk", alibi=True, softcap=5.0, dropout_p=0.1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_at_every_compiled_head_size(
+    kind: str, head_dim: int, deterministic: bool, one_thread: None
+) -> None:
+    case = Case(**{**KINDS[kind].__dict__, "head_dim": head_dim})
+    dtype = torch.float16 if head_dim % 128 else torch.bfloat16
+    tensors = {
+        name: x.detach().to(DEVICE).requires_grad_(x.requires_grad)
+        for name, x in case.tensors(dtype).items()
+    }
+    check_against_oracle(
+        functools.partial(run_backend, case, "cuda"),
+        functools.partial(run_plain, case),
+        tensors,
+        ("out", "lse", "weights"),
+        attention_noise,
+    )
+
+
+def test_dq_is_added_up_unless_it_must_repeat(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+    choose = cuda._adds_up_dq
+    monkeypatch.setattr(cuda, "_adds_up_dq", lambda *x: chosen.append(choose(*x)) or chosen[-1])
+    for wanted in ("qkv", "qv", "q", "kv"):
+        tensors = [randn(1, 1, 9, 8).requires_grad_(name in wanted) for name in "qkv"]
+        attention(*tensors, backend="cuda").sum().backward()
+    together = not deterministic
+    # Alone, dq takes three products, and dk and dv four.
+    assert chosen == [together, together, False, False]
+
+
+def test_packed_gradients_are_those_of_the_sequences(deterministic: bool) -> None:
+    lengths = (70, 0, 1, 130)
+    ends = torch.tensor((0, *lengths), device=DEVICE).cumsum(0, dtype=torch.int32)
+    rows = int(ends[-1]) + 3  # some that belong to no sequence
+    q, k, v = (randn(rows, 2, 40) for _ in range(3))
+    out = attention_varlen(q, k, v, ends, ends, 130, 130, causal=True, backend="cuda")
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    for begin, end in itertools.pairwise(ends):
+        parts = [x[begin:end].detach().transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
+        alone = attention(*parts, causal=True, backend="cuda")
+        expected = torch.autograd.grad(alone, parts, dout[begin:end].transpose(0, 1)[None])
+        for whole, part in zip(found, expected, strict=True):
+            torch.testing.assert_close(whole[begin:end], part[0].transpose(0, 1))
+    for gradient in found:
+        assert not gradient[ends[-1] :].any()
+
+
+def test_a_gradient_goes_where_its_tensor_says(deterministic: bool) -> None:
+    """Into strides that no tensor map describes, and past nobody's edge."""
+    for columns, offset in ((24, 0), (20, 3)):
+        q = randn(2, 2, 30, columns)
+        storage = torch.full((2, 30, 2, 2 * columns + 8), 7.0, device=DEVICE, dtype=torch.half)
+        dq = storage[..., offset : offset + 2 * columns : 2].transpose(1, 2)
+        k, v = randn(2, 2, 40, columns), randn(2, 2, 40, columns)
+        out, lse = attention(q, k, v, return_lse=True, backend="cuda")
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        problem = cuda_call(q, k, v)
+        with torch.no_grad():
+            cuda.backward(*problem, out, lse, torch.ones_like(out), None, None, dq, dk, dv, None)
+        expected = torch.autograd.grad(out.sum(), (q, k, v))
+        for found, value in zip((dq, dk, dv), expected, strict=True):
+            torch.testing.assert_close(found, value)
+        dq.fill_(7.0)
+        assert (storage == 7.0).all()
+
+
+def cuda_call(q: Tensor, k: Tensor, v: Tensor) -> tuple[cuda.Operands, cuda.Options]:
+    from fused_attn.attention.problem import make_options
+
+    sizes = {"max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2], "head_dim": q.shape[3]}
+    return cuda.Operands(q, k, v), make_options(**sizes)
+
+
+def test_tensor_maps_are_encoded_once() -> None:
+    q, k, v = (torch.randn(1, 2, 50, 64, device=DEVICE).half() for _ in range(3))
+    out = torch.empty_like(q)
+    options = cuda_call(q, k, v)[1]
+
+    def encoded(*tensors: Tensor) -> int:
+        before = cuda_runtime.module().encoded_tensor_maps()
+        cuda.forward(cuda.Operands(*tensors), options, out, None)
+        return cuda_runtime.module().encoded_tensor_maps() - before
+
+    assert encoded(q, k, v) == 4  # with that of out
+    assert encoded(q, k, v) == 0
+    moved = k.clone()
+    assert encoded(q, moved, v) == 1
+    strided = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert encoded(q, strided, v) == 1
+    assert encoded(q, k, v) == 0
+    # The copy engine moves 16 bits, whatever they mean.
+    assert encoded(*[x.view(torch.bfloat16) for x in (q, k, v)]) == 0
+
+
+def test_tensor_maps_may_be_asked_for_by_many_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    if DEVICE.type == "cpu":
+        pytest.skip("the emulator runs one kernel at a time")
+    inputs = [[randn(1, 2, 64 + n, 64).detach() for _ in range(3)] for n in range(32)]
+    expected = [attention(*x, backend="cuda") for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: attention(*x, backend="cuda"), inputs * 4))
+    for i, out in enumerate(found):
+        assert torch.equal(out, expected[i % len(expected)])
+
+
+@on_a_gpu
+def test_graph_capture_and_replay(deterministic: bool) -> None:
+    q, k, v = (randn(2, 4, 300, 128) for _ in range(3))
+
+    def step() -> tuple[Tensor, ...]:
+        out = attention(q, k, v, causal=True, backend="cuda")
+        return (out, *torch.autograd.grad(out.float().sum(), (q, k, v)))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@on_a_gpu
+def test_streams_do_not_disturb_each_other() -> None:
+    inputs = [[randn(2, 4, 700, 64) for _ in range(3)] for _ in range(4)]
+
+    def step(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        out = attention(*tensors, causal=True, backend="cuda")
+        return (out, *torch.autograd.grad(out.float().sum(), tensors))
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        expected = [step(x) for x in inputs]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in inputs]
+        found = []
+        for stream, tensors in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step(tensors))
+        torch.cuda.synchronize()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@on_a_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one() -> None:
+    q, k, v = (torch.randn(2, 4, 100, 64, device="cuda:1").half() for _ in range(3))
+    with torch.cuda.device(0):
+        found = attention(q, k, v, backend="cuda")
+    with torch.cuda.device(1):
+        assert torch.equal(found, attention(q, k, v, backend="cuda"))
