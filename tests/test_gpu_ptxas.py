@@ -80,11 +80,10 @@ def test_without_another_compiler_it_says_so(
 
 
 def test_parity_cases_are_run_and_digested() -> None:
-    """In Triton's interpreter: the same bits twice, and a fault is one."""
+    """In Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs Triton's interpreter")
-    first, again = (dict(ptxas.cases("cpu", "below lanes")) for _ in range(2))
-    assert len(first) == 2, "float16 and float32; bfloat16 is not served here"
-    assert first == again
-    assert all(not outcome.fault and len(outcome.facts) == 16 for outcome in first.values())
+    found = dict(ptxas.cases("cpu", "below lanes"))
+    assert len(found) == 2, "float16 and float32; bfloat16 is not served here"
+    assert all(not outcome.fault and len(outcome.facts) == 16 for outcome in found.values())

@@ -188,4 +188,4 @@ def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -
 def delta_rows(head_dim: int) -> int:
     """Rows of a program of the delta kernel: about 4096 elements, fewer of the longest."""
     size = padded_size(head_dim)
-    return 4096 // size if size <= 128 else 8
+    return 4096 // size if size <= 64 else 2048 // size
