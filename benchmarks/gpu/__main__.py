@@ -62,6 +62,7 @@ PARTS = (
                           "--dtypes", "bf16", "--repeats", "20", "--budget", "25"), 40),
     Part("ceilings", measure("ceilings"), 30),
     Part("attention", measure("attention"), 160),
+    Part("deterministic", measure("deterministic"), 45),
     Part("memcheck", sanitizer("memcheck", "cuda", "triton"), 50),
     # Its reports on copies that no tensor map describes, the backward's row statistics, are false:
     # the forward is judged here, the backward's log is to be read.

@@ -19,6 +19,8 @@ import torch
 from fused_attn.bench import ceilings as limits
 from fused_attn.bench import cli, machine
 
+from . import table
+
 # Without the peers that keep every score, and those that compile for seconds a case.
 ATTENTION_PEERS = (
     "sdpa-cudnn,sdpa-flash,sdpa-efficient,flash-attn-2,flash-attn-3,flash-attn-4,xformers"
@@ -36,9 +38,10 @@ def folder() -> Path:
     return Path(given) if given else machine.results_folder("cuda")
 
 
-def suite(name: str, seconds: int, *options: str) -> None:
-    """Run a suite on the GPU and record it."""
-    command = [name, "--device", "cuda", "--save", str(folder()), "--budget", str(seconds)]
+def suite(name: str, seconds: int, *options: str, into: str = "") -> None:
+    """Run a suite on the GPU and record it, in the folder `into` of the results."""
+    save = str(folder() / into)
+    command = [name, "--device", "cuda", "--save", save, "--budget", str(seconds)]
     print(f"bench {' '.join([*command, *options])}", flush=True)
     cli.main([*command, *options])
 
@@ -58,6 +61,13 @@ def attention() -> None:
     peers = ("--peers", ATTENTION_PEERS, "--rounds", "15")
     suite("forward", 65, "--shapes", *FIELD, *peers)
     suite("backward", 75, "--shapes", *FIELD, *peers)
+
+
+def deterministic() -> None:
+    """The backward that torch's switch asks for, against our own default and not against peers."""
+    shapes = [shape for shape in FIELD if ",8192,8192," in shape]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    suite("backward", 25, "--shapes", *shapes, "--peers", "none", into=table.DETERMINISTIC)
 
 
 def norms() -> None:

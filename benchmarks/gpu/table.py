@@ -13,6 +13,7 @@ from fused_attn.bench.suites import SUITES
 BACKENDS = ("cuda", "triton")
 ATTENTION = ("forward", "backward")
 CLOCK = "device events"
+DETERMINISTIC = "deterministic"  # folder of the backward under torch's switch
 
 
 def render(folder: Path, outcomes: dict[str, str]) -> str:
@@ -21,6 +22,7 @@ def render(folder: Path, outcomes: dict[str, str]) -> str:
     lines = ["", *_machine(folder), *_outcomes(outcomes), *_ceilings(folder), ""]
     lines.append(f"{'attention, TFLOP/s':42}{'cuda':>8}{'triton':>8}{'best peer':>24}{'ratio':>7}")
     lines += _attention([row for row in rows if row["suite"] in ATTENTION])
+    lines += _deterministic(folder, rows)
     lines += ["", f"{'least, median and most of':42}{'cases':>6}"
               f"{'best peer over ours':>22}{'share of ceiling':>22}"]  # fmt: skip
     for suite in SUITES:
@@ -59,6 +61,23 @@ def _attention(rows: Sequence[results.Row]) -> list[str]:
         if row["seqlen_k"] == "8192" and row["heads"] == row["heads_kv"]:
             cases.setdefault(row["case"], []).append(row)
     return [_case(sides) for sides in cases.values()]
+
+
+def _deterministic(folder: Path, rows: Sequence[results.Row]) -> list[str]:
+    """How fast our backends' deterministic backward is, their default being 1."""
+    default = {results.key(row): row for row in rows if results.counts(row)}
+    lines = []
+    for backend in BACKENDS:
+        ratios = [
+            results.figure(default[results.key(row)]) / results.figure(row)
+            for row in results.read_file(folder / DETERMINISTIC / "backward.csv")
+            if row["side"] == f"fused_attn:{backend}" and row["clock"] == CLOCK
+            and results.counts(row) and results.key(row) in default
+        ]  # fmt: skip
+        if ratios:
+            text = f"backward, deterministic over default, {backend}"
+            lines.append(f"{text:48}{_spread(ratios):>22}")
+    return lines
 
 
 def _case(rows: Sequence[results.Row]) -> str:
