@@ -1,11 +1,11 @@
 """The CPU gates: us against torch, class by class, in one process.
 
-    python benchmarks/cpu_gates.py [--only TEXT] [--two-threads] [--avx2] [--save]
+    python benchmarks/cpu_gates.py [--only TEXT] [--threads 1 2] [--avx2] [--save]
 
 Prints each class with the ratio (the fastest peer's time over ours), its gate and its goal, and the
 share of the machine's peak, and exits with 1 if a gate of either does not hold, or if a result or
 gradient has more than twice the error of plain PyTorch (and one rounding). One thread of CPU time;
-`--two-threads` adds wall times. `--avx2` forces both sides to AVX2, where every gate is 1.
+`--threads 1 2` adds a table of wall times. `--avx2` forces both sides to AVX2, every gate being 1.
 """
 
 from __future__ import annotations
@@ -93,10 +93,18 @@ def _print(result: dict[str, object]) -> None:
     )
 
 
+def _save(results: list[dict[str, object]], threads: int, avx2: bool) -> None:
+    complete = [result for result in results if "ratio" in result]
+    name = f"cpu_gates{'_avx2' if avx2 else ''}{'' if threads == 1 else f'_{threads}_threads'}.csv"
+    save_rows(RESULTS / machine_name() / name, complete)
+    print(f"recorded {len(complete)} classes in {name}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only classes whose name contains this")
-    parser.add_argument("--two-threads", action="store_true", help="also wall times, two threads")
+    parser.add_argument("--threads", type=int, nargs="+", choices=(1, 2), default=[1],
+                        help="a table each: 1 is CPU time, 2 wall time")  # fmt: skip
     parser.add_argument("--avx2", action="store_true", help="both sides without AVX-512")
     parser.add_argument("--save", action="store_true", help="record under benchmarks/results/")
     arguments = parser.parse_args()
@@ -116,18 +124,14 @@ def main() -> int:
     for dtype, name in SHORT_NAMES.items():
         print(f"peak of {name}: {peak_flops(dtype) / 1e9:.0f} GF/s a thread")
     results = []
-    for threads in (1, 2) if arguments.two_threads else (1,):
+    for threads in arguments.threads:
         clock = "one thread, CPU time" if threads == 1 else "two threads, wall time"
         print(f"\n{clock}\n{HEADER}")
         for row in rows:
             results.append(measure(row, threads))
             _print(results[-1])
-    if arguments.save:
-        complete = [result for result in results if "ratio" in result]
-        name = "cpu_gates_avx2.csv" if arguments.avx2 else "cpu_gates.csv"
-        path = RESULTS / machine_name() / name
-        save_rows(path, complete)
-        print(f"recorded {len(complete)} classes")
+        if arguments.save:
+            _save([r for r in results if r["threads"] == threads], threads, arguments.avx2)
     failed = [r for r in results if r["threads"] == 1 and r["verdict"] not in ("ok", "goal")]
     print(f"{len(results) - len(failed)} classes hold, {len(failed)} do not")
     return 1 if failed else 0
