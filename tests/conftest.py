@@ -116,6 +116,7 @@ def _dtypes_of(request: pytest.FixtureRequest) -> tuple[torch.dtype, ...]:
 
 @pytest.fixture(autouse=True, scope="session")
 def faster_interpreter() -> None:
+    without_gpu.import_kernels()
     without_gpu.make_interpreter_faster()
 
 

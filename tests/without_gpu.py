@@ -6,6 +6,7 @@ Import this before anything imports Triton or `fused_attn`.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -42,6 +43,21 @@ def is_left_out(item: pytest.Item, interpreted: set[str]) -> bool:
         return False
     seldom = params.get("fuzz_seed", 0) % INTERPRETED_SHARE_OF_FUZZ != 0
     return seldom or NOT_INTERPRETED.match(item.name) is not None
+
+
+def import_kernels() -> None:
+    """Now, while the variable is set: it decides at a kernel's import what the kernel is.
+
+    Tests that pretend to a GPU unset it, and may be the first of their process.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        import triton  # noqa: F401
+    except Exception:  # no Triton, or one that fails to import: there are no kernels
+        return
+    for operation in ("attention", "layer_norm", "bias_activation"):
+        importlib.import_module(f"fused_attn.{operation}.triton.launch")
 
 
 def make_interpreter_faster() -> None:
