@@ -49,11 +49,17 @@ def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], in
         triton_runtime.shared_memory(problem.device),
     )
     kernels = ["forward"]
-    rows = problem.seqlen_q * (problem.num_heads // problem.num_heads_kv)
-    planes = problem.num_heads_kv * problem.batch
-    multiprocessors = triton_runtime.multiprocessors(problem.device)
-    if config.decode_splits(rows, problem.seqlen_k, planes, multiprocessors) > 1:
-        kernels = ["decode"]
+    sizes = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        # Whichever it will be: a comparison would bind the graph that is traced to these sizes.
+        rows = config.MAX_DECODE_ROWS
+        kernels.append("decode")
+    else:
+        rows = problem.seqlen_q * (problem.num_heads // problem.num_heads_kv)
+        planes = problem.num_heads_kv * problem.batch
+        multiprocessors = triton_runtime.multiprocessors(problem.device)
+        if config.decode_splits(rows, problem.seqlen_k, planes, multiprocessors) > 1:
+            kernels = ["decode"]
     if problem.requires_grad:
         kernels += ["dkdv", "dq"]
     if _takes_bias_gradient(problem):
