@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cases import Case, run_backend, run_plain, skip_unless_supported
+from fresh_process import run
 from torch import Tensor
 
 import fused_attn
@@ -226,12 +225,3 @@ def test_warming_up_for_another_gpu_is_refused_in_the_interpreter() -> None:
     q = torch.randn(1, 1, 2, 8)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         fused_attn.warmup(q, q, q, arch=90)
-
-
-def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import run
 
 import fused_attn
 from fused_attn import attention, triton_runtime
@@ -125,15 +124,6 @@ def test_a_version_of_triton_is_a_reason(
         assert without == []
     else:
         assert found == without == [f"Triton {version} is outside the tested range 3.5 to 3.7"]
-
-
-def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 EXPLAIN = """
