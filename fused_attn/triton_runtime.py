@@ -26,6 +26,7 @@ BACKEND = "triton"  # what the backends here are called
 TESTED_VERSIONS = ((3, 5), (3, 7))
 OLDEST_ARCH = 80
 INTERPRETER, AMD = 0, 1  # stand for an architecture where there is no compute capability
+AMD_SHARED_MEMORY = 64 << 10  # the LDS of a workgroup up to gfx942
 
 _compile_only: _CompileOnly | None = None
 
@@ -37,7 +38,9 @@ def compiling() -> _CompileOnly | None:
 
 def _foreign() -> int | None:
     """The architecture that is being compiled for in place of the one that is there."""
-    return None if _compile_only is None else _compile_only.arch
+    if _compile_only is None or _compile_only.arch is None:
+        return None
+    return AMD if isinstance(_compile_only.arch, str) else _compile_only.arch
 
 
 def interpreted() -> bool:
@@ -121,6 +124,8 @@ def _device_shared_memory(index: int) -> int:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes that one program may use; more than any kernel wants where nobody knows."""
+    if _foreign() == AMD:
+        return AMD_SHARED_MEMORY
     if _foreign() is not None or device.type != "cuda":
         return 1 << 20
     return _device_shared_memory(
@@ -214,7 +219,7 @@ class Wanted(NamedTuple):
 class _CompileOnly(NamedTuple):
     """Stands in for the launches; see `compiling_for`."""
 
-    arch: int | None
+    arch: int | str | None
     on_launch: Callable[[Wanted], None]
     candidate: int | None
 
@@ -240,11 +245,12 @@ class _CompileOnly(NamedTuple):
 class _Driver:
     """As much of a Triton driver as compiling needs."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         self._arch = arch
 
     def get_current_device(self) -> int:
-        return -self._arch  # compiled kernels are kept by device: no real one has this number
+        """Compiled kernels are kept by device: no real one has this number."""
+        return -(int(self._arch[3:], 16) if isinstance(self._arch, str) else self._arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -252,17 +258,20 @@ class _Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
+        if isinstance(self._arch, str):
+            return GPUTarget("hip", self._arch, 64 if self._arch.startswith("gfx9") else 32)
         return GPUTarget("cuda", self._arch, 32)
 
 
 @contextlib.contextmanager
 def compiling_for(
-    arch: int | None, on_launch: Callable[[Wanted], None], candidate: int | None = None
+    arch: int | str | None, on_launch: Callable[[Wanted], None], candidate: int | None = None
 ) -> Iterator[None]:
     """Within this, launches run nothing; with an `arch`, tensors may be on "meta".
 
     Args:
-        arch: compute capability, 90 for 9.0; None for that of the GPU that is there.
+        arch: compute capability, 90 for 9.0, or what AMD calls it, "gfx942"; None for that of the
+            GPU that is there.
         on_launch: called with what each launch would run; may compile it.
         candidate: which of the tiles that a kernel may have, 0 for the default; None: the one that
             a launch would take.

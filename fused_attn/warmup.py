@@ -17,7 +17,9 @@ from .functional import attention
 _logger = logging.getLogger(__name__)
 
 
-def warmup(*arguments: Any, arch: int | None = None, **keyword_arguments: Any) -> dict[str, float]:
+def warmup(
+    *arguments: Any, arch: int | str | None = None, **keyword_arguments: Any
+) -> dict[str, float]:
     """Compile the kernels of a call, forward and backward, so that the first one is quick.
 
     `warmup(q, k, v, ...)` is for `attention(q, k, v, ...)`; any other function of this package
@@ -36,8 +38,9 @@ def warmup(*arguments: Any, arch: int | None = None, **keyword_arguments: Any) -
 
     Args:
         arguments, keyword_arguments: as for the function; the values of tensors do not matter.
-        arch: compile for this compute capability, 90 for 9.0, on a machine without such a GPU or
-            without any: what comes out lies in Triton's cache, for a machine with the same Triton.
+        arch: compile for this compute capability, 90 for 9.0 (or "gfx942", as AMD names it), on a
+            machine without such a GPU or without any: what comes out lies in Triton's cache, for a
+            machine with the same Triton.
             Only the sizes, dtypes, strides of the arguments matter then, not where they are; for
             kernels of the default tiles.
 
@@ -80,7 +83,7 @@ def _run_backward(results: Iterable[Any], given: Iterable[Any]) -> None:
         torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
 
 
-def _for_nobody(arch: int, *arguments: Any) -> Any:
+def _for_nobody(arch: int | str, *arguments: Any) -> Any:
     """The arguments with tensors that have no memory, and `backend` as nothing else would do."""
     if triton_runtime.interpreted():
         raise RuntimeError(f"arch={arch} cannot be compiled for: TRITON_INTERPRET is set")

@@ -28,9 +28,10 @@ def tile(width: int, arch: int) -> Tile:
     """Tile of a row-wise kernel, forward or backward."""
     elements = _INTERPRETED_ELEMENTS if arch == INTERPRETER else _ELEMENTS
     cols = min(max(16, 1 << (width - 1).bit_length()), WIDEST_TILE)
-    return Tile(
-        max(1, elements // cols), cols, min(max(4, cols // 512), 16) if cols < WIDEST_TILE else 32
-    )
+    warps = max(4, cols // 512)
+    if cols == WIDEST_TILE and (80 <= arch < 90 or arch >= 120):
+        warps *= 2  # the backward takes all registers; which number of warps spills, trials showed
+    return Tile(max(1, elements // cols), cols, warps)
 
 
 def programs(rows: int, width: int, arch: int, multiprocessors: int) -> int:
