@@ -12,6 +12,7 @@ import triton.language as tl
 from .backward import load_delta, load_dweights, softmax_gradient
 from .primitives import (
     hide_keys,
+    is_visited,
     keep_mask,
     keys_of_query,
     load_rows,
@@ -89,11 +90,11 @@ def _attention_bias_gradient_kernel(
         n, rest = step % walk_n, step // walk_n
         m, rest = rest % walk_m, rest // walk_m
         h, b = rest % walk_h, rest // walk_h
-        acc += _score_gradient(
-            q, k, v, dout, rows, dweights, bias_b + b, bias_h + h,
-            (tile_m + m) * CONFIG.BLOCK_M, (tile_n + n) * CONFIG.BLOCK_N, terms, sizes, scalars,
-            CONFIG,
-        )  # fmt: skip
+        batch, head = bias_b + b, bias_h + h
+        m0, n0 = (tile_m + m) * CONFIG.BLOCK_M, (tile_n + n) * CONFIG.BLOCK_N
+        if is_visited(m0, n0, batch, head, terms, sizes, scalars, CONFIG):
+            acc += _score_gradient(q, k, v, dout, rows, dweights, batch, head, m0, n0, terms, sizes,
+                                   scalars, CONFIG)  # fmt: skip
     row = tile_m * CONFIG.BLOCK_M + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     col = tile_n * CONFIG.BLOCK_N + tl.arange(0, CONFIG.BLOCK_N)[None, :]
     if CONFIG.SUM_ROWS:

@@ -16,11 +16,12 @@ from ... import philox, triton_runtime, tuning
 from ..problem import LOWER_RIGHT, NONE, Operands, Options
 from . import config
 from .padding import key_ranges
-from .primitives import Scalars, Sizes, Terms, View
+from .primitives import Scalars, Sizes, Terms, View, Visits
 from .tiles import Tile
 from .visits import MaskCells, mask_cells, own_sizes, visits
 
-FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 7
+# Matrix products that a pass makes of each score.
+FORWARD_PRODUCTS, WEIGHTS_PRODUCTS, BACKWARD_PRODUCTS = 2, 1, 7
 _UNLIMITED = 1 << 30
 
 
@@ -138,7 +139,11 @@ class Call:
     """What all kernels of one call share."""
 
     def __init__(
-        self, operands: Operands, options: Options, dweights: Tensor | None = None
+        self,
+        operands: Operands,
+        options: Options,
+        products: int,
+        dweights: Tensor | None = None,
     ) -> None:
         q, k, v, bias, mask, padding, _, alibi, cu_seqlens_q, _, rng = operands
         self.operands = operands
@@ -153,11 +158,13 @@ class Call:
             q.device,
             given,
             None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-            precision(q.dtype),
+            precision(q.dtype, triton_runtime.arch(q.device)),
             triton_runtime.arch(q.device),
         )
         self.terms = _terms(operands)
+        self._products = products
         self._mask_cells: MaskCells | None = None
+        self._visits: dict[tuple[int, int, bool], Visits] = {}
 
     def config(self, tile: Tile, **more: Any) -> Config:
         """Compile-time constants of a kernel of this call."""
@@ -184,13 +191,23 @@ class Call:
             problem = (kernel, plan.name)
         tuning.launch_best(self.operands.q.device, problem, candidates, run)
 
-    def terms_of(self, tile: Tile, products: int, of_keys: bool = False) -> Terms:
+    def terms_of(self, tile: Tile, of_keys: bool = False) -> Terms:
         """The optional operands of a kernel, with the tiles to visit where that pays.
 
         Args:
-            products: matrix products that the pass makes of each score.
             of_keys: a program of the kernel owns keys and walks over queries.
         """
+        return self._terms_with_lists(tile, self._products, of_keys)
+
+    def decode_terms_of(self, tile: Tile) -> Terms:
+        """As `terms_of`; heads that share a tile have one list if they have one mask."""
+        mask, plan = self.operands.mask, self.plan
+        if mask is not None and plan.sizes.group > 1 and own_sizes(mask)[1] > 1:
+            return self.terms
+        products = config.decode_products(plan.kind, plan.decode_rows)
+        return self._terms_with_lists(tile, products, False)
+
+    def _terms_with_lists(self, tile: Tile, products: float, of_keys: bool) -> Terms:
         mask, plan = self.operands.mask, self.plan
         if mask is None:
             return self.terms
@@ -199,8 +216,10 @@ class Call:
             return self.terms
         if self._mask_cells is None:
             self._mask_cells = mask_cells(mask, plan.seqlen_q, plan.seqlen_k)
-        listed = visits(self._mask_cells, tile.block_m, tile.block_n, of_keys)
-        return self.terms._replace(visits=listed)
+        key = (tile.block_m, tile.block_n, of_keys)
+        if key not in self._visits:
+            self._visits[key] = visits(self._mask_cells, *key)
+        return self.terms._replace(visits=self._visits[key])
 
     def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:
         """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
@@ -244,13 +263,13 @@ def _scalars(options: Options) -> Scalars:
     )
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, arch: int) -> str:
     """How float32 matrices are multiplied: by torch's own setting for CUDA.
 
     Where nothing is set this is 3xTF32, as in torch's memory-efficient attention: nearly float32's
     accuracy on the tensor cores. AMD's matrix units take float32 as it is.
     """
-    if dtype != torch.float32 or torch.version.hip:
+    if dtype != torch.float32 or arch == triton_runtime.AMD:
         return "ieee"
     setting = torch.backends.cuda.matmul.fp32_precision
     return {"tf32": "tf32", "ieee": "ieee"}.get(setting, "tf32x3")

@@ -51,11 +51,12 @@ OPERATIONS_PER_BYTE = 150
 LISTED_OPERATIONS = 1 << 32
 
 
-def lists_pay(kind: Kind, mask_elements: int, scores: int, products: int) -> bool:
+def lists_pay(kind: Kind, mask_elements: int, scores: int, products: float) -> bool:
     """Whether to read a mask beforehand, so that tiles that it hides are not visited.
 
     It does where reading it once costs at most a quarter of the call's matrix products, which is
-    what a mask costs that hides no tile: where several heads share it, and in the backward.
+    what a mask costs that hides no tile: where several heads share it, in the backward, and in
+    decoding.
 
     Args:
         mask_elements: what it holds, without what it is broadcast over.
@@ -68,6 +69,11 @@ def lists_pay(kind: Kind, mask_elements: int, scores: int, products: int) -> boo
     if operations < LISTED_OPERATIONS:
         return False
     return 4 * mask_elements * OPERATIONS_PER_BYTE <= operations
+
+
+def decode_products(kind: Kind, rows: int) -> float:
+    """Products of each score that take the time in which decoding reads keys and values."""
+    return OPERATIONS_PER_BYTE * kind.itemsize / rows
 
 
 @functools.cache

@@ -24,7 +24,9 @@ from .primitives import (
     only_seen,
     present_keys,
     score,
+    tile_at,
     visible_keys,
+    walk,
 )
 
 
@@ -58,16 +60,18 @@ def _attention_decode_kernel(
     low, high, tile_n, _full, _past_full, past = visible_keys(
         zero, len_q, shift, first, end, holes, scalars, CONFIG
     )
-    share = tl.cdiv(past - tile_n, splits)
-    start = tile_n + split * share
+    # All heads of the group share the list of the first, and splits share what it holds.
+    visited, a, b, _c, _d = walk(terms, batch, head_kv * sizes.group, zero, (tile_n, past, 0, 0))
+    share = tl.cdiv(b - a, splits)
+    start = a + split * share
     row_low, row_high = keys_of_query(row[:, None], len_q, shift, first, end, scalars, CONFIG)
     acc = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_DV], tl.float32)
     peak = tl.full([CONFIG.BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
     last = start_k + len_k - 1
     heads = head[:, None]
-    for i in tl.range(start, tl.minimum(start + share, past)):
-        n0 = i * CONFIG.BLOCK_N
+    for i in tl.range(start, tl.minimum(start + share, b)):
+        n0 = tile_at(i, b, b, visited, terms) * CONFIG.BLOCK_N
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         key = load_rows(k, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip

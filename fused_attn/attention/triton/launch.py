@@ -18,7 +18,14 @@ from .backward import (
     _attention_delta_kernel,
 )
 from .bias_gradient import _attention_bias_gradient_kernel
-from .call import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, Call, broadcast_view, view_of
+from .call import (
+    BACKWARD_PRODUCTS,
+    FORWARD_PRODUCTS,
+    WEIGHTS_PRODUCTS,
+    Call,
+    broadcast_view,
+    view_of,
+)
 from .decode import _attention_combine_kernel, _attention_decode_kernel
 from .forward import _attention_forward_kernel
 from .primitives import Rows, View
@@ -29,7 +36,7 @@ from .weights import _attention_weights_delta_kernel, _attention_weights_kernel
 
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     with triton_runtime.on_device_of(operands.q):
-        call = Call(operands, options)
+        call = Call(operands, options, FORWARD_PRODUCTS)
         plan = call.plan
         if plan.packed:  # rows past the last sequence belong to nobody
             out.zero_()
@@ -53,7 +60,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
             num_tiles * plan.num_heads * plan.batch,
             *tensors,
             *call.descriptors((q, tile.block_m), (k, tile.block_n), (v, tile.block_n)),
-            *(call.terms_of(tile, FORWARD_PRODUCTS), plan.sizes, plan.scalars, num_tiles),
+            *(call.terms_of(tile), plan.sizes, plan.scalars, num_tiles),
             call.config(tile),
             warps=tile.warps,
             stages=tile.stages,
@@ -70,13 +77,14 @@ def _decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
     partial = torch.empty((rows, splits, block_dv), dtype=torch.float32, device=q.device)
     peaks = torch.empty((rows, splits), dtype=torch.float32, device=q.device)
     totals = torch.empty_like(peaks)
-    shared = (call.terms, plan.sizes, plan.scalars, splits, plan.seqlen_q)
+    shared = (plan.sizes, plan.scalars, splits, plan.seqlen_q)
 
     def run(tile: Tile) -> None:
         triton_runtime.launch(
             _attention_decode_kernel,
             splits * plan.num_heads_kv * plan.batch,
-            *(view_of(q), view_of(k), view_of(v), partial, peaks, totals, *shared),
+            *(view_of(q), view_of(k), view_of(v), partial, peaks, totals),
+            *(call.decode_terms_of(tile), *shared),
             call.config(tile),
             warps=tile.warps,
             stages=tile.stages,
@@ -86,7 +94,7 @@ def _decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
     triton_runtime.launch(
         _attention_combine_kernel,
         rows,
-        *(partial, peaks, totals, view_of(out), lse, *shared),
+        *(partial, peaks, totals, view_of(out), lse, call.terms, *shared),
         call.config(COMBINE, SPLITS=triton.next_power_of_2(splits)),
         warps=COMBINE.warps,
         stages=COMBINE.stages,
@@ -97,7 +105,7 @@ def weights(
     operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
 ) -> None:
     with triton_runtime.on_device_of(lse):
-        call = Call(operands, options)
+        call = Call(operands, options, WEIGHTS_PRODUCTS)
         plan = call.plan
         tile = config.tile("weights", plan.kind)
         tiles_m = triton.cdiv(plan.seqlen_q, tile.block_m)
@@ -106,7 +114,7 @@ def weights(
             _attention_weights_kernel,
             tiles_m * tiles_n * weights.shape[0] * weights.shape[1],
             *(view_of(operands.q), view_of(operands.k), _rows(call, lse, None), view_of(weights)),
-            *(call.terms, plan.sizes, plan.scalars, tiles_m, tiles_n),
+            *(call.terms_of(tile), plan.sizes, plan.scalars, tiles_m, tiles_n),
             call.config(tile, AVERAGE=average),
             warps=tile.warps,
             stages=tile.stages,
@@ -125,7 +133,7 @@ def backward(
 ) -> None:
     dq, dk, dv, dbias = grads
     with triton_runtime.on_device_of(out):
-        call = Call(operands, options, dweights)
+        call = Call(operands, options, BACKWARD_PRODUCTS, dweights)
         if call.plan.packed:
             for grad in (dq, dk, dv):
                 if grad is not None:
@@ -159,7 +167,7 @@ def _launch_by_rows(call: Call, kernel: Any, *tensors: Any) -> None:
     triton_runtime.launch(
         kernel,
         num_tiles * plan.num_heads * plan.batch,
-        *(*tensors, call.terms, plan.sizes, plan.scalars, num_tiles, call.config(tile)),
+        *(*tensors, call.terms_of(tile), plan.sizes, plan.scalars, num_tiles, call.config(tile)),
         warps=tile.warps,
         stages=tile.stages,
     )
@@ -198,7 +206,7 @@ def _keys_and_values(
             _attention_backward_dkdv_kernel,
             num_tiles * plan.num_heads_kv * plan.batch,
             *(*given, view_of(dk), view_of(dv), dweights),
-            *(call.terms_of(tile, BACKWARD_PRODUCTS, of_keys=True), plan.sizes, plan.scalars),
+            *(call.terms_of(tile, of_keys=True), plan.sizes, plan.scalars),
             *(num_tiles, call.config(tile)),
             warps=tile.warps,
             stages=tile.stages,
@@ -218,7 +226,7 @@ def _queries(call: Call, given: tuple[Any, ...], dweights: View | None, dq: Tens
             _attention_backward_dq_kernel,
             num_tiles * plan.num_heads * plan.batch,
             *(*given, view_of(dq), dweights),
-            *(call.terms_of(tile, BACKWARD_PRODUCTS), plan.sizes, plan.scalars, num_tiles),
+            *(call.terms_of(tile), plan.sizes, plan.scalars, num_tiles),
             call.config(tile),
             warps=tile.warps,
             stages=tile.stages,
@@ -248,7 +256,7 @@ def _bias(call: Call, given: tuple[Any, ...], dweights: View | None, dbias: Tens
         _attention_bias_gradient_kernel,
         owners * splits,
         *(*given, dweights, partial, sizes, (*walks, splits)),
-        *(call.terms, plan.sizes, plan.scalars),
+        *(call.terms_of(tile), plan.sizes, plan.scalars),
         call.config(tile, SUM_ROWS=sizes[2] == 1, SUM_COLS=sizes[3] == 1),
         warps=tile.warps,
         stages=tile.stages,

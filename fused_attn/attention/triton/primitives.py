@@ -182,6 +182,21 @@ def walk(terms, batch, head, own, tiles):
 
 
 @triton.jit
+def is_visited(m0, n0, batch, head, terms, sizes, scalars, CONFIG: tl.constexpr):
+    """Whether the tile at (m0, n0) is one that a walk along its queries would visit."""
+    _start_q, len_q, _start_k, len_k, shift, _index = locate(terms, sizes, scalars, batch)
+    first, end, holes = present_keys(terms, batch, len_k)
+    end_m = tl.minimum(m0 + CONFIG.BLOCK_M, len_q)
+    _low, _high, tile, _full, _past_full, past = visible_keys(
+        m0, end_m, shift, first, end, holes, scalars, CONFIG
+    )
+    own, other = m0 // CONFIG.BLOCK_M, n0 // CONFIG.BLOCK_N
+    only = (tl.maximum(tile, other), tl.minimum(past, other + 1), 0, 0)
+    _list, a, b, _c, _d = walk(terms, batch, head, own, only)
+    return a < b
+
+
+@triton.jit
 def tile_at(i, b, c, row, terms):
     """Number of the i-th tile of a walk, which goes on at c after b."""
     place = tl.where(i < b, i, i - b + c)

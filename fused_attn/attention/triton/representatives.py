@@ -15,14 +15,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LENGTH = 2048
 
 
-def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
+def calls(arch: int | str, everything: bool) -> dict[str, Callable[[], None]]:
     """Name -> a function that launches forward and backward; on "meta" tensors.
 
     Args:
         everything: all combinations on each architecture; otherwise all of bfloat16 and head size
             128 on sm_90, and elsewhere what differs most.
     """
-    kinds = ("full", "causal", "bias", "mask", "dropout", "everything")
+    kinds = ("full", "causal", "bias", "mask", "dropout", "weights", "everything")
     result: dict[str, Callable[[], None]] = {}
     for dtype in ("bf16", "fp32"):
         for head_dim in (64, 128, 256):
@@ -30,19 +30,19 @@ def calls(arch: int, everything: bool) -> dict[str, Callable[[], None]]:
                 if everything or _is_telling(arch, dtype, head_dim, kind):
                     name = f"attention {dtype} {head_dim} {kind}"
                     result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
-            for rows in (4, config.MAX_DECODE_ROWS):
-                if everything or (dtype == "bf16" and head_dim == 128 and rows == 4):
-                    run = functools.partial(_decode, _DTYPES[dtype], head_dim, rows)
-                    result[f"attention {dtype} {head_dim} decode {rows}"] = run
+            for kind, rows in (("", 4), ("", config.MAX_DECODE_ROWS), (" masked", 4)):
+                if everything or (dtype == "bf16" and head_dim == 128 and kind == "" and rows == 4):
+                    run = functools.partial(_decode, _DTYPES[dtype], head_dim, rows, kind != "")
+                    result[f"attention {dtype} {head_dim} decode {rows}{kind}"] = run
     return result
 
 
-def _is_telling(arch: int, dtype: str, head_dim: int, kind: str) -> bool:
+def _is_telling(arch: int | str, dtype: str, head_dim: int, kind: str) -> bool:
     """Whether a call belongs to the sample that every test run compiles."""
     if dtype == "fp32":  # what registers are scarcest for
         return arch == 90 and kind == ("causal" if head_dim == 64 else "everything")
     if head_dim == 128 and arch == 90:
-        return True
+        return kind != "weights"  # everything has them
     return kind in ("causal", "everything") and (head_dim == 128 or arch == 90)
 
 
@@ -58,6 +58,9 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str) -> None:
         causal = True
     if kind == "bias":
         operands = operands._replace(bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype))
+        dbias = _meta(1, 8, _LENGTH, _LENGTH)
+    if kind == "weights":
+        dweights = _meta(2, 1, _LENGTH, _LENGTH)
     if kind == "mask":
         operands = operands._replace(mask=_meta(2, 1, _LENGTH, _LENGTH, dtype=torch.bool))
     if kind == "dropout":
@@ -103,10 +106,13 @@ def _launch_all(
     launch.backward(operands, options, out, lse, out, None, dweights, grads)
 
 
-def _decode(dtype: torch.dtype, head_dim: int, rows: int) -> None:
-    """`rows` queries share a key head."""
-    q = _meta(2, 2 * rows, 1, head_dim, dtype=dtype)
-    k = _meta(2, 2, _LENGTH, head_dim, dtype=dtype)
-    options = make_options(max_seqlen_q=1, max_seqlen_k=_LENGTH, head_dim=head_dim)
-    operands = Operands(q, k, k, key_lengths=_meta(2, dtype=torch.int64))
+def _decode(dtype: torch.dtype, head_dim: int, rows: int, masked: bool) -> None:
+    """`rows` queries share a key head; as many splits as there may be, or tiles that are listed."""
+    batch, length = (64, _LENGTH) if masked else (2, config.MAX_SPLITS * 256)
+    q = _meta(batch, 2 * rows, 1, head_dim, dtype=dtype)
+    k = _meta(batch, 2, length, head_dim, dtype=dtype)
+    options = make_options(max_seqlen_q=1, max_seqlen_k=length, head_dim=head_dim)
+    operands = Operands(q, k, k, key_lengths=_meta(batch, dtype=torch.int64))
+    if masked:
+        operands = operands._replace(mask=_meta(batch, 1, 1, length, dtype=torch.bool))
     launch.forward(operands, options, torch.empty_like(q), _meta(*q.shape[:3]))

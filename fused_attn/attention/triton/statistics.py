@@ -21,7 +21,9 @@ from .primitives import (
     present_keys,
     products,
     score,
+    tile_at,
     visible_keys,
+    walk,
 )
 
 # Beyond this |lse| its rounding error shows in the probabilities.
@@ -52,8 +54,9 @@ def _attention_refine_kernel(
         )
         query = load_rows(q, None, index, head, m0, len_q - 1, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
                           CONFIG.BLOCK_D)  # fmt: skip
-        for i in tl.range(tile_n, past):
-            n0 = i * CONFIG.BLOCK_N
+        visited, a, b, _c, _d = walk(terms, batch, head, tile, (tile_n, past, 0, 0))
+        for i in tl.range(a, b):
+            n0 = tile_at(i, b, b, visited, terms) * CONFIG.BLOCK_N
             rows, cols = row[:, None], (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
             key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
                             CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip

@@ -9,6 +9,7 @@ from .backward import load_dweights
 from .primitives import (
     elements_of,
     hide_keys,
+    is_visited,
     keep_mask,
     keys_of_query,
     load_rows,
@@ -18,7 +19,9 @@ from .primitives import (
     probability,
     products,
     score,
+    tile_at,
     visible_keys,
+    walk,
 )
 
 
@@ -64,8 +67,10 @@ def _attention_weights_kernel(
     acc = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_N], tl.float32)
     members = sizes.num_heads if CONFIG.AVERAGE else 1
     for member in tl.range(0, members):
-        acc += dropped_probabilities(q, k, rows, batch, first_head + member, m0, n0, terms, sizes,
-                                     scalars, CONFIG)  # fmt: skip
+        head = first_head + member
+        if is_visited(m0, n0, batch, head, terms, sizes, scalars, CONFIG):
+            acc += dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars,
+                                         CONFIG)  # fmt: skip
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     col = n0 + tl.arange(0, CONFIG.BLOCK_N)[None, :]
     target = elements_of(weights, batch, first_head, (m0, n0), row, col)
@@ -89,8 +94,9 @@ def _attention_weights_delta_kernel(
     )
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
-    for i in tl.range(tile_n, past):
-        n0 = i * CONFIG.BLOCK_N
+    visited, a, b, _c, _d = walk(terms, batch, head, tile, (tile_n, past, 0, 0))
+    for i in tl.range(a, b):
+        n0 = tile_at(i, b, b, visited, terms) * CONFIG.BLOCK_N
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         p = dropped_probabilities(q, k, rows, batch, head, m0, n0, terms, sizes, scalars, CONFIG)
         dp = load_dweights(dweights, (m0, n0), row[:, None], col[None, :], len_q, len_k, index,
