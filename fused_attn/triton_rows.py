@@ -17,6 +17,7 @@ class View(NamedTuple):
 
     ptr: Any
     strides: Any
+    last: Any = 1  # Triton 3.5 loses a constant deep within, a stride of 1, if none comes after it
 
 
 class Dropout(NamedTuple):

@@ -74,16 +74,6 @@ def _triton_reason() -> str | None:
 _triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def version() -> tuple[int, ...]:
-    """Major and minor version of Triton, which must be there."""
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-version._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @functools.cache
 def _import_triton() -> str | None:
     """Why Triton cannot be used; None if it can."""
@@ -92,7 +82,8 @@ def _import_triton() -> str | None:
     except Exception as error:  # a broken installation raises anything
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     low, high = TESTED_VERSIONS
-    if not low <= version() <= high:
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not low <= version <= high:
         tested = " to ".join(".".join(map(str, each)) for each in TESTED_VERSIONS)
         return f"Triton {triton.__version__} is outside the tested range {tested}"
     return None

@@ -29,13 +29,7 @@ def why_not(problem: AttentionProblem) -> list[str]:
             reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
     if not reasons:
         reasons += config.why_not(*_wanted(problem))
-        if _takes_bias_gradient(problem) and triton_runtime.version() < (3, 6):
-            reasons.append("Triton 3.5 fails to compile the gradient of a bias, 3.6 does not")
     return reasons
-
-
-def _takes_bias_gradient(problem: AttentionProblem) -> bool:
-    return problem.bias_shape is not None and problem.requires_grad
 
 
 def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], int]:
@@ -62,7 +56,7 @@ def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], in
             kernels = ["decode"]
     if problem.requires_grad:
         kernels += ["dkdv", "dq"]
-    if _takes_bias_gradient(problem):
+    if problem.bias_shape is not None and problem.requires_grad:
         kernels.append("bias")
     if problem.weights != NO_WEIGHTS:
         kernels.append("weights")

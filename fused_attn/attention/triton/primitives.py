@@ -25,6 +25,7 @@ class View(NamedTuple):
 
     ptr: Any
     strides: Any
+    last: Any = 1  # Triton 3.5 loses a constant deep within, a stride of 1, if none comes after it
 
 
 class Terms(NamedTuple):
@@ -40,6 +41,7 @@ class Terms(NamedTuple):
     cu_seqlens_k: Any
     rng: Any  # (2,) int64
     visits: Any = None  # Visits by the tiles of the kernel
+    last: Any = None  # as that of View
 
 
 class Visits(NamedTuple):

@@ -90,7 +90,7 @@ AMPERE: dict[str, Table] = {
     "dkdv": {
         64: (
             ((64, 128, 8, 2), (64, 64, 4, 2)),
-            ((32, 64, 8, 2), (32, 64, 4, 2)),
+            ((32, 64, 8, 2), (16, 64, 8, 2)),
             ((16, 32, 8, 2),),
         ),
         128: (((32, 64, 8, 2),), ((16, 32, 8, 1),), ((16, 16, 8, 1),)),
@@ -186,10 +186,14 @@ FLOAT32: dict[str, Table] = {
     },
 }
 
-# Kernels of optional results: one line a head size serves all.
+# Kernels of optional results, for all architectures.
 SHARED: dict[str, Table] = {
-    "bias": {64: (((32, 64, 8, 1),),), 128: (((32, 64, 8, 1),),), 256: (((16, 32, 4, 1),),)},
-    "weights": {64: (((64, 64, 8, 1),),), 128: (((64, 64, 8, 1),),), 256: (((64, 64, 8, 1),),)},
+    "bias": {
+        64: (((32, 64, 8, 1),),),
+        128: (((32, 32, 4, 1),), ((32, 32, 4, 1),), ((32, 64, 8, 1),)),
+        256: (((16, 32, 4, 1),),),
+    },
+    "weights": {64: (((64, 64, 8, 1),),), 128: (((64, 32, 4, 1),),), 256: (((64, 64, 8, 1),),)},
 }
 
 # Keys, warps and stages of decoding, by bytes of an element and head size: its rows are few.
