@@ -169,7 +169,13 @@ def _kernels_digest() -> str:
 
 
 def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> None:
-    """Run `programs` programs of `kernel` on the current stream of the arguments' device."""
+    """Run `programs` programs of `kernel` on the current stream of the arguments' device.
+
+    Args:
+        warps: of 32 threads; where a warp has 64, half as many run.
+    """
+    if (torch.version.hip or _compile_only is not None) and _lanes() == 64:
+        warps = max(1, warps // 2)
     if _compile_only is not None:
         _compile_only.launch(kernel, args, warps, stages)
     elif programs > 0:
@@ -181,6 +187,23 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> N
             _launched.add(key)
             seconds = time.perf_counter() - start
             _logger.info("first launch of %s took %.2f s", kernel.__name__, seconds)
+
+
+def _lanes() -> int:
+    """Threads of a warp."""
+    if _compile_only is not None and _compile_only.arch is not None:
+        return lanes_of(_compile_only.arch)
+    return _device_lanes(torch.cuda.current_device()) if torch.version.hip else 32
+
+
+def lanes_of(arch: int | str) -> int:
+    """Threads of a warp: AMD's data-centre GPUs have 64."""
+    return 64 if isinstance(arch, str) and arch.startswith("gfx9") else 32
+
+
+@functools.cache
+def _device_lanes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).warp_size
 
 
 # What has been launched: the first time includes compiling, or reading Triton's cache on disk.
@@ -250,7 +273,7 @@ class _Driver:
         from triton.backends.compiler import GPUTarget
 
         if isinstance(self._arch, str):
-            return GPUTarget("hip", self._arch, 64 if self._arch.startswith("gfx9") else 32)
+            return GPUTarget("hip", self._arch, lanes_of(self._arch))
         return GPUTarget("cuda", self._arch, 32)
 
 
