@@ -26,7 +26,7 @@ DOTS = re.compile(r"forward|backward_d|decode|bias_gradient|weights")
 
 
 @functools.cache
-def compiled(arch: int, match: str, candidates: int = 1) -> list[dict[str, Any]]:
+def compiled(arch: int | str, match: str, candidates: int = 1) -> list[dict[str, Any]]:
     """The report on the calls of `arch` whose names contain `match`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fused_attn.triton_report", "--json", "--arch", str(arch)]
@@ -56,6 +56,21 @@ PARTS = [
 def test_shipped_kernels(arch: int, match: str) -> None:
     """No spills, shared memory within the limit, matrix units and asynchronous copies in use."""
     check(compiled(arch, match), arch)
+
+
+def test_amd() -> None:
+    """Triton's wheel brings AMD's compiler as well: forward and backward, in 64 KiB."""
+    from triton.backends import backends
+
+    if "amd" not in backends:
+        pytest.skip("this Triton has no compiler for AMD")
+    kernels = compiled("gfx942", "attention bf16 128 causal")
+    for kernel in kernels:
+        assert kernel["stack"] == kernel["counts"]["local"] == 0, kernel
+        assert kernel["shared"] <= 64 << 10, kernel
+    names = {kernel["kernel"] for kernel in kernels if kernel["counts"]["mma"] > 0}
+    products = ("forward", "backward_dkdv", "backward_dq")
+    assert names == {f"_attention_{name}_kernel" for name in products}
 
 
 def test_a_sample_of_the_tiles_for_trials() -> None:
