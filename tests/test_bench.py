@@ -39,7 +39,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def bench(*arguments: str) -> int:
-    return cli.main([*arguments, "--device", "cpu", "--rounds", "2", "--quick"])
+    options = ["--device", "cpu", "--rounds", "2", "--passes", "1", "--quick"]
+    return cli.main([*options, *arguments])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,11 +294,51 @@ def test_a_side_that_fails_by_one_clock_has_no_figure_by_another(
             return {}, {"it": RuntimeError("out of luck")}
 
     both = [HostClock(1, 2), Unlucky(2, 2)]
-    monkeypatch.setattr(run, "clocks", lambda suite, problem, rounds: both)
+    monkeypatch.setattr(run, "clocks", lambda suite, problem, wanted: both)
     result = run.measure(find("forward"), TOY, [peer("it")])
     [row] = [row for row in result.rows() if row["side"] == "it"]
     assert row["status"] == "failed: RuntimeError: out of luck"
     assert "median_s" not in row
+
+
+def test_later_passes_add_samples_and_find_what_fails_by_then() -> None:
+    broken: list[str] = []
+
+    def unless_broken(out: torch.Tensor) -> torch.Tensor:
+        if broken:
+            raise RuntimeError(*broken)
+        return out
+
+    wanted = run.Wanted(backends=("reference",), rounds=4, passes=2)
+    theirs = [peer("it"), peer("late", unless_broken)]
+    result = run.measure(find("forward"), TOY, theirs, wanted)
+    memory_before = dict(result.memory)
+    [times] = result.times.values()
+    assert {name: t.samples for name, t in times.items()} == {
+        "fused_attn:reference": 2, "it": 2, "late": 2,
+    }  # fmt: skip
+    broken.append("no more")
+    run.measure_again(find("forward"), result, theirs, wanted)
+    [times] = result.times.values()
+    assert {name: t.samples for name, t in times.items()} == {"fused_attn:reference": 4, "it": 4}
+    assert times["it"].minimum == min(times["it"].values)
+    assert result.memory == memory_before
+    [status] = [side.status for side in result.sides if side.name == "late"]
+    assert status == "failed: RuntimeError: no more"
+
+
+def test_time_that_ends_in_a_later_pass_leaves_nothing_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--shapes", "toy,full", "toy,causal", "--dtype", "fp32", "--peers", "none"]
+    clock = iter(range(100))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    options += ["--backends", "reference", "--rounds", "6", "--passes", "3", "--budget", "3"]
+    assert bench("forward", *options, "--save", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert "after 3 of 6 measurements" in text
+    assert "not measured" not in text
+    assert sorted(row["samples"] for row in results.read(tmp_path)) == ["2", "4"]
 
 
 class PretendedEvent:

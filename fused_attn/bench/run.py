@@ -126,13 +126,15 @@ class Wanted:
         peers: names; all that are here if None.
         backends: names of our own, as in `BACKENDS`; all that can run if None.
         quick: leave out peers that compile for seconds on the CPU, unless they are named.
-        rounds: samples a side; the clock's own number if None.
+        rounds: samples a side, of all passes together; the clock's own number if None.
+        passes: how often the case will be measured, see `measure_again`.
     """
 
     peers: tuple[str, ...] | None = None
     backends: tuple[str, ...] | None = None
     quick: bool = False
     rounds: int | None = None
+    passes: int = 1
 
 
 def sides_of(
@@ -192,9 +194,32 @@ def measure(
             if side.status == OK and candidates[side.name].status != OK:
                 side.status = candidates[side.name].status
         result = Result(suite.name, problem, sides)
-        _time(result, tensors, clocks(suite, problem, wanted.rounds))
+        _time(result, tensors, clocks(suite, problem, wanted))
     gc.collect()
     return result
+
+
+def measure_again(
+    suite: Suite, result: Result, peers: Sequence[Peer], wanted: Wanted | None = None
+) -> None:
+    """Time the sides that count once more and put the samples beside those of `result`.
+
+    Passes that are minutes apart, each with memory of its own, see the machine change as two runs
+    do: by its clock, its neighbours and the pages that it hands out. A spread without that would
+    promise too much.
+    """
+    problem, wanted = result.problem, wanted or Wanted()
+    if OK not in [side.status for side in result.sides]:
+        return
+    with torch.set_grad_enabled(problem.wants_gradient), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        tensors = with_flags(problem, problem.tensors())
+        fresh = {side.name: side for side in sides_of(problem, tensors, peers, wanted)}
+        for side in result.sides:
+            if side.status == OK:
+                side.prepare = fresh[side.name].prepare
+        _time(result, tensors, clocks(suite, problem, wanted))
+    gc.collect()
 
 
 def broken(suite: Suite, problem: Problem, error: Exception) -> Result:
@@ -237,7 +262,11 @@ def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -
             side.status = f"{FAILED}: {first_line(error)}"
     by_name = {side.name: side for side in result.sides}
     for clock in wanted:
-        times, failed = clock.time({n: f for n, f in steps.items() if by_name[n].status == OK})
+        before = result.times.get(clock.name)
+        chosen = [n for n in steps if by_name[n].status == OK and (before is None or n in before)]
+        times, failed = clock.time({name: steps[name] for name in chosen})
+        if before is not None:
+            times = {name: before[name] + time for name, time in times.items()}
         result.times[clock.name], result.clocks[clock.name] = times, clock
         for name, why in failed.items():
             if isinstance(clock, GraphClock):  # its other figures stay: the call itself works
@@ -250,7 +279,7 @@ def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -
                 times.pop(side.name, None)
     if memory.why_not(problem.device) is None and problem.operation != "import":
         for name, function in steps.items():
-            if by_name[name].status == OK:
+            if by_name[name].status == OK and name not in result.memory:
                 result.memory[name] = memory.peak_bytes(function, problem.device)
 
 
@@ -259,20 +288,25 @@ def _uncaptured(side: Side, error: Exception) -> Side:
     return dataclasses.replace(side, name=f"{side.name} (CUDA graph)", status=status)
 
 
-def clocks(suite: Suite, problem: Problem, rounds: int | None = None) -> list[Clock]:
-    """How a problem is timed on its device."""
+def clocks(suite: Suite, problem: Problem, wanted: Wanted | None = None) -> list[Clock]:
+    """How a problem is timed on its device, in one pass."""
+    wanted = wanted or Wanted()
+
+    def rounds(default: int) -> int:
+        return -(-(wanted.rounds or default) // wanted.passes)
+
     if problem.operation == "import":
-        return [ReportedClock(min(rounds or PROCESS_ROUNDS, PROCESS_ROUNDS))]
+        return [ReportedClock(min(rounds(PROCESS_ROUNDS), PROCESS_ROUNDS))]
     if problem.device == "cpu":
         threads = [1] if suite.launches else sorted({1, torch.get_num_threads()})
-        return [HostClock(n, rounds or ROUNDS) for n in threads]
+        return [HostClock(n, rounds(ROUNDS)) for n in threads]
     if suite.launches:
-        clock: list[Clock] = [LaunchClock(rounds or ROUNDS)]
+        clock: list[Clock] = [LaunchClock(rounds(ROUNDS))]
     else:
-        clock = [DeviceClock(rounds or DEVICE_ROUNDS)]
+        clock = [DeviceClock(rounds(DEVICE_ROUNDS))]
     # A backward alone hangs on a forward that ran outside of the graph.
     if problem.flops < SMALL_FLOPS and problem.direction != "backward":
-        clock.append(GraphClock(rounds or DEVICE_ROUNDS))
+        clock.append(GraphClock(rounds(DEVICE_ROUNDS)))
     return clock
 
 
