@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import machine, peers, results, run, shapes, show
-from .problem import DTYPES, Problem
+from . import machine, passes, peers, results, run, shapes, show
+from .problem import DTYPES
 from .run import Result, Wanted
-from .suites import SUITES, Suite, find
+from .suites import SUITES, find
 
 COMMANDS = ("list", "report", "compare")
 PROGRAM = "python -m fused_attn bench"
 PASSES = 3
-Cases = Sequence[tuple[Suite, Problem]]
 HERE = Path("HERE")  # stands for the machine's own folder until the device is known
 DESCRIPTION = """Measure us and our peers side by side.
 
@@ -62,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _measure(
-    cases: Cases, wanted: Wanted, device: str, folder: Path | None, budget: float
+    cases: passes.Cases, wanted: Wanted, device: str, folder: Path | None, budget: float
 ) -> list[dict[str, object]]:
     """Measure, print and record case by case: a run that is stopped has lost nothing."""
     torch.manual_seed(0)
@@ -70,42 +69,36 @@ def _measure(
     for name, reason in run.absent(peers.PEERS, wanted).items():
         print(f"  not here: {name:<16} {reason}")
     table, end = show.Table(), time.monotonic() + budget
-    found: dict[int, Result] = {}
-    for number, i in _passes(len(cases), wanted.passes, end):
-        suite, problem = cases[i]
-        try:
-            if i in found:
-                run.measure_again(suite, found[i], peers.PEERS, wanted)
-            else:
-                found[i] = run.measure(suite, problem, peers.PEERS, wanted)
-        except Exception as error:  # the case itself: no memory for its inputs, say
-            found[i] = run.broken(suite, problem, error)
+    found: list[Result] = []
+
+    def record(result: Result, number: int) -> None:
         if folder is not None:
-            results.save(folder, found[i].rows(), device)
+            results.save(folder, result.rows(), device)
         if number == wanted.passes:
-            table.add(found[i])
-    for i, result in found.items():
-        if i >= table.cases:
             table.add(result)
+
+    _announce(1, wanted.passes, len(cases))
+    for result in passes.first(cases, wanted, end):
+        found.append(result)
+        record(result, 1)
+    for number in range(2, wanted.passes + 1):
+        if time.monotonic() < end:
+            _announce(number, wanted.passes, len(found))
+            for i in passes.later(found, wanted, end):
+                record(found[i], number)
+    for result in found[table.cases :]:  # the time was over before the last pass came to them
+        table.add(result)
     if len(found) < len(cases):
         print(f"\nnot measured, {budget:.0f} s are over: {len(cases) - len(found)} cases")
-    rows = [row for result in found.values() for row in result.rows()]
+    rows = [row for result in found for row in result.rows()]
     if folder is not None and rows:
         print(f"\nrecorded {len(rows)} rows in {folder}")
     return rows
 
 
-def _passes(cases: int, passes: int, end: float) -> Iterator[tuple[int, int]]:
-    """Pass and case, in turn, until `end`; says how far it is until the last pass prints."""
-    for number in range(1, passes + 1):
-        if passes > 1:
-            print(f"pass {number} of {passes}, {cases} cases", flush=True)
-        for i in range(cases):
-            if time.monotonic() > end:
-                done = (number - 1) * cases + i
-                print(f"the time is over after {done} of {passes * cases} measurements")
-                return
-            yield number, i
+def _announce(number: int, count: int, cases: int) -> None:
+    if count > 1:
+        print(f"pass {number} of {count}, {cases} cases", flush=True)
 
 
 def _as_text(rows: Sequence[dict[str, object]]) -> list[results.Row]:
