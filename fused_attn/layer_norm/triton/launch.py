@@ -118,7 +118,7 @@ def _walk_whole(
     """Everything in one kernel; the partial sums of the parameters' gradients."""
     num_rows, width = shape
     device = rows[1].device
-    tile = config.tile(width, triton_runtime.arch(device))
+    tile = config.tile(width, triton_runtime.arch(device), backward=True)
     programs = config.programs(
         num_rows, width, triton_runtime.arch(device), triton_runtime.multiprocessors(device)
     )
@@ -148,7 +148,7 @@ def _walk_wide(
     """The same for rows that no tile holds: rows in one kernel, columns in another."""
     num_rows, width = shape
     device = rows[1].device
-    tile = config.tile(width, triton_runtime.arch(device))
+    tile = config.tile(width, triton_runtime.arch(device), backward=True)
     if any(output is not None for output in outputs):
         triton_runtime.launch(
             _layer_norm_backward_wide_kernel,
