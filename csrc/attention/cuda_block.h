@@ -164,7 +164,7 @@ FUSED_ATTN_DEVICE bool masks_elements(const DeviceProblem& p) {
 // The queries [query_begin, query_begin + kBlockM) of one head.
 template <class Tile>
 struct Block {
-  using Padding = PaddingBits<Tile::kBlockN, Tile::kThreads>;
+  using Padding = PaddingBits<Tile>;
 
   int head, query_begin;
   Sequence sequence;
@@ -177,6 +177,16 @@ struct Block {
       : Block(p, BlockPlace(index, row_blocks(p), p.head_count, p.heads_together), padding_bits) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return query_begin >= sequence.seqlen_q; }
+
+  // All warps together, before next() and kind(); a barrier must follow.
+  FUSED_ATTN_DEVICE void fill_padding(const DeviceProblem& p) const {
+    padding.fill(sequence.batch, tiles.begin, tiles.end, band.key_end(), [&](int tile) {
+      return Tile::kGeneral && p.mask.data != nullptr &&
+             !MaskTile<Tile>(p, sequence, band, head, query_begin, tile * Tile::kBlockN)
+                  .any_visible();
+    });
+  }
+
   FUSED_ATTN_DEVICE TileKind kind(int tile) const { return padding.kind(tile, tiles.plain(tile)); }
 
   // From right to left: the next tile to visit after `tile`; tiles.begin - 1 after the last.
@@ -211,7 +221,7 @@ struct Block {
         sequence(p, (p.first_head + place.head) / p.num_heads),
         band(p, sequence),
         tiles(band, query_begin, smaller(query_begin + Tile::kBlockM, sequence.seqlen_q)),
-        padding(p, sequence, padding_bits) {}
+        padding(p, padding_bits) {}
 };
 
 // Zeroes the rows of keys that no query of the sequence sees. A product with 0 is not enough, for

@@ -20,7 +20,6 @@ struct DqTile {
   static constexpr int kLaunchRegisters = 168;
   static constexpr int kProducerRegisters = kGeneral ? 56 : 40;
   static constexpr int kConsumerRegisters = kGeneral ? 224 : 232;
-  static constexpr int kMaxPaddedKeys = 32 * 1024;
 
   using QTile = SharedTile<kBlockM, kHeadDim>;
   using KvTile = SharedTile<kBlockN, kHeadDim>;
@@ -30,7 +29,7 @@ struct DqTile {
   static constexpr uint32_t kV = kK + kStages * KvTile::kBytes;
   static constexpr uint32_t kBarriers = kV + kStages * KvTile::kBytes;
   static constexpr uint32_t kPadding = kBarriers + 128;
-  static constexpr uint32_t kSharedBytes = kPadding + kMaxPaddedKeys / 8 + 1024;
+  static constexpr uint32_t kSharedBytes = kPadding + kMaxKeyBits / 8 + 1024;
   static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
 };
 
@@ -307,7 +306,7 @@ dq_kernel(FUSED_ATTN_GRID_CONSTANT DqMaps maps, FUSED_ATTN_GRID_CONSTANT Backwar
   if (block.empty()) return;
   const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
   if (device::thread_index() == 0) shared.init_barriers();
-  block.padding.fill(block.tiles.begin, block.tiles.end, block.band.key_end());
+  block.fill_padding(p);
   device::sync_block();
   if (group == 0) {
     device::lower_registers<Tile::kProducerRegisters>();

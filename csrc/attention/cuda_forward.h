@@ -318,7 +318,7 @@ forward_kernel(FUSED_ATTN_GRID_CONSTANT ForwardMaps maps,
   // The same for all threads of a warp, and known to be so: branches on it are uniform.
   const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
   if (device::thread_index() == 0) shared.init_barriers();
-  block.padding.fill(block.tiles.begin, block.tiles.end, block.band.key_end());
+  block.fill_padding(p);
   device::sync_block();
   if (group == 0) {
     device::lower_registers<Tile::kProducerRegisters>();
