@@ -1,4 +1,5 @@
-// What a block of the forward works on, and where its pieces are in shared memory.
+// What a block of queries works on, of the forward and of dq, and where its pieces are in shared
+// memory.
 #pragma once
 
 #include "attention/cuda_padding.h"
@@ -121,8 +122,9 @@ struct SharedBase {
   }
 };
 
-// Addresses of tiles and barriers of the forward. Every stage of K and V has a barrier for "full"
-// and one for "empty"; V a third, "raw", for tiles that have to be cleaned before use.
+// Addresses of tiles and barriers. Every stage of K and V has a barrier for "full" and one for
+// "empty"; a third, "raw", is for tiles that have to be cleaned before use: V's in the forward, K's
+// for dq.
 template <class Tile>
 struct SharedMap : SharedBase<Tile> {
   using SharedBase<Tile>::base;
@@ -140,7 +142,7 @@ struct SharedMap : SharedBase<Tile> {
   FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return this->barrier(1, stage); }
   FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return this->barrier(2, stage); }
   FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return this->barrier(3, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_raw(int stage) const { return this->barrier(4, stage); }
+  FUSED_ATTN_DEVICE SharedAddress raw(int stage) const { return this->barrier(4, stage); }
 
   // By one thread; a barrier of the block must follow.
   FUSED_ATTN_DEVICE void init_barriers() const {
@@ -150,7 +152,7 @@ struct SharedMap : SharedBase<Tile> {
       device::barrier_init(k_empty(stage), Tile::kGroups, "k_empty");
       device::barrier_init(v_full(stage), 1, "v_full");
       device::barrier_init(v_empty(stage), Tile::kGroups, "v_empty");
-      device::barrier_init(v_raw(stage), 1, "v_raw");
+      device::barrier_init(raw(stage), 1, "raw");
     }
     device::fence_barrier_init();
   }
@@ -177,6 +179,14 @@ struct Block {
       : Block(p, BlockPlace(index, row_blocks(p), p.head_count, p.heads_together), padding_bits) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return query_begin >= sequence.seqlen_q; }
+
+  // A tile of K or V, by one thread.
+  FUSED_ATTN_DEVICE void load(const DeviceProblem& p, const TensorMap& map, SharedAddress to,
+                              SharedAddress barrier, int tile) const {
+    device::barrier_expect(barrier, Tile::KvTile::kBytes);
+    load_panels<typename Tile::KvTile, Keep::kLong>(
+        to, map, barrier, key_rows(p, sequence, band, head / p.group), tile * Tile::kBlockN);
+  }
 
   // All warps together, before next() and kind(); a barrier must follow.
   FUSED_ATTN_DEVICE void fill_padding(const DeviceProblem& p) const {
