@@ -108,6 +108,12 @@ MASKED = {
              bias="11qk", alibi=True, softcap=5.0, dropout_p=0.2),
         lambda: sparse_mask(1, 2, 270, 290),
     ),
+} | {
+    # Wherever a tile's only element is, it must be found; masks are read by 16, 4 or 1 bytes.
+    f"few elements of {columns}": (
+        Case(1, 2, 1, 260, columns), lambda columns=columns: torch.rand(1, 2, 260, columns) < 3e-4,
+    )
+    for columns in (256, 260, 261)
 }  # fmt: skip
 
 
@@ -138,26 +144,39 @@ def test_hidden_tiles_are_never_touched(head_dim: int, deterministic: bool) -> N
         assert found[:, :, half:].isnan().all()
 
 
+def products(mask: Tensor) -> int:
+    """Matrix instructions of a forward and a backward pass of 4 heads, two and two of which share
+    keys.
+    """
+    if DEVICE.type != "cpu":
+        pytest.skip("counts the emulator's products")
+    seqlen_q, seqlen_k = mask.shape[2:]
+    q, k, v = randn(1, 4, seqlen_q, 16), randn(1, 2, seqlen_k, 16), randn(1, 2, seqlen_k, 16)
+    before = cuda_runtime.module().matrix_products()
+    attention(q, k, v, mask=mask, backend="cuda").sum().backward()
+    return cuda_runtime.module().matrix_products() - before
+
+
 @pytest.mark.parametrize("view", ["16 bytes", "4 bytes", "bytes", "transposed", "of all heads"])
 def test_hidden_tiles_cost_no_products(view: str, deterministic: bool) -> None:
     """Whichever way the mask is read."""
-    if DEVICE.type != "cpu":
-        pytest.skip("counts the emulator's products")
     mask = block_mask(1, 1 if view == "of all heads" else 4, 256, 384)
     if view == "transposed":
         mask = mask.mT.contiguous().mT
     if margin := {"16 bytes": 16, "4 bytes": 4, "bytes": 1}.get(view):
         mask = torch.nn.functional.pad(mask, (margin, 0), value=True)[..., margin:]
-    q, k, v = randn(1, 4, 256, 16), randn(1, 2, 384, 16), randn(1, 2, 384, 16)
-
-    def products(mask: Tensor) -> int:
-        before = cuda_runtime.module().matrix_products()
-        attention(q, k, v, mask=mask, backend="cuda").sum().backward()
-        return cuda_runtime.module().matrix_products() - before
-
     visible = int(mask.sum())
     assert 0 < visible < mask.numel(), "nothing would be proven"
     assert products(mask) * mask.numel() == products(torch.ones_like(mask)) * visible
+
+
+@pytest.mark.parametrize("margin", [16, 4, 1])
+def test_nothing_past_the_ends_of_a_mask_is_read(margin: int, deterministic: bool) -> None:
+    wide = torch.ones(1, 4, 200 + 2 * margin, 288 + 2 * margin, dtype=torch.bool)
+    mask = wide[..., margin:-margin, margin:-margin]
+    assert products(mask) > 0
+    mask.fill_(False)
+    assert products(mask) == 0
 
 
 def test_dq_is_added_up_unless_it_must_repeat(
