@@ -3,7 +3,8 @@
 The budget is FlashAttention's rule: our largest error against the oracle may be at most twice
 (forward) or three times (backward) that of plain PyTorch in the same dtype, plus one rounding step
 of the result. Plain PyTorch's error in a small tensor is partly luck, so it is the largest of a few
-draws: the same call, with inputs moved to neighbouring numbers. No tolerance is tuned by hand.
+draws: the same call, with inputs moved to neighbouring numbers. In float64 the oracle has an error
+of plain's size itself, which is allowed once more. No tolerance is tuned by hand.
 Users may run the same check in their own CI.
 """
 
@@ -97,6 +98,10 @@ def assert_within_budget(
     finite = oracle.detach()[oracle.isfinite()]
     magnitude = float(finite.abs().max()) if finite.numel() else 0.0
     error = largest_error(ours, oracle)
+    if ours.dtype == torch.float64:
+        factor += (
+            1  # for the oracle: the formula in the same precision, it is as far from the truth
+        )
     allowed = factor * plain + rounding_step(ours.dtype, magnitude) + stored
     assert error <= allowed, (
         f"{name}: error {error:.3g} against float64, allowed {allowed:.3g} ({factor:g} x plain "

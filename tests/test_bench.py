@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fused_attn.bench import ceilings, cli, memory, peers, results, run, timing
+from fused_attn.bench import ceilings, cli, memory, passes, peers, results, run, timing
 from fused_attn.bench.operations import importing
 from fused_attn.bench.operations.attention import VARIANTS, Attention
 from fused_attn.bench.peers.peer import Peer
@@ -39,7 +41,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def bench(*arguments: str) -> int:
-    return cli.main([*arguments, "--device", "cpu", "--rounds", "2", "--quick"])
+    options = ["--device", "cpu", "--rounds", "2", "--passes", "1", "--quick"]
+    return cli.main([*options, *arguments])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,6 +164,7 @@ def test_a_slower_kernel_is_a_regression(
 ) -> None:
     command = ["forward", "--shapes", "toy,full", "--dtype", "fp32", "--peers", "none"]
     command += ["--backends", "reference", "--device", "cpu", "--rounds", "5"]
+    command += ["--passes", "1"]  # a later one would be in a process without what comes
     before, after = tmp_path / "before", tmp_path / "after"
     assert cli.main([*command, "--save", str(before)]) == 0
     honest = Attention.prepare
@@ -293,11 +297,69 @@ def test_a_side_that_fails_by_one_clock_has_no_figure_by_another(
             return {}, {"it": RuntimeError("out of luck")}
 
     both = [HostClock(1, 2), Unlucky(2, 2)]
-    monkeypatch.setattr(run, "clocks", lambda suite, problem, rounds: both)
+    monkeypatch.setattr(run, "clocks", lambda suite, problem, wanted: both)
     result = run.measure(find("forward"), TOY, [peer("it")])
     [row] = [row for row in result.rows() if row["side"] == "it"]
     assert row["status"] == "failed: RuntimeError: out of luck"
     assert "median_s" not in row
+
+
+def test_later_passes_add_samples_and_find_what_fails_by_then() -> None:
+    broken: list[str] = []
+
+    def unless_broken(out: torch.Tensor) -> torch.Tensor:
+        if broken:
+            raise RuntimeError(*broken)
+        return out
+
+    wanted = run.Wanted(backends=("reference",), rounds=4, passes=2)
+    theirs = [peer("it"), peer("late", unless_broken)]
+    result = run.measure(find("forward"), TOY, theirs, wanted)
+    memory_before = dict(result.memory)
+    [times] = result.times.values()
+    assert {name: t.samples for name, t in times.items()} == {
+        "fused_attn:reference": 2, "it": 2, "late": 2,
+    }  # fmt: skip
+    broken.append("no more")
+    result.add(run.time_again(find("forward"), TOY, result.timed(), theirs, wanted))
+    [times] = result.times.values()
+    assert {name: t.samples for name, t in times.items()} == {"fused_attn:reference": 4, "it": 4}
+    assert times["it"].minimum == min(times["it"].values)
+    assert result.memory == memory_before
+    [status] = [side.status for side in result.sides if side.name == "late"]
+    assert status == "failed: RuntimeError: no more"
+
+
+def test_time_that_ends_in_a_later_pass_leaves_nothing_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--shapes", "toy,full", "toy,causal", "--dtype", "fp32", "--peers", "none"]
+    clock = iter(range(100))
+    for module in (cli, passes):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    options += ["--backends", "reference", "--rounds", "6", "--passes", "3", "--budget", "4"]
+    assert bench("forward", *options, "--save", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert "pass 2 of 3, 2 cases" in text
+    assert "pass 3" not in text
+    assert "not measured" not in text
+    assert sorted(row["samples"] for row in results.read(tmp_path)) == ["2", "4"]
+
+
+def die(*arguments: object) -> None:
+    os._exit(3)
+
+
+def test_a_case_at_which_a_later_pass_dies_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_again", die)
+    wanted = run.Wanted(peers=(), backends=("reference",), passes=2, rounds=4)
+    cases = [(find("forward"), TOY), (find("forward"), TOY.replace(variant="causal"))]
+    end = time.monotonic() + 100
+    found = list(passes.first(cases, wanted, end))
+    assert list(passes.later(found, wanted, end)) == [0]
+    assert found[0].sides[0].status.startswith("failed: BrokenProcessPool")
+    assert not found[0].timed()
+    assert found[1].timed()
 
 
 class PretendedEvent:

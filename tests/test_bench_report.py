@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,17 @@ def test_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.Captur
     page.write_text("# It\n")
     assert cli.main(["report", str(tmp_path), "--readme", str(page)]) == 2
     assert readme.BEGIN in capsys.readouterr().err
+
+
+def test_a_class_measured_again_replaces_its_row_only(tmp_path: Path) -> None:
+    path = tmp_path / "gates.csv"
+    results.save_rows(path, [{"class": "a", "ratio": 1.0}, {"class": "b", "ratio": 2.0}], "class")
+    results.save_rows(path, [{"class": "b", "ratio": 3.0}], "class")
+    with path.open(newline="") as file:
+        assert [(r["class"], r["ratio"]) for r in csv.DictReader(file)] == [
+            ("a", "1.0"),
+            ("b", "3.0"),
+        ]
+    results.save_rows(path, [{"class": "c", "speed": 1.0}], "class")
+    with path.open(newline="") as file:
+        assert [r["class"] for r in csv.DictReader(file)] == ["c"]

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -107,8 +108,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     # As if it had been killed while it wrote.
     (out / "last.pt.part").write_bytes(b"half")
     example.run(*common, "--steps", 120, "--resume")
+    assert_same_run(example, trained, out)
+
+
+def assert_same_run(example: Example, a: Path, b: Path) -> None:
     load = example.load("checkpoint").load
-    whole, parts = load(trained / "last.pt"), load(out / "last.pt")
+    whole, parts = load(a / "last.pt"), load(b / "last.pt")
     for name, value in whole["model"].items():
         assert torch.equal(parts["model"][name], value), name
     for key, state in whole["optimizer"]["state"].items():
@@ -118,6 +123,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     for ours, theirs in zip(whole["history"], parts["history"], strict=True):
         for name in ("step", "train_loss", "val_loss", "tokens"):
             assert ours[name] == theirs[name], name
+
+
+@pytest.mark.skipif("MULTI30K" not in os.environ, reason="MULTI30K names no folder of the corpus")
+def test_real_sentences(tmp_path: Path, example: Example) -> None:
+    """On a part of Multi30k, which is not ours to ship: `train.en` and so on, gzip or not."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split, count in (("train", 4000), ("val", 200)):
+        pairs = example.load("corpus").read_pairs(Path(os.environ["MULTI30K"]), split, "en", "de")
+        for side, rows in (("en", pairs.sources), ("de", pairs.targets)):
+            (corpus / f"{split}.{side}").write_text("".join(row + "\n" for row in rows[:count]))
+    common = ("train", "--data", corpus, *SMALL, "--vocab-size", 1000, "--batch-tokens", 1000)
+    example.run(*common, "--out", tmp_path / "whole", "--steps", 80)
+    history = json.loads((tmp_path / "whole" / "history.json").read_text())
+    losses = [record["val_loss"] for record in history]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.5
+    example.run(*common, "--out", tmp_path / "parts", "--steps", 40)
+    example.run(*common, "--out", tmp_path / "parts", "--steps", 80, "--resume")
+    assert_same_run(example, tmp_path / "whole", tmp_path / "parts")
 
 
 def test_translate_keeps_lines_in_order_and_empty_ones_empty(
@@ -155,6 +180,7 @@ def test_report_compares_runs(corpus: Path, trained: Path, example: Example, cap
     for run in runs:
         assert f"| {run.name} |" in text
         assert f"{run.name}: 8 tokens" in text
+    assert "| ms a training step at | 4 tokens | 8 tokens |" in (report / "report.md").read_text()
     for name in ("loss", "steps"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
 

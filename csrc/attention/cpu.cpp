@@ -2,6 +2,7 @@
 
 #include "attention/cpu_kernels.h"
 #include "common/cpu_level.h"
+#include "common/every_level.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -12,14 +13,9 @@ struct Kernels {
   void (*weights)(const WeightsParams&);
 };
 
-constexpr Kernels kKernels[] = {
-    {portable::forward, portable::backward, portable::weights},
-#if defined(FUSED_ATTN_X86_LEVELS)
-    {avx2::forward, avx2::backward, avx2::weights},
-    {avx512::forward, avx512::backward, avx512::weights},
-    {avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::weights},
-#endif
-};
+// Indexed by CpuLevel.
+#define FUSED_ATTN_KERNELS(level) {level::forward, level::backward, level::weights},
+constexpr Kernels kKernels[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_KERNELS)};
 
 const Kernels& kernels(const Params& p) {
   return kKernels[static_cast<int>(kernel_level(p.dtype))];

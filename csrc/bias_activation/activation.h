@@ -26,25 +26,29 @@ struct Tail {
 
 // exp(a^2 / 2) * q(a) of the normal distribution, which is erfcx(a / sqrt 2) / 2, as t P(t) with
 // t = 1 / (1 + 0.34 a). P is our own minimax polynomial (Remez) of the relative error on [0, 9]:
-// 1.2e-8, and 2.5e-7 as float32 evaluates it. GELU made of it is off by at most 0.8 steps of
-// float32 at max(1, |x|), its derivative by at most 1.8 at 1, on every level (torch's own: 3.1
-// and 2.5).
+// 1.3e-5 (half), or 1.2e-8, and 2.5e-7 as float32 evaluates it. GELU made of the latter is off by
+// at most 0.8 steps of float32 at max(1, |x|), its derivative by at most 1.8 at 1, on every level
+// (torch's own: 3.1 and 2.5).
+template <Precision kPrecision>
 FUSED_ATTN_INLINE VecF scaled_normal_tail(VecF a) {
-  constexpr float kTerms[] = {
-      0.13561291992664337f,  0.13624927401542664f,   0.1141645759344101f,
-      0.11960677057504654f,  -0.055167242884635925f, 0.21797606348991394f,
-      -0.28750061988830566f, 0.1467139571905136f,    -0.027655700221657753f};
-  const VecF one = VecF::set1(1.0f);
-  const VecF t = one / fma(a, VecF::set1(0.34f), one);
-  return t * polynomial(kTerms, t);
+  constexpr float kHalf[] = {0.1348738670349121f,  0.14415380358695984f,  0.08536211401224136f,
+                             0.14746057987213135f, 0.025145413354039192f, -0.037002284079790115f};
+  constexpr float kFull[] = {0.13561291992664337f,  0.13624927401542664f,   0.1141645759344101f,
+                             0.11960677057504654f,  -0.055167242884635925f, 0.21797606348991394f,
+                             -0.28750061988830566f, 0.1467139571905136f,    -0.027655700221657753f};
+  const VecF t = reciprocal<kPrecision>(fma(a, VecF::set1(0.34f), VecF::set1(1.0f)));
+  if constexpr (kPrecision == Precision::kHalf) return t * polynomial(kHalf, t);
+  return t * polynomial(kFull, t);
 }
 
+template <Precision>
 FUSED_ATTN_INLINE Vec<double> normal_tail(Vec<double> a, Vec<double>) {
   return map_lanes(a, [](double x) { return 0.5 * std::erfc(x * 0.70710678118654752440); });
 }
 // e: exp(-a^2 / 2).
+template <Precision kPrecision>
 FUSED_ATTN_INLINE VecF normal_tail(VecF a, VecF e) {
-  return e * scaled_normal_tail(a);
+  return e * scaled_normal_tail<kPrecision>(a);
 }
 
 // From here on e^-... is 0: nothing is lost, and an infinite x does not meet a q of 0.
@@ -63,16 +67,18 @@ FUSED_ATTN_INLINE Tail<T> tail(Vec<T> a) {
   const V one = V::set1(T(1));
   if constexpr (kActivation == Activation::kGelu) {
     const V e = exp<kPrecision>(a * a * V::set1(T(-0.5)));
-    return {normal_tail(a, e), e * V::set1(T(0.39894228040143267794))};
+    return {normal_tail<kPrecision>(a, e), e * V::set1(T(0.39894228040143267794))};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     constexpr double kLinear = 1.59576912160573071176, kCubic = kLinear * 0.044715;
     const V square = a * a;
     const V z = a * fma(square, V::set1(T(kCubic)), V::set1(T(kLinear)));
     const V slope = fma(square, V::set1(T(3 * kCubic)), V::set1(T(kLinear)));
-    const V e = exp<kPrecision>(V::zero() - z), rest = one / (one + e), q = e * rest;
+    const V e = exp<kPrecision>(V::zero() - z), rest = reciprocal<kPrecision>(one + e),
+            q = e * rest;
     return {q, q * rest * slope};
   } else {
-    const V e = exp<kPrecision>(V::zero() - a), rest = one / (one + e), q = e * rest;
+    const V e = exp<kPrecision>(V::zero() - a), rest = reciprocal<kPrecision>(one + e),
+            q = e * rest;
     return {q, q * rest};
   }
 }

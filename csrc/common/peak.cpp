@@ -1,6 +1,7 @@
 #include "common/peak.h"
 
 #include "common/cpu_level.h"
+#include "common/every_level.h"
 #include "common/peak_kernel.h"
 
 namespace fused_attn {
@@ -8,14 +9,8 @@ namespace {
 
 using Run = double (*)(DType, int64_t);
 
-constexpr Run kRuns[] = {
-    portable::multiply_adds,
-#if defined(FUSED_ATTN_X86_LEVELS)
-    avx2::multiply_adds,
-    avx512::multiply_adds,
-    avx512_bf16::multiply_adds,
-#endif
-};
+#define FUSED_ATTN_RUN(level) level::multiply_adds,
+constexpr Run kRuns[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_RUN)};
 
 }  // namespace
 

@@ -42,6 +42,15 @@ constexpr double kLn2 = 0.6931471805599453094;
 // How many correct bits a result is worth: fewer when it is about to be rounded to 16 bits.
 enum class Precision { kFull, kHalf };
 
+// 1 / x.
+template <Precision kPrecision, class T>
+FUSED_ATTN_INLINE Vec<T> reciprocal(Vec<T> x) {
+#if FUSED_ATTN_LEVEL_ID >= 2
+  if constexpr (kPrecision == Precision::kHalf && sizeof(T) == 4) return reciprocal_estimate(x);
+#endif
+  return Vec<T>::set1(T(1)) / x;
+}
+
 // c[0] + c[1] x + c[2] x^2 + ...
 template <class T, int kTerms>
 FUSED_ATTN_INLINE Vec<T> polynomial(const T (&c)[kTerms], Vec<T> x) {

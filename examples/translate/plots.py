@@ -56,6 +56,8 @@ def step_times(times: Mapping[str, Mapping[int, float]], path: Path) -> None:
         axis.plot(list(points), [1e3 * t for t in points.values()], "o-", label=name)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    lengths = list(next(iter(times.values())))
+    axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.set_xlabel("tokens a sentence")
     axis.set_ylabel("ms a training step")
     axis.grid(alpha=0.3, which="both")

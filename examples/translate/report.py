@@ -50,7 +50,21 @@ def table(runs: dict[str, tuple[list[dict[str, float]], dict[str, Any]]], loss: 
             f"{last['tokens'] / last['seconds']:.0f}",
             "not reached" if reached is None else f"{reached:.0f}",
         ])  # fmt: skip
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Cells as a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def steps_table(times: dict[str, dict[int, float]]) -> str:
+    """Milliseconds of a training step at each length as a Markdown table."""
+    lengths = list(next(iter(times.values())))
+    lines = [["ms a training step at", *(f"{length} tokens" for length in lengths)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[name, *(f"{1e3 * found[n]:.0f}" for n in lengths)] for name, found in times.items()]
+    return markdown(lines)
 
 
 def step_seconds(model: Any, config: Any, length: int, batch_tokens: int, repeats: int) -> float:
@@ -114,12 +128,13 @@ def main() -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = table(runs, arguments.loss)
-    print(text)
-    (arguments.out / "report.md").write_text(text + "\n", encoding="utf-8")
     plots.curves({name: h for name, (h, _) in runs.items()}, arguments.out / "loss.png")
     if arguments.steps_against_length:
         times = time_steps(arguments.runs, arguments)
         plots.step_times(times, arguments.out / "steps.png")
+        text += f"\n\n{steps_table(times)}"
+    print(text)
+    (arguments.out / "report.md").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import machine, peers, results, run, shapes, show
-from .problem import DTYPES, Problem
-from .run import Wanted
-from .suites import SUITES, Suite, find
-from .timing import QUICK_ROUNDS
+from . import machine, passes, peers, results, run, shapes, show
+from .problem import DTYPES
+from .run import Result, Wanted
+from .suites import SUITES, find
 
 COMMANDS = ("list", "report", "compare")
 PROGRAM = "python -m fused_attn bench"
+PASSES = 3
 HERE = Path("HERE")  # stands for the machine's own folder until the device is known
 DESCRIPTION = """Measure us and our peers side by side.
 
@@ -33,8 +33,7 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     quick = options.quick
     names = [suite.name for suite in SUITES] if "all" in options.suites else options.suites
-    rounds = options.rounds or (QUICK_ROUNDS if quick and options.device == "cpu" else None)
-    wanted = Wanted(options.peers, options.backends, quick, rounds)
+    wanted = Wanted(options.peers, options.backends, quick, options.rounds, options.passes)
     try:
         problems = [
             (find(name), problem)
@@ -62,11 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _measure(
-    problems: Sequence[tuple[Suite, Problem]],
-    wanted: Wanted,
-    device: str,
-    folder: Path | None,
-    budget: float,
+    cases: passes.Cases, wanted: Wanted, device: str, folder: Path | None, budget: float
 ) -> list[dict[str, object]]:
     """Measure, print and record case by case: a run that is stopped has lost nothing."""
     torch.manual_seed(0)
@@ -74,22 +69,36 @@ def _measure(
     for name, reason in run.absent(peers.PEERS, wanted).items():
         print(f"  not here: {name:<16} {reason}")
     table, end = show.Table(), time.monotonic() + budget
-    rows: list[dict[str, object]] = []
-    for i, (suite, problem) in enumerate(problems):
-        if time.monotonic() > end:
-            print(f"\nnot measured, {budget:.0f} s are over: {len(problems) - i} cases")
-            break
-        try:
-            result = run.measure(suite, problem, peers.PEERS, wanted)
-        except Exception as error:  # the case itself: no memory for its inputs, say
-            result = run.broken(suite, problem, error)
-        table.add(result)
-        rows += result.rows()
+    found: list[Result] = []
+
+    def record(result: Result, number: int) -> None:
         if folder is not None:
             results.save(folder, result.rows(), device)
+        if number == wanted.passes:
+            table.add(result)
+
+    _announce(1, wanted.passes, len(cases))
+    for result in passes.first(cases, wanted, end):
+        found.append(result)
+        record(result, 1)
+    for number in range(2, wanted.passes + 1):
+        if time.monotonic() < end:
+            _announce(number, wanted.passes, len(found))
+            for i in passes.later(found, wanted, end):
+                record(found[i], number)
+    for result in found[table.cases :]:  # the time was over before the last pass came to them
+        table.add(result)
+    if len(found) < len(cases):
+        print(f"\nnot measured, {budget:.0f} s are over: {len(cases) - len(found)} cases")
+    rows = [row for result in found for row in result.rows()]
     if folder is not None and rows:
         print(f"\nrecorded {len(rows)} rows in {folder}")
     return rows
+
+
+def _announce(number: int, count: int, cases: int) -> None:
+    if count > 1:
+        print(f"pass {number} of {count}, {cases} cases", flush=True)
 
 
 def _as_text(rows: Sequence[dict[str, object]]) -> list[results.Row]:
@@ -144,13 +153,21 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a few small shapes, no peers that compile on the CPU"
     )
-    parser.add_argument("--rounds", type=_positive, default=None, help="samples a side")
+    parser.add_argument(
+        "--rounds", type=_at_least(2), default=None, help="samples a side, of all passes together"
+    )
+    parser.add_argument(
+        "--passes",
+        type=_at_least(1),
+        default=PASSES,
+        help=f"over all cases, so that spreads hold what differs by the minute (default {PASSES})",
+    )
     parser.add_argument(
         "--budget",
         type=float,
         default=float("inf"),
         metavar="SECONDS",
-        help="start no case later than this; says what was left out",
+        help="measure nothing later than this; says what was left out",
     )
     parser.add_argument(
         "--save",
@@ -209,10 +226,13 @@ def _backends(text: str) -> tuple[str, ...]:
     return _choices(text, attention_backends(), "none")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"must be a number from 2, got {text!r}")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a number from {least}, got {text!r}")
+        return int(text)
+
+    return number
 
 
 def _folder(wanted: Path | None, device: str) -> Path | None:

@@ -48,14 +48,25 @@ def save(folder: Path, rows: Sequence[dict[str, object]], device: str) -> None:
         _write(path, [*kept, *new])
 
 
-def save_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Write rows of any columns to one CSV file, the machine beside each."""
+def save_rows(path: Path, rows: Sequence[dict[str, object]], name: str) -> None:
+    """Write rows of any columns to one CSV file, the machine beside each.
+
+    A row takes the place of one with the same `name` column; others stay, if their columns fit.
+    """
     facts = environment()
+    columns = [*rows[0], *facts]
+    found: dict[object, dict[str, object]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames == columns:
+                found = {row[name]: dict(row) for row in reader}
+    found.update({row[name]: {**row, **facts} for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+        writer.writerows(found.values())
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from .timing import (
 SMALL_FLOPS = 2e10  # below, a GPU's time is launches as much as work: a CUDA graph tells them apart
 OK, WRONG, FAILED, REFUSED, ABSENT = "ok", "wrong", "failed", "refused", "absent"
 Prepare = Callable[[dict[str, Tensor]], Call]
+Steps = dict[str, Callable[[], object]]
 
 
 @dataclass
@@ -55,6 +56,14 @@ class Side:
         return self.status.partition(":")[0]
 
 
+@dataclass(frozen=True)
+class Again:
+    """Times of a later pass, by clock and side, and what became of sides that have none now."""
+
+    times: dict[str, dict[str, Timing]]
+    faults: dict[str, str]
+
+
 @dataclass
 class Result:
     """One case: its sides, and the times of those that count."""
@@ -69,6 +78,26 @@ class Result:
     def figure(self, clock: str, side: str) -> float:
         """The seconds of a side that count."""
         return self.clocks[clock].figure(self.times[clock][side])
+
+    def timed(self) -> dict[str, list[str]]:
+        """The sides that have times, by clock."""
+        return {clock: list(times) for clock, times in self.times.items() if times}
+
+    def add(self, again: Again) -> None:
+        """Put the samples of a later pass beside those that are here."""
+        for clock, times in again.times.items():
+            for name, time in times.items():
+                self.times[clock][name] += time
+        for side in self.sides:
+            side.status = again.faults.get(side.name, side.status)
+        self.drop_faulty()
+
+    def drop_faulty(self) -> None:
+        """A side that fails has no figure at all: what an earlier clock or pass said is void."""
+        faulty = [side.name for side in self.sides if side.status != OK]
+        for times in self.times.values():
+            for name in faulty:
+                times.pop(name, None)
 
     def rows(self) -> list[dict[str, object]]:
         """A row a side and clock; one row without a clock for a side without a figure."""
@@ -126,13 +155,15 @@ class Wanted:
         peers: names; all that are here if None.
         backends: names of our own, as in `BACKENDS`; all that can run if None.
         quick: leave out peers that compile for seconds on the CPU, unless they are named.
-        rounds: samples a side; the clock's own number if None.
+        rounds: samples a side, of all passes together; the clock's own number if None.
+        passes: how often the case will be measured, see `passes.py`.
     """
 
     peers: tuple[str, ...] | None = None
     backends: tuple[str, ...] | None = None
     quick: bool = False
     rounds: int | None = None
+    passes: int = 1
 
 
 def sides_of(
@@ -192,9 +223,31 @@ def measure(
             if side.status == OK and candidates[side.name].status != OK:
                 side.status = candidates[side.name].status
         result = Result(suite.name, problem, sides)
-        _time(result, tensors, clocks(suite, problem, wanted.rounds))
+        steps = _time(result, tensors, clocks(suite, problem, wanted))
+        _measure_memory(result, steps)
     gc.collect()
     return result
+
+
+def time_again(
+    suite: Suite,
+    problem: Problem,
+    names: Mapping[str, Sequence[str]],
+    peers: Sequence[Peer],
+    wanted: Wanted | None = None,
+) -> Again:
+    """Time sides, `names` by clock, that were right in an earlier pass, for `Result.add`."""
+    wanted = wanted or Wanted()
+    with torch.set_grad_enabled(problem.wants_gradient), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        tensors = with_flags(problem, problem.tensors())
+        chosen = {name for sides in names.values() for name in sides}
+        sides = [s for s in sides_of(problem, tensors, peers, wanted) if s.name in chosen]
+        result = Result(suite.name, problem, sides)
+        if sides:
+            _time(result, tensors, clocks(suite, problem, wanted), names)
+    gc.collect()
+    return Again(result.times, {s.name: s.status for s in result.sides if s.status != OK})
 
 
 def broken(suite: Suite, problem: Problem, error: Exception) -> Result:
@@ -219,9 +272,15 @@ def _judge(judge: Judge, side: Side) -> None:
         side.status = f"{WRONG}: {wrong.splitlines()[0]}"
 
 
-def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -> None:
+def _time(
+    result: Result,
+    tensors: dict[str, Tensor],
+    wanted: Sequence[Clock],
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> Steps:
+    """Time all sides that are right, or those of `names` by clock; returns what was timed."""
     problem = result.problem
-    steps: dict[str, Callable[[], object]] = {}
+    steps: Steps = {}
     for side in result.sides:
         if side.status != OK:
             continue
@@ -237,21 +296,24 @@ def _time(result: Result, tensors: dict[str, Tensor], wanted: Sequence[Clock]) -
             side.status = f"{FAILED}: {first_line(error)}"
     by_name = {side.name: side for side in result.sides}
     for clock in wanted:
-        times, failed = clock.time({n: f for n, f in steps.items() if by_name[n].status == OK})
+        asked = steps if names is None else names.get(clock.name, ())
+        chosen = {n: f for n, f in steps.items() if n in asked and by_name[n].status == OK}
+        times, failed = clock.time(chosen)
         result.times[clock.name], result.clocks[clock.name] = times, clock
         for name, why in failed.items():
             if isinstance(clock, GraphClock):  # its other figures stay: the call itself works
                 result.sides.append(_uncaptured(by_name[name], why))
             else:
                 by_name[name].status = f"{FAILED}: {first_line(why)}"
-    for side in result.sides:
-        for times in result.times.values():
-            if side.status != OK:  # by a later clock: what an earlier one said does not count
-                times.pop(side.name, None)
+    result.drop_faulty()
+    return {name: function for name, function in steps.items() if by_name[name].status == OK}
+
+
+def _measure_memory(result: Result, steps: Steps) -> None:
+    problem = result.problem
     if memory.why_not(problem.device) is None and problem.operation != "import":
         for name, function in steps.items():
-            if by_name[name].status == OK:
-                result.memory[name] = memory.peak_bytes(function, problem.device)
+            result.memory[name] = memory.peak_bytes(function, problem.device)
 
 
 def _uncaptured(side: Side, error: Exception) -> Side:
@@ -259,20 +321,25 @@ def _uncaptured(side: Side, error: Exception) -> Side:
     return dataclasses.replace(side, name=f"{side.name} (CUDA graph)", status=status)
 
 
-def clocks(suite: Suite, problem: Problem, rounds: int | None = None) -> list[Clock]:
-    """How a problem is timed on its device."""
+def clocks(suite: Suite, problem: Problem, wanted: Wanted | None = None) -> list[Clock]:
+    """How a problem is timed on its device, in one pass."""
+    wanted = wanted or Wanted()
+
+    def rounds(default: int) -> int:
+        return -(-(wanted.rounds or default) // wanted.passes)
+
     if problem.operation == "import":
-        return [ReportedClock(min(rounds or PROCESS_ROUNDS, PROCESS_ROUNDS))]
+        return [ReportedClock(min(rounds(PROCESS_ROUNDS), PROCESS_ROUNDS))]
     if problem.device == "cpu":
         threads = [1] if suite.launches else sorted({1, torch.get_num_threads()})
-        return [HostClock(n, rounds or ROUNDS) for n in threads]
+        return [HostClock(n, rounds(ROUNDS)) for n in threads]
     if suite.launches:
-        clock: list[Clock] = [LaunchClock(rounds or ROUNDS)]
+        clock: list[Clock] = [LaunchClock(rounds(ROUNDS))]
     else:
-        clock = [DeviceClock(rounds or DEVICE_ROUNDS)]
+        clock = [DeviceClock(rounds(DEVICE_ROUNDS))]
     # A backward alone hangs on a forward that ran outside of the graph.
     if problem.flops < SMALL_FLOPS and problem.direction != "backward":
-        clock.append(GraphClock(rounds or DEVICE_ROUNDS))
+        clock.append(GraphClock(rounds(DEVICE_ROUNDS)))
     return clock
 
 

@@ -26,10 +26,12 @@ class Table:
     """Prints results as they come; the same reason for the same side once."""
 
     def __init__(self) -> None:
+        self.cases = 0
         self._suite = ""
         self._said: set[tuple[str, str]] = set()
 
     def add(self, result: Result) -> None:
+        self.cases += 1
         self._begin(result.suite)
         for clock, (ours, peer) in fits(result).items():
             several = f" ({_short(clock)})" if len(result.times) > 1 else ""

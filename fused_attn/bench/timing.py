@@ -10,16 +10,15 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 MIN_SAMPLE_SECONDS = 0.02
 ROUNDS = 9
-QUICK_ROUNDS = 7
-PROCESS_ROUNDS = 5  # of fresh processes, which take seconds
+PROCESS_ROUNDS = 6  # of fresh processes, which take seconds
 DEVICE_ROUNDS = 25
 WARMUP = 3
 FLUSH_BYTES = 256 * 2**20  # more than any second-level cache
@@ -36,14 +35,20 @@ class Timing:
     low: float
     high: float
     maximum: float
-    samples: int
+    values: tuple[float, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, samples: list[float]) -> Timing:
-        if len(samples) < 2:
-            samples = samples * 2
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, min(samples), low, high, max(samples), len(samples))
+    def of(cls, samples: Sequence[float]) -> Timing:
+        two = samples if len(samples) > 1 else [*samples, *samples]
+        low, median, high = statistics.quantiles(two, n=4, method="inclusive")
+        return cls(median, min(samples), low, high, max(samples), tuple(samples))
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing.of([*self.values, *other.values])
+
+    @property
+    def samples(self) -> int:
+        return len(self.values)
 
 
 class Clock(Protocol):
