@@ -1,4 +1,4 @@
-// What a block of dk and dv works on.
+// What a block of keys works on, for dk and dv.
 #pragma once
 
 #include "attention/cuda_block.h"

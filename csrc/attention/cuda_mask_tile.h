@@ -43,22 +43,30 @@ class MaskTile {
            reinterpret_cast<uintptr_t>(data_) % kBytes == 0;
   }
 
+  // Lanes take one piece after the other, row after row.
   template <class Piece>
   FUSED_ATTN_DEVICE bool find() const {
     constexpr int kAtOnce = sizeof(Piece) == 16 ? 4 : 16;  // loads in flight before lanes vote
-    const int pieces_a_row = columns_ / static_cast<int>(sizeof(Piece));
-    const int pieces = rows_ * pieces_a_row;
-    const int64_t piece_stride = column_stride_ * static_cast<int64_t>(sizeof(Piece));
+    constexpr int kBytes = sizeof(Piece);
+    const int a_row = columns_ / kBytes;
+    const int rows_a_step = device::kWarpThreads / a_row, rest = device::kWarpThreads % a_row;
     const int lane = device::thread_index() % device::kWarpThreads;
+    int row = lane / a_row, piece = lane % a_row;
     FUSED_ATTN_KEEP_LOOP
-    for (int first = 0; first < pieces; first += kAtOnce * device::kWarpThreads) {
+    for (int done = 0; done < rows_ * a_row; done += kAtOnce * device::kWarpThreads) {
       Piece found[kAtOnce] = {};
       FUSED_ATTN_UNROLL_LOOP
       for (int i = 0; i < kAtOnce; ++i) {
-        const int piece = first + i * device::kWarpThreads + lane;
-        if (piece >= pieces) continue;
-        found[i] = *reinterpret_cast<const Piece*>(data_ + piece / pieces_a_row * row_stride_ +
-                                                   piece % pieces_a_row * piece_stride);
+        if (row < rows_) {
+          found[i] = *reinterpret_cast<const Piece*>(data_ + row * row_stride_ +
+                                                     piece * kBytes * column_stride_);
+        }
+        row += rows_a_step;
+        piece += rest;
+        if (piece >= a_row) {
+          piece -= a_row;
+          ++row;
+        }
       }
       bool visible = false;
       FUSED_ATTN_UNROLL_LOOP
