@@ -170,7 +170,8 @@ def attention_noise(
         dtype: what out and weights are stored in; lse is float32 (float64 for float64).
 
     Returns:
-        The largest change of out, lse and weights, then of each input's gradient.
+        The largest change of out, lse and weights, then of each input's gradient, in a few draws of
+        the errors' signs.
     """
     out, lse, weights = outputs
     dout, dlse, dweights = output_gradients(outputs)
@@ -180,17 +181,22 @@ def attention_noise(
     if weights is not None and dweights is not None:
         terms = (dweights * weights).abs().sum(-1)
         delta = delta + terms / (out.shape[1] // weights.shape[1])
-    generator = torch.Generator().manual_seed(1)
-    sign = torch.randint(0, 2, lse.shape, generator=generator).to(lse.device) * 2.0 - 1.0
     empty = lse.detach().isinf()
-    of_delta = torch.where(empty, 0.0, torch.finfo(dtype).eps * delta.detach() * sign)
+    of_delta = torch.where(empty, 0.0, torch.finfo(dtype).eps * delta.detach())
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     # Twice: lse, and the score that it is taken from.
-    of_lse = torch.where(empty, 0.0, 2 * torch.finfo(lse_dtype).eps * lse.detach().abs() * sign)
-    from_delta = pull_back([lse], [of_delta], inputs)
-    from_lse = pull_back([out, lse], [dout * of_lse[..., None], dlse * of_lse], inputs)
-    changes = [0.0, 0.0, 0.0 if weights is None else _largest(weights) * _largest(of_lse)]
-    return changes + [_largest(a) + _largest(b) for a, b in zip(from_delta, from_lse, strict=True)]
+    of_lse = torch.where(empty, 0.0, 2 * torch.finfo(lse_dtype).eps * lse.detach().abs())
+    changes = [0.0] * len(inputs)
+    for draw in range(DRAWS):
+        generator = torch.Generator().manual_seed(draw)
+        sign = torch.randint(0, 2, lse.shape, generator=generator).to(lse.device) * 2.0 - 1.0
+        from_delta = pull_back([lse], [of_delta * sign], inputs)
+        by_sign = of_lse * sign
+        from_lse = pull_back([out, lse], [dout * by_sign[..., None], dlse * by_sign], inputs)
+        found = [_largest(a) + _largest(b) for a, b in zip(from_delta, from_lse, strict=True)]
+        changes = [max(pair) for pair in zip(changes, found, strict=True)]
+    of_weights = 0.0 if weights is None else _largest(weights) * _largest(of_lse)
+    return [0.0, 0.0, of_weights, *changes]
 
 
 def _largest(x: Tensor) -> float:

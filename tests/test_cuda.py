@@ -39,6 +39,19 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE).half().requires_grad_()
 
 
+def check_with_oracle(case: Case, tensors: dict[str, Tensor]) -> None:
+    check_against_oracle(
+        functools.partial(run_backend, case, "cuda"),
+        functools.partial(run_plain, case),
+        {
+            name: x.detach().to(DEVICE).requires_grad_(x.requires_grad)
+            for name, x in tensors.items()
+        },
+        ("out", "lse", "weights"),
+        attention_noise,
+    )
+
+
 # Two tiles of queries and of keys and some more, with few operands and with all.
 KINDS = {
     "plain": Case(1, 2, 1, 70, 150, causal="lower_right", padding="lengths"),
@@ -56,17 +69,114 @@ def test_gradients_at_every_compiled_head_size(
 ) -> None:
     case = Case(**{**KINDS[kind].__dict__, "head_dim": head_dim})
     dtype = torch.float16 if head_dim % 128 else torch.bfloat16
-    tensors = {
-        name: x.detach().to(DEVICE).requires_grad_(x.requires_grad)
-        for name, x in case.tensors(dtype).items()
-    }
-    check_against_oracle(
-        functools.partial(run_backend, case, "cuda"),
-        functools.partial(run_plain, case),
-        tensors,
-        ("out", "lse", "weights"),
-        attention_noise,
+    check_with_oracle(case, case.tensors(dtype))
+
+
+def block_mask(*shape: int, share: float = 0.5, cell: int = 128) -> Tensor:
+    """Visible in that share of its cells, which are no smaller than the kernels' tiles."""
+    *planes, rows, columns = shape
+    cells = torch.rand(*planes, -(-rows // cell), -(-columns // cell)) < share
+    return cells.repeat_interleave(cell, -2).repeat_interleave(cell, -1)[..., :rows, :columns]
+
+
+def sparse_mask(*shape: int) -> Tensor:
+    """Cells that are hidden, others with holes, and a row of cells without any key."""
+    mask = block_mask(*shape) & (torch.rand(shape) < 0.8)
+    if shape[-2] > 128:
+        mask[..., 128:256, :] = False
+    return mask
+
+
+def one_blind_head() -> Tensor:
+    mask = sparse_mask(1, 4, 150, 260)
+    mask[:, 1] = False
+    return mask
+
+
+MASKED = {
+    "rows of tiles": (Case(2, 2, 1, 300, 150), lambda: sparse_mask(2, 1, 300, 150)),
+    "of each head": (Case(1, 4, 2, 150, 260, 64), one_blind_head),
+    "of keys": (Case(2, 2, 2, 70, 300), lambda: sparse_mask(2, 1, 1, 300)),
+    "of queries": (Case(1, 2, 1, 300, 70), lambda: sparse_mask(1, 2, 300, 1)),
+    "of heads": (Case(1, 3, 1, 20, 70), lambda: torch.tensor([True, False, True]).view(1, 3, 1, 1)),
+    "causal": (Case(1, 2, 1, 200, 300, causal="lower_right"), lambda: sparse_mask(1, 1, 200, 300)),
+    "transposed": (
+        Case(1, 1, 1, 150, 200, window=(100, 9)), lambda: sparse_mask(1, 1, 200, 150).mT,
+    ),
+    "everything": (
+        Case(1, 2, 1, 270, 290, causal="lower_right", window=(200, 0), padding="holes",
+             bias="11qk", alibi=True, softcap=5.0, dropout_p=0.2),
+        lambda: sparse_mask(1, 2, 270, 290),
+    ),
+} | {
+    # Wherever a tile's only element is, it must be found; masks are read by 16, 4 or 1 bytes.
+    f"few elements of {columns}": (
+        Case(1, 2, 1, 260, columns), lambda columns=columns: torch.rand(1, 2, 260, columns) < 3e-4,
     )
+    for columns in (256, 260, 261)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_masks_that_hide_whole_tiles(kind: str, deterministic: bool, one_thread: None) -> None:
+    case, make_mask = MASKED[kind]
+    check_with_oracle(case, {**case.tensors(torch.float16), "mask": make_mask()})
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_hidden_tiles_are_never_touched(head_dim: int, deterministic: bool) -> None:
+    """Two halves that do not see each other, one of them NaN, which times 0 would be NaN."""
+    half = 128
+    shapes = [(1, 2, half, head_dim), (1, 1, half, head_dim), (1, 1, half, head_dim)]
+    clean = [randn(*shape).detach() for shape in (*shapes, shapes[0])]  # q, k, v, dout
+    both = [torch.cat((x, torch.full_like(x, torch.nan)), 2) for x in clean]
+    mask = torch.eye(2, dtype=torch.bool, device=DEVICE)
+    mask = mask.repeat_interleave(half, 0).repeat_interleave(half, 1)[None, None]
+
+    def results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        seen = mask[..., : q.shape[2], : k.shape[2]]
+        out, lse = attention(*inputs, mask=seen, return_lse=True, backend="cuda")
+        return (out, lse, *torch.autograd.grad(out, inputs, dout))
+
+    for found, expected in zip(results(*both), results(*clean), strict=True):
+        torch.testing.assert_close(found[:, :, :half], expected)
+        assert found[:, :, half:].isnan().all()
+
+
+def products(mask: Tensor) -> int:
+    """Matrix instructions of a forward and a backward pass of 4 heads, two and two of which share
+    keys.
+    """
+    if DEVICE.type != "cpu":
+        pytest.skip("counts the emulator's products")
+    seqlen_q, seqlen_k = mask.shape[2:]
+    q, k, v = randn(1, 4, seqlen_q, 16), randn(1, 2, seqlen_k, 16), randn(1, 2, seqlen_k, 16)
+    before = cuda_runtime.module().matrix_products()
+    attention(q, k, v, mask=mask, backend="cuda").sum().backward()
+    return cuda_runtime.module().matrix_products() - before
+
+
+@pytest.mark.parametrize("view", ["16 bytes", "4 bytes", "bytes", "transposed", "of all heads"])
+def test_hidden_tiles_cost_no_products(view: str, deterministic: bool) -> None:
+    """Whichever way the mask is read."""
+    mask = block_mask(1, 1 if view == "of all heads" else 4, 256, 384)
+    if view == "transposed":
+        mask = mask.mT.contiguous().mT
+    if margin := {"16 bytes": 16, "4 bytes": 4, "bytes": 1}.get(view):
+        mask = torch.nn.functional.pad(mask, (margin, 0), value=True)[..., margin:]
+    visible = int(mask.sum())
+    assert 0 < visible < mask.numel(), "nothing would be proven"
+    assert products(mask) * mask.numel() == products(torch.ones_like(mask)) * visible
+
+
+@pytest.mark.parametrize("margin", [16, 4, 1])
+def test_nothing_past_the_ends_of_a_mask_is_read(margin: int, deterministic: bool) -> None:
+    wide = torch.ones(1, 4, 200 + 2 * margin, 288 + 2 * margin, dtype=torch.bool)
+    mask = wide[..., margin:-margin, margin:-margin]
+    assert products(mask) > 0
+    mask.fill_(False)
+    assert products(mask) == 0
 
 
 def test_dq_is_added_up_unless_it_must_repeat(

@@ -47,6 +47,8 @@ EXPECTED: dict[str, str | tuple[str, ...]] = {
     "reduction forgotten": "not committed",
     "misaligned reduction": "not 16-byte aligned",
     "no reduction wait": "bulk stores may read shared memory",
+    "load skipped": "waits for mbarrier full",
+    "visit skipped": ("loads are on their way", "wrong result"),
 }
 
 

@@ -58,7 +58,10 @@ LONG = {
 # For compute-sanitizer, which takes its time: every compiled head size, plain and with operands.
 SMALL = {
     f"small {kind}, head {head_dim}": Case(1, 2, 1, 150, 200, head_dim, causal=True, **operands)
-    for kind, operands in (("plain", {}), ("bias", {"bias": "11qk", "padding": "holes"}))
+    for kind, operands in (
+        ("plain", {}),
+        ("masks", {"bias": "11qk", "mask": "1hqk", "padding": "holes"}),
+    )
     for head_dim in (40, 64, 128, 256)
 }
 NORM_SHAPES = ((5, 1), (9, 65), (33, 100), (64, 1024), (50, 4096), (20, 8192), (3, 20000))

@@ -3,7 +3,7 @@
 // dkdv holds a block of keys and walks over queries. It can add up dq as well, in float32 in global
 // memory (cuda_dq_sum.h): five products, and sums whose order nobody promises. Or dq has a kernel
 // of its own, which holds a block of queries and walks over keys: seven products, for both
-// recompute the probabilities from lse, but deterministic. cuda_host.cu chooses.
+// recompute the probabilities from lse, but deterministic. fused_attn/attention/cuda.py chooses.
 //
 //   p = exp(score - lse)              delta = rowsum(dout * out) - dlse
 //   ds = p * (keep * (dout v^T) - delta)
@@ -16,7 +16,7 @@
 namespace fused_attn::attention {
 
 struct BackwardProblem : DeviceProblem {
-  // Per head and query, in base 2 and with rows padded to tiles: see StatisticsRow.
+  // Per head and query, in base 2 and with rows padded to tiles: see statistics_start.
   float* lse2;
   float* delta;
   int padded_rows;
@@ -33,7 +33,7 @@ struct BackwardProblem : DeviceProblem {
   bool dbias_shared;  // several (batch, head) add to an element
 };
 
-// Statistics of 16-bit tensors' rows live in tiles of this many rows.
+// Rows of statistics are padded, a sequence's to whole tiles of this many.
 constexpr int kStatisticsTile = 64;
 
 // Where the statistics of a sequence begin among those of its head.

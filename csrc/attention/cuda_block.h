@@ -1,4 +1,5 @@
-// What a block of the forward works on, and where its pieces are in shared memory.
+// What a block of queries works on, of the forward and of dq, and where its pieces are in shared
+// memory.
 #pragma once
 
 #include "attention/cuda_padding.h"
@@ -121,8 +122,9 @@ struct SharedBase {
   }
 };
 
-// Addresses of tiles and barriers of the forward. Every stage of K and V has a barrier for "full"
-// and one for "empty"; V a third, "raw", for tiles that have to be cleaned before use.
+// Addresses of tiles and barriers. Every stage of K and V has a barrier for "full" and one for
+// "empty"; a third, "raw", is for tiles that have to be cleaned before use: V's in the forward, K's
+// for dq.
 template <class Tile>
 struct SharedMap : SharedBase<Tile> {
   using SharedBase<Tile>::base;
@@ -140,7 +142,7 @@ struct SharedMap : SharedBase<Tile> {
   FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return this->barrier(1, stage); }
   FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return this->barrier(2, stage); }
   FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return this->barrier(3, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_raw(int stage) const { return this->barrier(4, stage); }
+  FUSED_ATTN_DEVICE SharedAddress raw(int stage) const { return this->barrier(4, stage); }
 
   // By one thread; a barrier of the block must follow.
   FUSED_ATTN_DEVICE void init_barriers() const {
@@ -150,7 +152,7 @@ struct SharedMap : SharedBase<Tile> {
       device::barrier_init(k_empty(stage), Tile::kGroups, "k_empty");
       device::barrier_init(v_full(stage), 1, "v_full");
       device::barrier_init(v_empty(stage), Tile::kGroups, "v_empty");
-      device::barrier_init(v_raw(stage), 1, "v_raw");
+      device::barrier_init(raw(stage), 1, "raw");
     }
     device::fence_barrier_init();
   }
@@ -164,7 +166,7 @@ FUSED_ATTN_DEVICE bool masks_elements(const DeviceProblem& p) {
 // The queries [query_begin, query_begin + kBlockM) of one head.
 template <class Tile>
 struct Block {
-  using Padding = PaddingBits<Tile::kBlockN, Tile::kThreads>;
+  using Padding = PaddingBits<Tile>;
 
   int head, query_begin;
   Sequence sequence;
@@ -177,6 +179,24 @@ struct Block {
       : Block(p, BlockPlace(index, row_blocks(p), p.head_count, p.heads_together), padding_bits) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return query_begin >= sequence.seqlen_q; }
+
+  // A tile of K or V, by one thread.
+  FUSED_ATTN_DEVICE void load(const DeviceProblem& p, const TensorMap& map, SharedAddress to,
+                              SharedAddress barrier, int tile) const {
+    device::barrier_expect(barrier, Tile::KvTile::kBytes);
+    load_panels<typename Tile::KvTile, Keep::kLong>(
+        to, map, barrier, key_rows(p, sequence, band, head / p.group), tile * Tile::kBlockN);
+  }
+
+  // All warps together, before next() and kind(); a barrier must follow.
+  FUSED_ATTN_DEVICE void fill_padding(const DeviceProblem& p) const {
+    padding.fill(sequence.batch, tiles.begin, tiles.end, band.key_end(), [&](int tile) {
+      return Tile::kGeneral && p.mask.data != nullptr &&
+             !MaskTile<Tile>(p, sequence, band, head, query_begin, tile * Tile::kBlockN)
+                  .any_visible();
+    });
+  }
+
   FUSED_ATTN_DEVICE TileKind kind(int tile) const { return padding.kind(tile, tiles.plain(tile)); }
 
   // From right to left: the next tile to visit after `tile`; tiles.begin - 1 after the last.
@@ -211,7 +231,7 @@ struct Block {
         sequence(p, (p.first_head + place.head) / p.num_heads),
         band(p, sequence),
         tiles(band, query_begin, smaller(query_begin + Tile::kBlockM, sequence.seqlen_q)),
-        padding(p, sequence, padding_bits) {}
+        padding(p, padding_bits) {}
 };
 
 // Zeroes the rows of keys that no query of the sequence sees. A product with 0 is not enough, for

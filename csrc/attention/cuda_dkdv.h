@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention/cuda_dq_sum.h"
+#include "attention/cuda_key_block.h"
 
 namespace fused_attn::attention {
 
@@ -54,7 +55,11 @@ struct DkDvTile {
   static constexpr uint32_t kLse = kDqStage + (kDq ? kDqWarps * kDqStageBytes : 0);
   static constexpr uint32_t kDelta = kLse + kStages * kStatisticsBytes;
   static constexpr uint32_t kBarriers = kDelta + kStages * kStatisticsBytes;
-  static constexpr uint32_t kSharedBytes = kBarriers + 128 + 1024;
+  // Of bool masks: a word for each head of the group (one for all if they share the mask) and each
+  // tile of queries, as far as there is room.
+  static constexpr int kMaxMaskWords = kGeneral ? 4096 : 0;
+  static constexpr uint32_t kMaskWords = kBarriers + 128;
+  static constexpr uint32_t kSharedBytes = kMaskWords + 4 * kMaxMaskWords + 1024;
   static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
 };
 
@@ -84,6 +89,7 @@ struct DkDvShared : SharedBase<Tile> {
   FUSED_ATTN_DEVICE SharedAddress delta(int stage) const {
     return base + Tile::kDelta + stage * Tile::kStatisticsBytes;
   }
+  FUSED_ATTN_DEVICE SharedAddress mask_words() const { return base + Tile::kMaskWords; }
   FUSED_ATTN_DEVICE SharedAddress kv_full() const { return this->first_barrier(); }
   FUSED_ATTN_DEVICE SharedAddress q_full(int stage) const { return this->barrier(0, stage); }
   FUSED_ATTN_DEVICE SharedAddress q_empty(int stage) const { return this->barrier(1, stage); }
@@ -100,48 +106,6 @@ struct DkDvShared : SharedBase<Tile> {
     }
     device::fence_barrier_init();
   }
-};
-
-// The keys [key_begin, key_begin + kBlockN) of one key head.
-template <class Tile>
-struct KeyBlock {
-  int head_kv, key_begin;
-  Sequence sequence;
-  Band band;
-  QueryTiles<Tile::kBlockM> tiles;
-
-  // Earlier keys first: under a causal mask more queries see them.
-  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int index)
-      : KeyBlock(p, BlockPlace(index, key_blocks(p), p.batch * (p.num_heads / p.group),
-                               p.key_heads_together)) {}
-
-  FUSED_ATTN_DEVICE bool empty() const { return key_begin >= sequence.seqlen_k; }
-  // May the block hold a key that no query of the sequence sees? (Past the end of the keys the copy
-  // engine writes zeros.)
-  FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p) const {
-    return p.key_padding != nullptr || key_begin < band.key_begin() ||
-           (Tile::kGeneral && masks_elements(p));
-  }
-  // By band or padding.
-  FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& p, int key) const {
-    return key < band.key_begin() || padded(p, key);
-  }
-  FUSED_ATTN_DEVICE bool padded(const DeviceProblem& p, int key) const {
-    return p.key_padding != nullptr && key < band.key_end() &&
-           p.key_padding[sequence.batch * p.key_padding_stride[0] +
-                         key * p.key_padding_stride[1]] == 0;
-  }
-
- private:
-  static FUSED_ATTN_DEVICE int key_blocks(const DeviceProblem& p) {
-    return (p.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
-  }
-  FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, const BlockPlace& place)
-      : head_kv(place.head % (p.num_heads / p.group)),
-        key_begin(place.piece * Tile::kBlockN),
-        sequence(p, place.head / (p.num_heads / p.group)),
-        band(p, sequence),
-        tiles(band, key_begin, key_begin + Tile::kBlockN) {}
 };
 
 template <class Tile>
@@ -163,6 +127,7 @@ class DkDvProducer {
     for (int g = 0; g < p_.group; ++g) {
       FUSED_ATTN_KEEP_LOOP
       for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
+        if (block_.mask_hides(p_, shared_.mask_words(), g, tile)) continue;
         load_queries(block_.head_kv * p_.group + g, tile, ring);
         ring.advance();
       }
@@ -230,9 +195,11 @@ class DkDvConsumer {
     // Padding anywhere in the block: every tile needs masks.
     const bool padded = p_.key_padding != nullptr;
     FUSED_ATTN_KEEP_LOOP
-    for (head_ = block_.head_kv * p_.group; head_ < (block_.head_kv + 1) * p_.group; ++head_) {
+    for (int g = 0; g < p_.group; ++g) {
+      head_ = block_.head_kv * p_.group + g;
       FUSED_ATTN_KEEP_LOOP
       for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
+        if (block_.mask_hides(p_, shared_.mask_words(), g, tile)) continue;
         if (!kGeneral && !padded && block_.tiles.plain(tile)) {
           step<false>(tile);
         } else {
@@ -565,6 +532,7 @@ dkdv_kernel(FUSED_ATTN_GRID_CONSTANT DkDvMaps maps, FUSED_ATTN_GRID_CONSTANT Bac
   if (block.empty()) return;
   const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
   if (device::thread_index() == 0) shared.init_barriers();
+  block.find_hidden(p, shared.mask_words());
   device::sync_block();
   if (group == 0) {
     device::lower_registers<Tile::kProducerRegisters>();

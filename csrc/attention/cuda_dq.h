@@ -20,7 +20,6 @@ struct DqTile {
   static constexpr int kLaunchRegisters = 168;
   static constexpr int kProducerRegisters = kGeneral ? 56 : 40;
   static constexpr int kConsumerRegisters = kGeneral ? 224 : 232;
-  static constexpr int kMaxPaddedKeys = 32 * 1024;
 
   using QTile = SharedTile<kBlockM, kHeadDim>;
   using KvTile = SharedTile<kBlockN, kHeadDim>;
@@ -30,7 +29,7 @@ struct DqTile {
   static constexpr uint32_t kV = kK + kStages * KvTile::kBytes;
   static constexpr uint32_t kBarriers = kV + kStages * KvTile::kBytes;
   static constexpr uint32_t kPadding = kBarriers + 128;
-  static constexpr uint32_t kSharedBytes = kPadding + kMaxPaddedKeys / 8 + 1024;
+  static constexpr uint32_t kSharedBytes = kPadding + kMaxKeyBits / 8 + 1024;
   static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
 };
 
@@ -39,36 +38,8 @@ struct DqMaps {
 };
 
 template <class Tile>
-struct DqShared : SharedBase<Tile> {
-  using SharedBase<Tile>::base;
-
-  FUSED_ATTN_DEVICE SharedAddress q() const { return base + Tile::kQ; }
-  FUSED_ATTN_DEVICE SharedAddress dout() const { return base + Tile::kDout; }
-  FUSED_ATTN_DEVICE SharedAddress k(int stage) const {
-    return base + Tile::kK + stage * Tile::KvTile::kBytes;
-  }
-  FUSED_ATTN_DEVICE SharedAddress v(int stage) const {
-    return base + Tile::kV + stage * Tile::KvTile::kBytes;
-  }
-  FUSED_ATTN_DEVICE SharedAddress padding() const { return base + Tile::kPadding; }
-  FUSED_ATTN_DEVICE SharedAddress q_full() const { return this->first_barrier(); }
-  FUSED_ATTN_DEVICE SharedAddress k_full(int stage) const { return this->barrier(0, stage); }
-  FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return this->barrier(1, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_full(int stage) const { return this->barrier(2, stage); }
-  FUSED_ATTN_DEVICE SharedAddress v_empty(int stage) const { return this->barrier(3, stage); }
-  FUSED_ATTN_DEVICE SharedAddress k_raw(int stage) const { return this->barrier(4, stage); }
-
-  FUSED_ATTN_DEVICE void init_barriers() const {
-    device::barrier_init(q_full(), 1, "q_full");
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      device::barrier_init(k_full(stage), 1, "k_full");
-      device::barrier_init(k_empty(stage), Tile::kGroups, "k_empty");
-      device::barrier_init(v_full(stage), 1, "v_full");
-      device::barrier_init(v_empty(stage), Tile::kGroups, "v_empty");
-      device::barrier_init(k_raw(stage), 1, "k_raw");
-    }
-    device::fence_barrier_init();
-  }
+struct DqShared : SharedMap<Tile> {
+  FUSED_ATTN_DEVICE SharedAddress dout() const { return this->base + Tile::kDout; }
 };
 
 template <class Tile>
@@ -91,10 +62,10 @@ class DqProducer {
          tile = block_.next(tile)) {
       const int stage = ring.stage;
       device::barrier_wait(shared_.k_empty(stage), ring.phase ^ 1);
-      load_kv(maps_.k, shared_.k(stage),
-              block_.hides_keys(p_, tile) ? shared_.k_raw(stage) : shared_.k_full(stage), tile);
+      block_.load(p_, maps_.k, shared_.k(stage),
+                  block_.hides_keys(p_, tile) ? shared_.raw(stage) : shared_.k_full(stage), tile);
       device::barrier_wait(shared_.v_empty(stage), ring.phase ^ 1);
-      load_kv(maps_.v, shared_.v(stage), shared_.v_full(stage), tile);
+      block_.load(p_, maps_.v, shared_.v(stage), shared_.v_full(stage), tile);
       ring.advance();
     }
   }
@@ -102,20 +73,12 @@ class DqProducer {
   // Hidden keys must not count in ds k, even multiplied by 0.
   FUSED_ATTN_DEVICE void clean() const {
     const auto k = [&](int stage) { return shared_.k(stage); };
-    const auto raw = [&](int stage) { return shared_.k_raw(stage); };
+    const auto raw = [&](int stage) { return shared_.raw(stage); };
     const auto full = [&](int stage) { return shared_.k_full(stage); };
     TileCleaner<Tile, Block<Tile>>(p_, block_).run(k, raw, full);
   }
 
  private:
-  FUSED_ATTN_DEVICE void load_kv(const TensorMap& map, SharedAddress to, SharedAddress barrier,
-                                 int tile) const {
-    device::barrier_expect(barrier, Tile::KvTile::kBytes);
-    load_panels<typename Tile::KvTile, Keep::kLong>(
-        to, map, barrier, key_rows(p_, block_.sequence, block_.band, block_.head / p_.group),
-        tile * Tile::kBlockN);
-  }
-
   const DqMaps& maps_;
   const BackwardProblem& p_;
   const Block<Tile>& block_;
@@ -307,7 +270,7 @@ dq_kernel(FUSED_ATTN_GRID_CONSTANT DqMaps maps, FUSED_ATTN_GRID_CONSTANT Backwar
   if (block.empty()) return;
   const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
   if (device::thread_index() == 0) shared.init_barriers();
-  block.padding.fill(block.tiles.begin, block.tiles.end, block.band.key_end());
+  block.fill_padding(p);
   device::sync_block();
   if (group == 0) {
     device::lower_registers<Tile::kProducerRegisters>();

@@ -31,10 +31,10 @@ class ForwardProducer {
          tile = block_.next(tile)) {
       const int stage = ring.stage;
       device::barrier_wait(shared_.k_empty(stage), ring.phase ^ 1);
-      load_kv(maps_.k, shared_.k(stage), shared_.k_full(stage), tile);
+      block_.load(p_, maps_.k, shared_.k(stage), shared_.k_full(stage), tile);
       device::barrier_wait(shared_.v_empty(stage), ring.phase ^ 1);
-      load_kv(maps_.v, shared_.v(stage),
-              block_.hides_keys(p_, tile) ? shared_.v_raw(stage) : shared_.v_full(stage), tile);
+      block_.load(p_, maps_.v, shared_.v(stage),
+                  block_.hides_keys(p_, tile) ? shared_.raw(stage) : shared_.v_full(stage), tile);
       ring.advance();
     }
   }
@@ -42,7 +42,7 @@ class ForwardProducer {
   // One warp: what is stored where nobody looks must not matter.
   FUSED_ATTN_DEVICE void clean() const {
     const auto v = [&](int stage) { return shared_.v(stage); };
-    const auto raw = [&](int stage) { return shared_.v_raw(stage); };
+    const auto raw = [&](int stage) { return shared_.raw(stage); };
     const auto full = [&](int stage) { return shared_.v_full(stage); };
     TileCleaner<Tile, Block<Tile>>(p_, block_).run(v, raw, full);
   }
@@ -53,13 +53,6 @@ class ForwardProducer {
     load_panels<typename Tile::QTile, Keep::kBriefly>(shared_.q(), maps_.q, shared_.q_full(),
                                                       query_rows(p_, block_.sequence, block_.head),
                                                       block_.query_begin);
-  }
-  FUSED_ATTN_DEVICE void load_kv(const TensorMap& map, SharedAddress to, SharedAddress barrier,
-                                 int tile) const {
-    device::barrier_expect(barrier, Tile::KvTile::kBytes);
-    load_panels<typename Tile::KvTile, Keep::kLong>(
-        to, map, barrier, key_rows(p_, block_.sequence, block_.band, block_.head / p_.group),
-        tile * Tile::kBlockN);
   }
 
   const ForwardMaps& maps_;
@@ -318,7 +311,7 @@ forward_kernel(FUSED_ATTN_GRID_CONSTANT ForwardMaps maps,
   // The same for all threads of a warp, and known to be so: branches on it are uniform.
   const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
   if (device::thread_index() == 0) shared.init_barriers();
-  block.padding.fill(block.tiles.begin, block.tiles.end, block.band.key_end());
+  block.fill_padding(p);
   device::sync_block();
   if (group == 0) {
     device::lower_registers<Tile::kProducerRegisters>();

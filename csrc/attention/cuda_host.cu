@@ -89,6 +89,7 @@ DeviceProblem device_problem(const Params& p) {
   d.alibi_slopes = p.alibi_slopes;
   d.bias = device_view(p.bias);
   d.mask = device_view(p.mask);
+  d.key_bits = d.key_padding != nullptr || (d.mask.data != nullptr && d.seqlen_k <= kMaxKeyBits);
   d.head_count = static_cast<int>(p.batch * p.num_heads);
   d.heads_together = fit_together(p, p.seqlen_k, d.group, p.batch * p.num_heads);
   d.key_heads_together = fit_together(p, p.seqlen_q * d.group, 1, p.batch * p.num_heads_kv);

@@ -1,44 +1,58 @@
-// The key padding mask of a block: one bit a key in shared memory, read once.
+// The keys that a block of queries may see: one bit each in shared memory, found once, from the key
+// padding mask and from what a bool mask hides as a whole.
 #pragma once
 
-#include "attention/cuda_visibility.h"
+#include "attention/cuda_mask_tile.h"
 
 namespace fused_attn::attention {
 
 // What a key tile needs: nothing at all, a look at every element, or no mask.
 enum class TileKind { kSkip, kMasked, kPlain };
 
-template <int kBlockN, int kThreads>
+// A tile that a bool mask hides from the whole block looks like one of nothing but padding. A bool
+// mask of more keys than there are bits for hides no tiles, only elements.
+template <class Tile>
 class PaddingBits {
-  static_assert(kBlockN % 32 == 0, "whole words of bits a tile");
-  static constexpr int kWords = kBlockN / 32;
+  static_assert(Tile::kBlockN % 32 == 0, "whole words of bits a tile");
+  static constexpr int kWords = Tile::kBlockN / 32;
 
  public:
-  // `bits`: shared memory for a bit per key. Without a mask nothing is read or written.
-  FUSED_ATTN_DEVICE PaddingBits(const DeviceProblem& p, const Sequence& sequence,
-                                SharedAddress bits)
-      : bits_(bits),
-        stride_(p.key_padding_stride[1]),
-        row_(p.key_padding == nullptr ? nullptr
-                                      : p.key_padding + sequence.batch * p.key_padding_stride[0]) {}
+  // `bits`: shared memory for a bit per key. Without masks nothing is read or written.
+  FUSED_ATTN_DEVICE PaddingBits(const DeviceProblem& p, SharedAddress bits) : p_(p), bits_(bits) {}
 
-  FUSED_ATTN_DEVICE bool present() const { return row_ != nullptr; }
+  // Looked up whenever it is asked for: the loops over tiles have no register for it.
+  FUSED_ATTN_DEVICE bool present() const { return p_.key_bits; }
 
   // Fills the bits of tiles [begin, end), all warps of the block together; a barrier must follow.
-  FUSED_ATTN_DEVICE void fill(int begin, int end, int key_end) const {
+  // `hidden(tile)`: does a bool mask hide it as a whole? For a warp.
+  template <class Hidden>
+  FUSED_ATTN_DEVICE void fill(int batch, int begin, int end, int key_end,
+                              const Hidden& hidden) const {
     if (!present()) return;
+    const uint8_t* const row =
+        p_.key_padding == nullptr ? nullptr : p_.key_padding + batch * p_.key_padding_stride[0];
     const int warp = device::thread_index() / device::kWarpThreads;
     const int lane = device::thread_index() % device::kWarpThreads;
-    const int warps = kThreads / device::kWarpThreads;
-    for (int word = begin * kWords + warp; word < end * kWords; word += warps) {
-      const int key = word * 32 + lane;
-      const uint32_t visible = device::ballot(key < key_end && row_[key * stride_] != 0);
-      if (lane == 0) device::shared_store(bits_ + 4 * word, visible);
+    FUSED_ATTN_KEEP_LOOP
+    for (int tile = begin + warp; tile < end; tile += Tile::kThreads / device::kWarpThreads) {
+      uint32_t bits[kWords], any = 0;
+      FUSED_ATTN_UNROLL_LOOP
+      for (int w = 0; w < kWords; ++w) {
+        const int key = tile * Tile::kBlockN + 32 * w + lane;
+        bits[w] = device::ballot(key < key_end &&
+                                 (row == nullptr || row[key * p_.key_padding_stride[1]] != 0));
+        any |= bits[w];
+      }
+      const bool skip = any == 0 || hidden(tile);
+      FUSED_ATTN_UNROLL_LOOP
+      for (int w = 0; w < kWords; ++w) {
+        if (lane == w) device::shared_store(word_at(tile, w), skip ? 0u : bits[w]);
+      }
     }
   }
 
   FUSED_ATTN_DEVICE uint32_t word(int tile, int which) const {
-    return device::shared_load_word(bits_ + 4 * (tile * kWords + which));
+    return device::shared_load_word(word_at(tile, which));
   }
 
   // Of a tile that has a visible key, and is `plain` but for the padding.
@@ -56,9 +70,12 @@ class PaddingBits {
   }
 
  private:
+  FUSED_ATTN_DEVICE SharedAddress word_at(int tile, int which) const {
+    return bits_ + 4 * (tile * kWords + which);
+  }
+
+  const DeviceProblem& p_;
   SharedAddress bits_;
-  int64_t stride_;
-  const uint8_t* row_;
 };
 
 }  // namespace fused_attn::attention

@@ -19,6 +19,9 @@ struct DeviceView {
   }
 };
 
+// Keys that masks may cover and blocks of queries keep a bit each of in shared memory.
+constexpr int kMaxKeyBits = 32 * 1024;
+
 struct DeviceProblem {
   int batch, num_heads, group;  // `group` query heads share a key head
   int seqlen_q, seqlen_k;       // the longest of a packed problem
@@ -41,6 +44,7 @@ struct DeviceProblem {
   const int64_t* key_lengths;
   const uint8_t* key_padding;
   int64_t key_padding_stride[2];
+  bool key_bits;  // PaddingBits are there
   const float* alibi_slopes;
   DeviceView bias, mask;
   int first_head, head_count;  // of all heads of the batch: those that blocks of queries work on

@@ -73,16 +73,13 @@ struct ForwardTile {
   using QTile = SharedTile<kBlockM, kHeadDim>;
   using KvTile = SharedTile<kBlockN, kHeadDim>;
 
-  // Keys that a padding mask may cover: one bit each in shared memory.
-  static constexpr int kMaxPaddedKeys = 32 * 1024;
-
   static constexpr uint32_t kQ = 0;
   static constexpr uint32_t kK = kQ + QTile::kBytes;
   static constexpr uint32_t kV = kK + kStages * KvTile::kBytes;
   static constexpr uint32_t kBarriers = kV + kStages * KvTile::kBytes;
   static constexpr uint32_t kPadding = kBarriers + 128;
   // The base is aligned to 1024 bytes by hand.
-  static constexpr uint32_t kSharedBytes = kPadding + kMaxPaddedKeys / 8 + 1024;
+  static constexpr uint32_t kSharedBytes = kPadding + kMaxKeyBits / 8 + 1024;
   static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
 };
 

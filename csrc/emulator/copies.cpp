@@ -110,6 +110,15 @@ void Copies::check_thread_exit() {
   if (open != 0) machine_.fault("thread ends while %d bulk stores may read shared memory", open);
 }
 
+// A load that nobody waited for may write into the shared memory of the next block.
+void Copies::check_block_exit() {
+  const auto load = [](const Copy& copy) {
+    return copy.kind == Kind::kLoadTile || copy.kind == Kind::kLoadBulk;
+  };
+  const auto open = std::count_if(pending_.begin(), pending_.end(), load);
+  if (open != 0) machine_.fault("the block ends while %d loads are on their way", int(open));
+}
+
 void Copies::run_one() {
   const std::size_t which = machine_.random.below(pending_.size());
   const Copy copy = pending_[which];

@@ -47,6 +47,7 @@ class Copies {
   bool reads(uint32_t address, uint32_t count) const;
   void run_one();  // any of the pending ones
   void check_thread_exit();
+  void check_block_exit();
 
  private:
   enum class Kind { kLoadTile, kStoreTile, kLoadBulk, kAddBulk };

@@ -47,6 +47,8 @@ enum class Fault {
   kReductionForgotten,  // waits for reductions that it has not committed
   kMisalignedReduction,
   kNoReductionWait,  // ends while a reduction may still read shared memory
+  kLoadSkipped,      // the producer skips a tile that the consumers visit
+  kVisitSkipped,     // the consumers skip a tile that the producer loads
 };
 
 struct Named {
@@ -83,6 +85,8 @@ constexpr Named kFaults[] = {
     {"reduction forgotten", Fault::kReductionForgotten},
     {"misaligned reduction", Fault::kMisalignedReduction},
     {"no reduction wait", Fault::kNoReductionWait},
+    {"load skipped", Fault::kLoadSkipped},
+    {"visit skipped", Fault::kVisitSkipped},
 };
 
 constexpr int kSize = 64;  // rows and columns of every tile
@@ -136,6 +140,7 @@ struct Kernel {
   void produce() const {
     attention::Ring<kStages> ring;
     for (int step = 0; step < kSteps; ++step) {
+      if (is(Fault::kLoadSkipped) && step == 2) continue;
       const int stage = ring.stage;
       barrier_wait(empty(stage), ring.phase ^ 1);
       const uint32_t bytes = is(Fault::kTooFewBytes)    ? Tile::kBytes
@@ -159,6 +164,7 @@ struct Kernel {
                         Element::pack(1, 1)};
     attention::Ring<kStages> ring;
     for (int step = 0; step < kSteps; ++step) {
+      if (is(Fault::kVisitSkipped) && step == 2) continue;
       const int stage = ring.stage;
       const bool here = step == 2;  // mistakes are made in the third step
       if (!(is(Fault::kNoFullWait) && here)) {

@@ -12,6 +12,7 @@
 namespace fused_attn::emulator {
 namespace {
 uint64_t seed = 1;
+uint64_t products = 0;
 
 struct {
   int code = 0;
@@ -25,6 +26,10 @@ void set_seed(uint64_t value) {
 
 void fail_next_launch(int code, const std::string& name) {
   failure = {code, name};
+}
+
+uint64_t matrix_products() {
+  return products;
 }
 
 void run_blocks(const device::LaunchShape& shape, const std::function<void()>& block) {
@@ -46,6 +51,7 @@ void run_blocks(const device::LaunchShape& shape, const std::function<void()>& b
     launch.registers_per_thread = shape.registers;
     launch.seed = random.next();
     const Report report = Machine::instance().run(launch, block);
+    products += report.products;
     if (report.faults.empty()) continue;
     std::string text = std::string(shape.kernel) + " on the emulator:";
     for (const std::string& fault : report.faults) text += "\n  " + fault;

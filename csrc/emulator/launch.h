@@ -14,6 +14,9 @@ void set_seed(uint64_t seed);
 // The next launch fails as if CUDA had said so; nothing runs.
 void fail_next_launch(int code, const std::string& name);
 
+// Matrix instructions executed so far: tells what kernels did not compute.
+uint64_t matrix_products();
+
 // Runs all blocks; throws std::runtime_error with what the machine found fault with.
 void run_blocks(const device::LaunchShape& shape, const std::function<void()>& block);
 

@@ -236,6 +236,7 @@ Report Machine::run(const Launch& launch, const std::function<void()>& kernel) {
   }
   running_ = nullptr;
   check_registers();
+  if (!report_.deadlock) copies.check_block_exit();
   while (!copies.idle()) copies.run_one();
   return report_;
 }

@@ -16,6 +16,8 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("fault_names", &fused_attn::emulator::fault_names, "Mistakes that the emulator must find.");
   m.def("run_fault", &fused_attn::emulator::run_fault, pybind11::arg("name"), pybind11::arg("seed"),
         "What the emulator reports of a small kernel with this mistake in it.");
+  m.def("matrix_products", &fused_attn::emulator::matrix_products,
+        "Matrix instructions executed so far.");
   fused_attn::bind_tensor(m);
   fused_attn::attention::bind_attention_cuda(m);
   fused_attn::layer_norm::bind_cuda(m);
