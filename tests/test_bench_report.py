@@ -157,3 +157,21 @@ def test_a_class_measured_again_replaces_its_row_only(tmp_path: Path) -> None:
     results.save_rows(path, [{"class": "c", "speed": 1.0}], "class")
     with path.open(newline="") as file:
         assert [r["class"] for r in csv.DictReader(file)] == ["c"]
+
+
+@pytest.mark.parametrize(("peers_move", "count"), [(0.01, 1), (0.20, 0)])
+def test_a_change_counts_if_it_is_beyond_what_unchanged_peers_move(
+    peers_move: float, count: int
+) -> None:
+    def run(ours: float, moved: float) -> list[results.Row]:
+        others = [
+            row("sdpa-flash", n, 1e-3 * (1 + moved * (-1) ** n), case=f"{n}") for n in range(1, 41)
+        ]
+        return [row("fused_attn:cpu", 99, ours, case="alone"), *others]
+
+    found = compare.compare(run(1e-3, 0.0), run(1.3e-3, peers_move))
+    assert len(found.regressions) == count
+    assert (
+        f"noise between the runs, CPU time, 1 thread, multiply-adds: {2 * peers_move:.0%}"
+        in str(found)
+    )

@@ -10,13 +10,22 @@ from .results import ResultsError, Row, counts, key
 
 FLOOR = 0.05
 MOST_SHOWN = 12
+FEW_PEERS = 20
+# 95 % are two standard deviations of noise, twice that four: of hundreds of measurements none is
+# beyond it by chance.
+NOISE_SHARE, NOISE_FACTOR = 0.95, 2.0
 RULE = f"""A change counts if the quartile intervals of the two runs do not overlap, and the medians
 differ by more than both runs' spreads together (a spread is the distance of the quartiles over the
-median) and by more than {FLOOR:.0%}, which two runs on one machine may differ by anyway. Where a
-case has peers, ours must have changed by as much against theirs too: sides take turns, so what
-moved all of them was the machine. Ours that had a figure and has none now (wrong, failed, refused)
-is a regression as well. The exit status is 1 if there is one. Peers that moved are listed, and are
-no regressions."""
+median), by more than {FLOOR:.0%}, and by more than the noise between the two runs: peers did not
+change from one to the other, so what they moved anyway is noise. It is {NOISE_FACTOR:g} times what
+{NOISE_SHARE:.0%} of the peers' measurements by the same clock and against the same ceiling moved at
+the most (if there are {FEW_PEERS} of them), and it is printed. Where a case has peers, ours must
+have changed by as much against theirs too: sides take turns, so what moved all of them was the
+machine. Ours that had a figure and has none now (wrong, failed, refused) is a regression as well.
+The exit status is 1 if there is one. Peers that moved are listed, and are no regressions."""
+
+
+Group = tuple[str, str]  # clock and ceiling
 
 
 @dataclass
@@ -29,6 +38,7 @@ class Comparison:
     improvements: list[str] = field(default_factory=list)
     peers: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    noise: dict[Group, float] = field(default_factory=dict)
     new: int = 0
 
     def __str__(self) -> str:
@@ -43,6 +53,8 @@ class Comparison:
                 shown = found if title == "REGRESSIONS" else found[:MOST_SHOWN]
                 more = [f"  ... and {len(found) - len(shown)} more"] * (len(found) > len(shown))
                 lines += [f"{title}:", *(f"  {line}" for line in shown), *more]
+        for (clock, ceiling), limit in sorted(self.noise.items()):
+            lines.append(f"noise between the runs, {clock}, {ceiling or 'tiny calls'}: {limit:.0%}")
         lines.append(
             f"{self.cases} measurements compared, {len(self.regressions)} slower, "
             f"{len(self.improvements)} faster, {len(self.gone)} gone, {self.new} new"
@@ -64,7 +76,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], floor: float = FLOOR) -
         if row["status"] != "ok"
     }
     found = Comparison({row["machine"] for row in (*old.values(), *new.values())})
-    drifts = _drifts(old, new)
+    drifts, found.noise = _drifts(old, new), _noise(old, new)
     found.new = len(new.keys() - old.keys())
     for which, row in old.items():
         name = f"{row['case']} [{row['side']}, {row['clock']}]"
@@ -77,7 +89,8 @@ def compare(before: Sequence[Row], after: Sequence[Row], floor: float = FLOOR) -
             continue
         found.cases += 1
         ours = row["ours"] == "yes"
-        change = _change(row, new[which], floor, drifts.get(_case(row), 1.0) if ours else 1.0)
+        least = max(floor, found.noise.get(_group(row), 0.0))
+        change = _change(row, new[which], least, drifts.get(_case(row), 1.0) if ours else 1.0)
         if change is None:
             continue
         line = f"{name}: {_ms(row)} -> {_ms(new[which])} ms ({change:+.0%})"
@@ -94,6 +107,24 @@ def _case(row: Row) -> tuple[str, ...]:
     return row["suite"], row["case"], row["device"], row["clock"]
 
 
+def _group(row: Row) -> Group:
+    return row["clock"], row["ceiling"]
+
+
+def _noise(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) -> dict[Group, float]:
+    """What two runs differ by without a change of code, as `RULE` says."""
+    moved: dict[Group, list[float]] = {}
+    for which in old.keys() & new.keys():
+        if old[which]["ours"] != "yes":
+            change = float(new[which]["median_s"]) / float(old[which]["median_s"]) - 1.0
+            moved.setdefault(_group(old[which]), []).append(abs(change))
+    return {
+        group: NOISE_FACTOR * sorted(changes)[int(NOISE_SHARE * (len(changes) - 1))]
+        for group, changes in moved.items()
+        if len(changes) >= FEW_PEERS
+    }
+
+
 def _drifts(
     old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]
 ) -> dict[tuple[str, ...], float]:
@@ -106,13 +137,13 @@ def _drifts(
     return {case: statistics.median(found) for case, found in factors.items()}
 
 
-def _change(before: Row, after: Row, floor: float, drift: float) -> float | None:
+def _change(before: Row, after: Row, least: float, drift: float) -> float | None:
     """Relative change of the median, if it is beyond the noise, as it is and against `drift`."""
     low_a, median_a, high_a = (float(before[name]) for name in ("q25_s", "median_s", "q75_s"))
     low_b, median_b, high_b = (float(after[name]) for name in ("q25_s", "median_s", "q75_s"))
     if low_b <= high_a and low_a <= high_b:
         return None
-    limit = max((high_a - low_a) / median_a + (high_b - low_b) / median_b, floor)
+    limit = max((high_a - low_a) / median_a + (high_b - low_b) / median_b, least)
     change = median_b / median_a - 1.0
     relative = median_b / median_a / drift - 1.0
     beyond = min(change, relative) > limit or max(change, relative) < -limit
