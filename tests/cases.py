@@ -22,7 +22,8 @@ from fused_attn.attention.problem import Operands
 class Case:
     """Sizes and operands of one call; `bias` and `mask` say which dimensions are broadcast.
 
-    `mask="b1qk"` is a mask of shape (B, 1, Lq, Lk); None is no mask.
+    `mask="b1qk"` is a mask of shape (B, 1, Lq, Lk); None is no mask. `mask_tile`: half of its tiles
+    of so many queries and keys are hidden as a whole.
     """
 
     batch: int = 2
@@ -36,6 +37,7 @@ class Case:
     window: tuple[int, int] | None = None
     padding: str | None = None  # "mask", "lengths", "holes", "empty" (one sequence all padding)
     mask: str | None = None
+    mask_tile: int | None = None
     bias: str | None = None
     alibi: bool = False
     softcap: float | None = None
@@ -86,12 +88,21 @@ class Case:
             tensor.requires_grad_(requires_grad)
         if self.mask is not None:
             tensors["mask"] = torch.rand(shape_of(self.mask), generator=generator) < 0.7
+            if self.mask_tile is not None:
+                tensors["mask"] &= self._shown_tiles(tensors["mask"].shape)
         tensors.update(self._padding(generator))
         if self.alibi:
             tensors["alibi_slopes"] = 2.0 ** -torch.arange(1.0, self.num_heads + 1)
         if self.dropout_p:
             tensors["rng"] = torch.randint(0, 2**62, (2,), generator=generator)
         return tensors
+
+    def _shown_tiles(self, shape: torch.Size) -> Tensor:
+        tile, generator = self.mask_tile, torch.Generator().manual_seed(self.seed)
+        counts = (*shape[:2], -(-shape[2] // tile), -(-shape[3] // tile))
+        shown = torch.rand(counts, generator=generator) < 0.5
+        shown = shown.repeat_interleave(tile, 2).repeat_interleave(tile, 3)
+        return shown[..., : shape[2], : shape[3]]
 
     def _lay_out(self, tensor: Tensor) -> Tensor:
         if self.layout == "blhd":

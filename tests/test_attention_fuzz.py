@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+from dataclasses import replace
 
 import torch
 from cases import Case, run_backend, run_plain, skip_unless_supported
@@ -52,7 +53,9 @@ def random_case(seed: int) -> tuple[Case, torch.dtype]:
         seed=seed,
     )
     if case.layout == "expanded" and case.batch == 0:
-        case = Case(**{**case.__dict__, "layout": "bhld"})
+        case = replace(case, layout="bhld")
+    if case.mask is not None:
+        case = replace(case, mask_tile=random.Random(-1 - seed).choice((None, 16, 64)))
     return case, draw.choice(DTYPES)
 
 
