@@ -14,7 +14,7 @@ from ..problem import Operands, Options, result_shape
 from .kernels import _bias_activation_backward_kernel, _bias_activation_forward_kernel
 
 _WIDE, _NARROW, _WARPS = (4, 512), (32, 64), 4
-_BACKWARD_ROWS = 2
+_BACKWARD_ROWS = {512: 2, 64: 4}  # by columns; with more some case spills 8 bytes
 _INTERPRETED = (64, 512)  # the interpreter's time goes by operations, whatever their size
 
 
@@ -51,8 +51,8 @@ def backward(
     *outer, width = result_shape(operands, options)
     num_rows, full_width = math.prod(outer), x.shape[-1]
     rows, cols = _tile(width, x.device)
-    if (rows, cols) == _WIDE:  # two values and two sums an element: fewer of them
-        rows = _BACKWARD_ROWS
+    if (rows, cols) != _INTERPRETED:  # two values and two sums an element: fewer of them
+        rows = _BACKWARD_ROWS[cols]
     tiles = triton.cdiv(width, cols)
     wanted = 4 * triton_runtime.multiprocessors(x.device)
     splits = max(1, min(triton.cdiv(num_rows, rows), triton.cdiv(wanted, max(tiles, 1))))
