@@ -1,6 +1,6 @@
 """The CPU gates: us against torch, class by class, in one process.
 
-    python benchmarks/cpu_gates.py [--only TEXT] [--without TEXT] [--threads 1 2] [--avx2] [--save]
+    python benchmarks/cpu_gates.py [--only TEXT] [--threads 1 2] [--avx2] [--save]
 
 Prints each class with the ratio (the fastest peer's time over ours), its gate and its goal, and the
 share of the machine's peak, and exits with 1 if a gate of either does not hold, or if a result or
@@ -106,7 +106,6 @@ def _save(results: list[dict[str, object]], threads: int, avx2: bool, whole: boo
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only classes whose name contains this")
-    parser.add_argument("--without", default=None, help="no classes whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", choices=(1, 2), default=[1],
                         help="a table each: 1 is CPU time, 2 wall time")  # fmt: skip
     parser.add_argument("--avx2", action="store_true", help="both sides without AVX-512")
@@ -116,8 +115,6 @@ def main() -> int:
         command = [sys.executable, *sys.argv]
         return subprocess.run(command, env={**os.environ, **AVX2}, check=False).returncode
     rows = [row for row in ROWS if arguments.only in row.name]
-    if arguments.without is not None:
-        rows = [row for row in rows if arguments.without not in row.name]
     if arguments.avx2:
         rows = [
             dataclasses.replace(r, gate=min(r.gate, 1.0), goal=min(r.goal, 1.0), share_gate=0.0)
@@ -125,7 +122,7 @@ def main() -> int:
         ]
     if not rows:
         names = "\n  ".join(row.name for row in ROWS)
-        parser.error(f"no such class; the classes are\n  {names}")
+        parser.error(f"no class contains {arguments.only!r}; the classes are\n  {names}")
     torch.manual_seed(0)
     for dtype, name in SHORT_NAMES.items():
         print(f"peak of {name}: {peak_flops(dtype) / 1e9:.0f} GF/s a thread")
@@ -138,7 +135,7 @@ def main() -> int:
             _print(results[-1])
         if arguments.save:
             taken = [r for r in results if r["threads"] == threads]
-            _save(taken, threads, arguments.avx2, whole=len(rows) == len(ROWS))
+            _save(taken, threads, arguments.avx2, whole=not arguments.only)
     failed = [r for r in results if r["threads"] == 1 and r["verdict"] not in ("ok", "goal")]
     print(f"{len(results) - len(failed)} classes hold, {len(failed)} do not")
     return 1 if failed else 0

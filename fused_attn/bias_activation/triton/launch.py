@@ -14,7 +14,7 @@ from ..problem import Operands, Options, result_shape
 from .kernels import _bias_activation_backward_kernel, _bias_activation_forward_kernel
 
 _WIDE, _NARROW, _WARPS = (4, 512), (32, 64), 4
-_BACKWARD_ROWS = {512: 2, 64: 4}  # by columns; with more some case spills 8 bytes
+_BACKWARD_ROWS = {_WIDE[1]: 2, _NARROW[1]: 4}  # by columns; with more some case spills 8 bytes
 _INTERPRETED = (64, 512)  # the interpreter's time goes by operations, whatever their size
 
 
