@@ -5,44 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_cases import TOY, bench, peer, quick  # noqa: F401
 
-from fused_attn.bench import ceilings, cli, memory, passes, peers, results, run, timing
-from fused_attn.bench.operations import importing
+from fused_attn.bench import cli, memory, peers, results, run, timing
 from fused_attn.bench.operations.attention import VARIANTS, Attention
-from fused_attn.bench.peers.peer import Peer
-from fused_attn.bench.problem import Call, leaves
 from fused_attn.bench.suites import SUITES, find
 from fused_attn.bench.timing import HostClock
 
-TOY = Attention(
-    dtype=torch.float32, batch=2, heads=2, heads_kv=2, seqlen_q=12, seqlen_k=12, head_dim=8
-)
 NAMES = [suite.name for suite in SUITES]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short samples, one thread, small ceilings: what is tested is not how fast this machine is."""
-    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 0.001)
-    monkeypatch.setitem(ceilings.COPY_ELEMENTS, "cpu", 2**16)
-    monkeypatch.setattr(importing, "CODE", "import json  # not {package}\nprint(0.25)")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def bench(*arguments: str) -> int:
-    options = ["--device", "cpu", "--rounds", "2", "--passes", "1", "--quick"]
-    return cli.main([*options, *arguments])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,21 +36,6 @@ def test_every_suite_runs_and_records(name: str, tmp_path: Path) -> None:
         assert (row["median_s"] != "") == (row["status"] == "ok")
     peer_sides = {row["side"] for row in rows if row["ours"] == "no" and results.counts(row)}
     assert peer_sides or name == "import"
-
-
-def peer(name: str, forward: Callable[[], object] | None = None, **facts: object) -> Peer:
-    """A peer of attention that calls torch, or `forward` on top of it."""
-
-    def prepare(problem: Attention, tensors: dict[str, torch.Tensor]) -> Call:
-        q, k, v = tensors["q"], tensors["k"], tensors["v"]
-
-        def honest() -> torch.Tensor:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            return out if forward is None else forward(out)
-
-        return Call(honest, leaves(problem, tensors))
-
-    return Peer(name, {"attention": prepare}, **facts)
 
 
 def explode(out: torch.Tensor) -> torch.Tensor:
@@ -302,64 +263,6 @@ def test_a_side_that_fails_by_one_clock_has_no_figure_by_another(
     [row] = [row for row in result.rows() if row["side"] == "it"]
     assert row["status"] == "failed: RuntimeError: out of luck"
     assert "median_s" not in row
-
-
-def test_later_passes_add_samples_and_find_what_fails_by_then() -> None:
-    broken: list[str] = []
-
-    def unless_broken(out: torch.Tensor) -> torch.Tensor:
-        if broken:
-            raise RuntimeError(*broken)
-        return out
-
-    wanted = run.Wanted(backends=("reference",), rounds=4, passes=2)
-    theirs = [peer("it"), peer("late", unless_broken)]
-    result = run.measure(find("forward"), TOY, theirs, wanted)
-    memory_before = dict(result.memory)
-    [times] = result.times.values()
-    assert {name: t.samples for name, t in times.items()} == {
-        "fused_attn:reference": 2, "it": 2, "late": 2,
-    }  # fmt: skip
-    broken.append("no more")
-    result.add(run.time_again(find("forward"), TOY, result.timed(), theirs, wanted))
-    [times] = result.times.values()
-    assert {name: t.samples for name, t in times.items()} == {"fused_attn:reference": 4, "it": 4}
-    assert times["it"].minimum == min(times["it"].values)
-    assert result.memory == memory_before
-    [status] = [side.status for side in result.sides if side.name == "late"]
-    assert status == "failed: RuntimeError: no more"
-
-
-def test_time_that_ends_in_a_later_pass_leaves_nothing_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    options = ["--shapes", "toy,full", "toy,causal", "--dtype", "fp32", "--peers", "none"]
-    clock = iter(range(100))
-    for module in (cli, passes):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    options += ["--backends", "reference", "--rounds", "6", "--passes", "3", "--budget", "4"]
-    assert bench("forward", *options, "--save", str(tmp_path)) == 0
-    text = capsys.readouterr().out
-    assert "pass 2 of 3, 2 cases" in text
-    assert "pass 3" not in text
-    assert "not measured" not in text
-    assert sorted(row["samples"] for row in results.read(tmp_path)) == ["2", "4"]
-
-
-def die(*arguments: object) -> None:
-    os._exit(3)
-
-
-def test_a_case_at_which_a_later_pass_dies_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_again", die)
-    wanted = run.Wanted(peers=(), backends=("reference",), passes=2, rounds=4)
-    cases = [(find("forward"), TOY), (find("forward"), TOY.replace(variant="causal"))]
-    end = time.monotonic() + 100
-    found = list(passes.first(cases, wanted, end))
-    assert list(passes.later(found, wanted, end)) == [0]
-    assert found[0].sides[0].status.startswith("failed: BrokenProcessPool")
-    assert not found[0].timed()
-    assert found[1].timed()
 
 
 class PretendedEvent:
