@@ -2,7 +2,6 @@
 
 #include "attention/cpu_kernels.h"
 #include "common/cpu_level.h"
-#include "common/every_level.h"
 
 namespace fused_attn::attention {
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/params.h"
+#include "common/every_level.h"
 
 #if defined(FUSED_ATTN_LEVEL)
 #include "attention/engine.h"
@@ -13,10 +14,7 @@
   void backward(const BackwardParams& p);  \
   void weights(const WeightsParams& p);    \
   }
-FUSED_ATTN_DECLARE_KERNELS(portable)
-FUSED_ATTN_DECLARE_KERNELS(avx2)
-FUSED_ATTN_DECLARE_KERNELS(avx512)
-FUSED_ATTN_DECLARE_KERNELS(avx512_bf16)
+FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_DECLARE_KERNELS)
 #undef FUSED_ATTN_DECLARE_KERNELS
 
 #if defined(FUSED_ATTN_LEVEL)

@@ -1,7 +1,6 @@
 #include "common/peak.h"
 
 #include "common/cpu_level.h"
-#include "common/every_level.h"
 #include "common/peak_kernel.h"
 
 namespace fused_attn {

@@ -2,14 +2,12 @@
 
 #include <cstdint>
 
+#include "common/every_level.h"
 #include "common/types.h"
 
 #define FUSED_ATTN_DECLARE_PEAK(level)                \
   namespace fused_attn::level {                       \
   double multiply_adds(DType dtype, int64_t repeats); \
   }
-FUSED_ATTN_DECLARE_PEAK(portable)
-FUSED_ATTN_DECLARE_PEAK(avx2)
-FUSED_ATTN_DECLARE_PEAK(avx512)
-FUSED_ATTN_DECLARE_PEAK(avx512_bf16)
+FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_DECLARE_PEAK)
 #undef FUSED_ATTN_DECLARE_PEAK
