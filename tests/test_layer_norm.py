@@ -8,7 +8,7 @@ import pytest
 import torch
 from norm_cases import DTYPES, RNG, Case, random_case, served_dtypes
 
-from fused_attn import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fused_attn import add_layer_norm, add_rms_norm, layer_norm, native, rms_norm
 
 # One column; below, at and above one vector of 16; four vectors and one lane; the width at which
 # sums go through a double.
@@ -150,6 +150,31 @@ def test_rows_do_not_touch_each_other(layer_norm_backend: str) -> None:
     others = [0, 1, 2, 3, 5, 7, 8]
     assert torch.equal(y[others], expected[others])
     assert bool(y[4].isnan().all())
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no compiled part")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cpu_rounds_sums_of_all_16_bit_numbers_as_torch_does(dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15).short().view(dtype).reshape(64, 1024)
+    smallest_normal = torch.finfo(dtype).tiny
+    for residual in (x.flip(1), x.roll(37, 0), x * 0.37):
+        _, h = add_layer_norm(x, residual, 1024, return_sum=True, backend="cpu")
+        expected = x + residual
+        if dtype == torch.bfloat16:  # AVX-512's own conversion takes what is smaller for zero
+            expected[(expected.abs() < smallest_normal) & (h == 0)] = 0
+        torch.testing.assert_close(h, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_nan_stays_one_whatever_its_bits(layer_norm_backend: str) -> None:
+    bits = [0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7FBFFFFF, 0x7FFF8000]
+    nan = torch.tensor([*bits, *(b - 2**31 for b in bits)], dtype=torch.int32).view(torch.float32)
+    assert bool(nan.isnan().all())
+    weight = torch.ones(100)
+    weight[7::10] = nan
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if dtype in served_dtypes(layer_norm_backend):
+            y = layer_norm(torch.randn(3, 100).to(dtype), 100, weight, backend=layer_norm_backend)
+            assert torch.equal(y.isnan(), weight.isnan().expand(3, 100))
 
 
 def test_dropout_is_the_reference_s(layer_norm_backend: str) -> None:

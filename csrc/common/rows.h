@@ -189,11 +189,8 @@ FUSED_ATTN_INLINE void stream(double* to, const Vec<double>& v) {
 }
 template <class T>
 FUSED_ATTN_INLINE void stream(T* to, VecF v) {
-#if FUSED_ATTN_LEVEL_ID >= 2
+#if FUSED_ATTN_LEVEL_ID >= 1
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(v, T{}));
-#elif FUSED_ATTN_LEVEL_ID == 1
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), narrow(v.lo, T{}));
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to) + 1, narrow(v.hi, T{}));
 #else
   store(to, v);
 #endif
@@ -247,20 +244,18 @@ FUSED_ATTN_INLINE Vec<Compute<T>> put_rounded(T* to, const Vec<Compute<T>>& v, A
     put(to, v, AllLanes{}, streamed);
     return v;
   } else {
-    // Through memory that is surely in the first cache, mostly optimised to registers.
-    alignas(64) T memory[kLanes];
-    store(memory, v);
 #if FUSED_ATTN_LEVEL_ID >= 1
-    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(memory));
+    const __m256i bits = narrow(v, T{});
     if (streamed) {
       _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
     } else {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
     }
+    return widen(bits, T{});
 #else
-    std::memcpy(to, memory, sizeof(memory));
+    store(to, v);
+    return load(to);
 #endif
-    return load(memory);
   }
 }
 template <class T>

@@ -165,17 +165,38 @@ FUSED_ATTN_INLINE __m256 widen(__m128i bits, Float16) {
   return _mm256_cvtph_ps(bits);
 }
 
-FUSED_ATTN_INLINE __m128i narrow(__m256 a, Float16) {
-  return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT);
+template <class S>
+FUSED_ATTN_INLINE VecF widen(__m256i bits, S) {
+  return {widen(_mm256_castsi256_si128(bits), S{}), widen(_mm256_extracti128_si256(bits, 1), S{})};
 }
-FUSED_ATTN_INLINE __m128i narrow(__m256 a, BFloat16) {
-  const __m256i bits = _mm256_castps_si256(a);
+
+FUSED_ATTN_INLINE __m256i narrow(VecF a, Float16) {
+  return _mm256_setr_m128i(_mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT),
+                           _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The upper half of each number, rounded to nearest even: wrong for some NaNs.
+FUSED_ATTN_INLINE __m256i upper_halves(__m256i bits) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+}
+FUSED_ATTN_INLINE __m256i upper_halves_of_any(__m256 a) {
+  const __m256i quiet =
+      _mm256_srli_epi32(_mm256_or_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x400000)), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  return _mm256_blendv_epi8(upper_halves(_mm256_castps_si256(a)), quiet, nan);
+}
+FUSED_ATTN_INLINE __m256i narrow(VecF a, BFloat16) {
+  __m256i lo = upper_halves(_mm256_castps_si256(a.lo));
+  __m256i hi = upper_halves(_mm256_castps_si256(a.hi));
+  // One comparison asks both halves. A branch, because NaNs are rare and the blends a third of it.
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, a.hi, _CMP_UNORD_Q)) != 0, 0)) {
+    lo = upper_halves_of_any(a.lo);
+    hi = upper_halves_of_any(a.hi);
+  }
+  // Packing goes by halves of a register: put the four quarters in order.
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
 }
 
 FUSED_ATTN_INLINE VecF load(const float* from) {
@@ -204,9 +225,7 @@ FUSED_ATTN_INLINE VecF load(const S* from, int n) {
 }
 template <class S>
 FUSED_ATTN_INLINE void store(S* to, VecF v) {
-  auto* p = reinterpret_cast<__m128i*>(to);
-  _mm_storeu_si128(p, narrow(v.lo, S{}));
-  _mm_storeu_si128(p + 1, narrow(v.hi, S{}));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(v, S{}));
 }
 template <class S>
 FUSED_ATTN_INLINE void store(S* to, VecF v, int n) {
