@@ -45,19 +45,23 @@ gates: $(INSTALLED)
 # The kernels' tests with AddressSanitizer and UBSan, on a copy of the package with its own `_C`.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# libstdc++ as well: Python does not link it, and the sanitizer looks for its `throw` at the start.
+SANITIZER_LIBRARIES = $(foreach library,libasan libstdc++,$(shell $${CXX:-c++} -print-file-name=$(library).so))
 sanitize: $(INSTALLED)
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSED_ATTN_VERSION=sanitized \
 	  -DFUSED_ATTN_CUDA=off -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
 	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
 	cmake --build $(SANITIZED)
-	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site
+	rm -rf $(SANITIZED)/site $(SANITIZED)/report* && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site
 	cp $(SANITIZED)/_C.*.so $(SANITIZED)/site/fused_attn
 	for level in $$(python -c 'from fused_attn import native; \
 	    print(*native.module().available_cpu_levels())'); do \
-	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 \
-	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
+	    ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/report \
+	    UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
 	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not level and not compile' \
-	    tests/test_attention*.py tests/test_bias_activation.py tests/test_embedding.py tests/test_layer_norm.py || exit 1; \
+	    tests/test_attention*.py tests/test_bias_activation.py tests/test_embedding.py tests/test_layer_norm.py \
+	    || { cat $(SANITIZED)/report*; exit 1; }; \
 	done
 
 venv: $(INSTALLED)

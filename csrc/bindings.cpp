@@ -13,6 +13,7 @@
 #include <string>
 
 #include "bias_activation/bindings.h"
+#include "common/call_key.h"
 #include "common/cpu_level.h"
 #include "common/peak.h"
 #include "common/tensor.h"
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
         "Multiply-adds in registers, in the arithmetic of a dtype ('float32', 'bfloat16', "
         "'float64'); returns the floating-point operations done. The ceiling of benchmarks.");
   fused_attn::bind_tensor(m);
+  fused_attn::bind_call_key(m);
   fused_attn::attention::bind_attention(m);
   fused_attn::layer_norm::bind(m);
   fused_attn::bias_activation::bind(m);

@@ -7,6 +7,7 @@ the registration and the policy.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from . import native
+from . import higher_order, native
 
 
 class Backend(Protocol):
@@ -116,42 +117,67 @@ def only_by_name(backend: Backend) -> bool:
     return getattr(backend, "only_by_name", lambda: False)()
 
 
+class Route(enum.Enum):
+    """How the backend that was chosen comes to its work."""
+
+    KERNEL = "called directly"
+    OPERATOR = "through an operator of torch's, for those who trace or watch"
+    FORMULA = "the reference's formula, which everyone can look into"
+
+
+KERNEL, OPERATOR, FORMULA = Route
+
+
+def route(operands: Iterable[Any], formula: bool) -> Route:
+    """How a call with these operands gets to its backend, under the present circumstances.
+
+    Args:
+        formula: the backend is the reference.
+    """
+    if formula or higher_order.needs_formula():
+        return FORMULA
+    return OPERATOR if is_traced() or not is_plain(operands) else KERNEL
+
+
 PlanT = TypeVar("PlanT")
 OperandsT = TypeVar("OperandsT", bound=tuple[Any, ...])
-ScalarsT = TypeVar("ScalarsT", bound=Hashable)
+ScalarsT = TypeVar("ScalarsT", bound=tuple[Any, ...])
 
 
 class PlanCache(Generic[PlanT]):
-    """Remembers what a call's signature comes to, so that a repeated call costs one look-up.
+    """Remembers what a call comes to, so that a repeated call costs one look-up.
 
-    What must be checked, and who can run it, depends on the classes, shapes, dtypes and devices of
-    the tensors and on scalars only. A plan that cannot be made (the call is wrong) is not kept.
+    What must be checked, who can run it and by which route depends on the classes, shapes, dtypes
+    and devices of the tensors, on whether gradients are wanted, and on scalars only, as long as
+    nobody transforms, traces or watches operators. Where somebody does, every call is looked at by
+    itself. A plan that cannot be made (the call is wrong) is not kept.
     """
 
     _MAX_PLANS = 4096
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, PlanT] = {}
+        self.latest: PlanT | None = None  # of the latest eager call
         _caches.append(self._plans)
 
     def get(
         self,
-        make_plan: Callable[[OperandsT, ScalarsT, bool], PlanT],
+        make_plan: Callable[[OperandsT, ScalarsT], PlanT],
         operands: OperandsT,
         scalars: ScalarsT,
-        needs_grad: bool,
     ) -> PlanT:
-        """`make_plan(operands, scalars, needs_grad)`, which is called the first time only."""
-        try:
-            key = (_signature()(operands), scalars, needs_grad)
-            plan = self._plans.get(key)
-        except (AttributeError, TypeError):  # no tensor, or not hashable: let the checks say so
-            return make_plan(operands, scalars, needs_grad)
+        """`make_plan(operands, scalars)`, which is called the first time only."""
+        if torch.compiler.is_compiling():
+            return make_plan(operands, scalars)
+        key = _call_key()(operands, scalars)
+        plan = None if key is None else self._plans.get(key)
         if plan is None:
-            plan = make_plan(operands, scalars, needs_grad)
-            if len(self._plans) >= self._MAX_PLANS:
-                self._plans.clear()
-            self._plans[key] = plan
+            plan = make_plan(operands, scalars)
+            if key is not None:
+                if len(self._plans) >= self._MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
+        self.latest = plan
         return plan
 
 
@@ -164,14 +190,29 @@ def forget_plans() -> None:
         plans.clear()
 
 
-def _signature_in_python(operands: tuple[Any, ...]) -> Hashable:
-    return tuple([None if x is None else (type(x), x.shape, x.dtype, x.device) for x in operands])
+def _call_key_in_python(operands: tuple[Any, ...], scalars: tuple[Any, ...]) -> Hashable | None:
+    if not is_plain(operands) or is_traced():
+        return None
+    if higher_order.needs_formula() or higher_order.forward_mode():
+        return None
+    if not all(higher_order.is_alive(x) for x in operands if x is not None):
+        return None
+    grad = torch.is_grad_enabled()
+    tensors = tuple(
+        None if x is None else (type(x), x.shape, x.dtype, x.device, grad and x.requires_grad)
+        for x in operands
+    )
+    try:
+        hash(scalars)
+    except TypeError:
+        return None
+    return tensors, scalars
 
 
 @functools.cache
-def _signature() -> Callable[[tuple[Any, ...]], Hashable]:
-    """What makes a key of a call's tensors."""
-    return native.module().signature if native.why_not() is None else _signature_in_python
+def _call_key() -> Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable | None]:
+    """What makes the key of a call, or None for one that must be looked at by itself."""
+    return native.module().call_key if native.why_not() is None else _call_key_in_python
 
 
 def is_plain(operands: Iterable[Any]) -> bool:

@@ -125,3 +125,8 @@ def needs_formula() -> bool:
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def is_alive(tensor: Tensor) -> bool:
+    """False for a wrapper that a torch.func transform, done by now, left behind."""
+    return torch._C._functorch.unwrap_if_dead(tensor) is tensor

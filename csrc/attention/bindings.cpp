@@ -52,16 +52,14 @@ void attention_backward(Arguments& args) {
 
 PyMethodDef kMethods[] = {
     {"attention_forward", method<attention_forward>(), METH_FASTCALL,
-     "attention_forward(q, k, v, bias, mask, key_padding_mask, key_lengths, alibi_slopes, "
-     "cu_seqlens_q, cu_seqlens_k, rng, out, lse, max_seqlen_q, max_seqlen_k, causal, window_left, "
-     "window_right, scale, softcap, dropout_p, threads)"},
+     "attention_forward(operands, out, lse, options, threads). Operands: (q, k, v, bias, mask, "
+     "key_padding_mask, key_lengths, alibi_slopes, cu_seqlens_q, cu_seqlens_k, rng). Options: "
+     "(max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p)"},
     {"attention_weights", method<attention_weights>(), METH_FASTCALL,
-     "attention_weights(<operands of attention_forward>, lse, weights, max_seqlen_q, max_seqlen_k, "
-     "causal, window_left, window_right, scale, softcap, dropout_p, average, threads)"},
+     "attention_weights(operands, lse, weights, options, average, threads)"},
     {"attention_backward", method<attention_backward>(), METH_FASTCALL,
-     "attention_backward(<operands of attention_forward>, out, lse, dout, dlse, dweights, dq, dk, "
-     "dv, dbias, max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, "
-     "dropout_p, threads)"},
+     "attention_backward(operands, out, lse, dout, dlse, dweights, dq, dk, dv, dbias, options, "
+     "threads)"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

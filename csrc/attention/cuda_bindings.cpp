@@ -61,10 +61,10 @@ void attention_backward_cuda(Arguments& args) {
 
 PyMethodDef kMethods[] = {
     {"attention_forward_cuda", method<attention_forward_cuda>(), METH_FASTCALL,
-     "attention_forward_cuda(<operands of attention_forward>, out, lse, max_seqlen_q, "
+     "attention_forward_cuda(operands, out, lse, max_seqlen_q, "
      "max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p, stream)"},
     {"attention_backward_cuda", method<attention_backward_cuda>(), METH_FASTCALL,
-     "attention_backward_cuda(<operands of attention_forward>, out, lse, dout, dlse, dq, dk, dv, "
+     "attention_backward_cuda(operands, out, lse, dout, dlse, dq, dk, dv, "
      "dbias, workspace, max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, "
      "softcap, dropout_p, add_up_dq, first_head, head_count, stream)"},
     {nullptr, nullptr, 0, nullptr}};

@@ -36,6 +36,9 @@ struct TensorView {
 // `object` is a torch.Tensor of any subclass, or None for an absent one.
 TensorView tensor_view(pybind11::handle object, const char* name);
 
+// Whether it is a tensor or parameter of torch's own, not of a subclass.
+bool is_plain_tensor(pybind11::handle object);
+
 // The first dimensions of the view are those of the tensor; the rest, and every dimension of size
 // 1, get stride 0. An absent tensor gives an absent view.
 View4 view4(const TensorView& tensor);

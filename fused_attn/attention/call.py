@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast, checks, dispatch, higher_order, philox
+from ..dispatch import FORMULA, KERNEL
 from . import BACKENDS, fused, reference
 from .problem import WEIGHTS, AttentionProblem, Operands, describe, make_options
 
@@ -33,13 +34,13 @@ class Scalars(NamedTuple):
 
 
 _plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
-_last_backend: str | None = None
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def last_backend() -> str | None:
     """Name of the backend that ran the latest eager attention call of this process, or None."""
-    return _last_backend
+    plan = _plans.latest
+    return None if plan is None else plan.settings.backend
 
 
 def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fused.Result:
@@ -48,28 +49,23 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     Args:
         out: the tensor to write the output to; a new one if None.
     """
-    global _last_backend
     if _autocast_enabled():
         operands = _autocast(operands)
     if scalars.dropout_p and operands.rng is None:
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.q.device))
-    needs_grad = higher_order.derivative_wanted(operands[:4])
-    if torch.compiler.is_compiling():
-        plan = _make_plan(operands, scalars, needs_grad)
+    plan = _plans.get(_make_plan, operands, scalars)
+    if plan.route is not FORMULA:
+        result, lse, weights = fused.attention(operands, plan, out)
     else:
-        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
-        _last_backend = plan.settings.backend
-    return _execute(plan, operands, out)
+        result, lse, weights = reference.forward(operands, plan.options, plan.settings.weights)
+    if out is not None and result is not out:
+        result = out.copy_(result)
+    return result, lse if scalars.need_lse else None, weights
 
 
-def problem_of(
-    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
-) -> AttentionProblem:
+def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
     """The checked description of a call.
-
-    Args:
-        needs_grad: a gradient is wanted; None asks the tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -95,8 +91,7 @@ def problem_of(
         softcap=scalars.softcap,
         dropout_p=scalars.dropout_p,
     )
-    if needs_grad is None:
-        needs_grad = higher_order.derivative_wanted(operands[:4])
+    needs_grad = higher_order.derivative_wanted(operands[:4])
     return describe(operands, options, WEIGHTS[scalars.weights], needs_grad)
 
 
@@ -106,23 +101,15 @@ def _max_seqlen(name: str, value: Any) -> Any:
     return value
 
 
-def _execute(plan: fused.Plan, operands: Operands, out: Tensor | None) -> fused.Result:
-    if plan.backend is not reference and not higher_order.needs_formula():
-        result, lse, weights = fused.attention(operands, plan, out)
-    else:
-        result, lse, weights = reference.forward(operands, plan.options, plan.settings.weights)
-    if out is not None and result is not out:
-        result = out.copy_(result)
-    return result, lse if plan.settings.need_lse else None, weights
-
-
-def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> fused.Plan:
-    problem = problem_of(operands, scalars, needs_grad)
+def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
+    problem = problem_of(operands, scalars)
+    needs_grad = problem.requires_grad
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
-    plain = dispatch.is_plain(operands)
-    lse_like = fused.bare_lse(operands, settings) if plain and needs_grad else None
-    return fused.Plan(problem.options, settings, backend, needs_grad, plain, lse_like)
+    route = dispatch.route(operands, backend is reference)
+    bare = needs_grad and route is KERNEL
+    lse_like = fused.bare_lse(operands, settings) if bare else None
+    return fused.Plan(problem.options, settings, backend, needs_grad, route, lse_like)
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -36,7 +36,7 @@ def _dense_vectors(o: Operands) -> Operands:
 
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     threads = torch.get_num_threads()
-    native.module().attention_forward(*_dense_vectors(operands), out, lse, *options, threads)
+    native.module().attention_forward(_dense_vectors(operands), out, lse, options, threads)
     if operands.cu_seqlens_q is not None:
         _clear_past_the_end(operands.cu_seqlens_q, (out, 0.0), (lse, -torch.inf))
 
@@ -46,7 +46,7 @@ def weights(
 ) -> None:
     threads = torch.get_num_threads()
     native.module().attention_weights(
-        *_dense_vectors(operands), lse, weights, *options, average, threads
+        _dense_vectors(operands), lse, weights, options, average, threads
     )
 
 
@@ -64,10 +64,10 @@ def backward(
     dbias: Tensor | None,
 ) -> None:
     native.module().attention_backward(
-        *_dense_vectors(operands),
+        _dense_vectors(operands),
         *(out, lse, dout, dlse, dweights),
         *(dq, dk, dv, dbias),
-        *options,
+        options,
         torch.get_num_threads(),
     )
     if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:

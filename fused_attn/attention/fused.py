@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, higher_order
+from ..dispatch import OPERATOR, Route
 from . import reference
 from .problem import AVERAGE, NO_WEIGHTS, Operands, Options
 
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     settings: Settings
     backend: ModuleType
     needs_grad: bool
-    plain: bool  # no operand is a tensor subclass
+    route: Route
     lse_like: Tensor | None  # if `_BareAttention` can run the call
 
 
@@ -74,7 +75,7 @@ def attention(operands: Operands, plan: Plan, out: Tensor | None = None) -> Resu
     Args:
         out: the tensor to write to, if no gradient is wanted; a new one if None.
     """
-    traced = not plan.plain or dispatch.is_traced()
+    traced = plan.route is OPERATOR
     if not plan.needs_grad:
         if traced:
             return _call_forward(operands, plan.options, plan.settings)
@@ -82,8 +83,8 @@ def attention(operands: Operands, plan: Plan, out: Tensor | None = None) -> Resu
     if traced:
         return _Attention.apply(*operands[:4], operands[4:], plan, True)
     q, k, v, bias = operands[:4]
-    if plan.lse_like is not None and not higher_order.forward_mode():
-        return _apply_bare(_alive(q), _alive(k), _alive(v), plan), None, None
+    if plan.lse_like is not None:
+        return _apply_bare(q, k, v, plan), None, None
     return _Attention.apply(q, k, v, bias, operands[4:], plan, False)
 
 
@@ -199,6 +200,8 @@ def bare_lse(operands: Operands, settings: Settings) -> Tensor | None:
     q, v = operands.q, operands.v
     usual = settings[:3] == (NO_WEIGHTS, False, False) and q.shape[3] == v.shape[3]
     if not usual or any(operand is not None for operand in operands[3:]):
+        return None
+    if higher_order.forward_mode() or not all(map(higher_order.is_alive, operands[:3])):
         return None
     # One number, repeated: it costs no memory, and `empty_like` is faster than `empty`.
     return torch.empty((), dtype=_statistics_dtype(q), device=q.device).expand(q.shape[:3])
@@ -332,10 +335,9 @@ class _BareAttention(torch.autograd.Function):
 
 
 # `_BareAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
-# of torch.func, under which no kernel runs, and unwraps tensors that those left behind, as `_alive`
-# does.
+# of torch.func, under which no kernel runs, and unwraps tensors that those left behind, which do
+# not come here (`bare_lse`).
 _apply_bare = super(torch.autograd.Function, _BareAttention).apply
-_alive = torch._C._functorch.unwrap_if_dead
 
 
 def _gradients(

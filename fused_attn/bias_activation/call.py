@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch, higher_order, philox
+from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
 from .problem import (
     BiasActivationProblem,
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
     options: Options
     backend: ModuleType
     needs_grad: bool
-    plain: bool  # no tensor subclasses
+    route: Route
 
 
 class Scalars(NamedTuple):
@@ -52,29 +53,20 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tens
         checks.expect_tensor("x", operands.x)
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.x.device))
-    needs_grad = higher_order.derivative_wanted(operands[:2])
-    if torch.compiler.is_compiling():
-        plan = _make_plan(operands, scalars, needs_grad)
-    else:
-        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
+    plan = _plans.get(_make_plan, operands, scalars)
     if out is not None:
         _check_out(out, operands, plan)
-    if plan.backend is not reference and not higher_order.needs_formula():
+    if plan.route is not FORMULA:
         y = fused.bias_activation(
-            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.plain, out
+            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route, out
         )
     else:
         y = reference.forward(operands, plan.options)
     return y if out is None or y is out else out.copy_(y)
 
 
-def problem_of(
-    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
-) -> BiasActivationProblem:
+def problem_of(operands: Operands, scalars: Scalars) -> BiasActivationProblem:
     """The checked description of a call.
-
-    Args:
-        needs_grad: a gradient is wanted; None asks the tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -82,8 +74,7 @@ def problem_of(
     options = make_options(
         activation=scalars.activation, gated=scalars.gated, dropout_p=scalars.dropout_p
     )
-    if needs_grad is None:
-        needs_grad = higher_order.derivative_wanted(operands[:2])
+    needs_grad = higher_order.derivative_wanted(operands[:2])
     return describe(operands, options, needs_grad)
 
 
@@ -94,10 +85,11 @@ def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation:
     return dispatch.select(BACKENDS, problem) is not reference
 
 
-def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
-    problem = problem_of(operands, scalars, needs_grad)
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    return Plan(problem.options, backend, needs_grad, dispatch.is_plain(operands))
+    route = dispatch.route(operands, backend is reference)
+    return Plan(problem.options, backend, problem.requires_grad, route)
 
 
 def _check_out(out: Tensor, operands: Operands, plan: Plan) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import checks, dispatch, higher_order, philox
+from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
 from .problem import EmbeddingProblem, Operands, Options, check_weight, describe, make_options
 
@@ -23,7 +23,7 @@ class Plan(NamedTuple):
     options: Options
     backend: ModuleType
     needs_grad: bool
-    plain: bool  # no tensor subclasses
+    route: Route
 
 
 class Scalars(NamedTuple):
@@ -45,25 +45,16 @@ def run(operands: Operands, scalars: Scalars) -> Tensor:
         checks.expect_tensor("weight", operands.weight)
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.weight.device))
-    needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
-    if torch.compiler.is_compiling():
-        plan = _make_plan(operands, scalars, needs_grad)
-    else:
-        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
-    if plan.backend is not reference and not higher_order.needs_formula():
+    plan = _plans.get(_make_plan, operands, scalars)
+    if plan.route is not FORMULA:
         return fused.embedding(
-            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.plain
+            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route
         )
     return reference.forward(operands, plan.options)
 
 
-def problem_of(
-    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
-) -> EmbeddingProblem:
+def problem_of(operands: Operands, scalars: Scalars) -> EmbeddingProblem:
     """The checked description of a call.
-
-    Args:
-        needs_grad: a gradient is wanted; None asks the tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -76,12 +67,12 @@ def problem_of(
         dropout_p=scalars.dropout_p,
         num_tokens=operands.weight.shape[0],
     )
-    if needs_grad is None:
-        needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
+    needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
     return describe(operands, options, needs_grad)
 
 
-def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
-    problem = problem_of(operands, scalars, needs_grad)
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    return Plan(problem.options, backend, needs_grad, dispatch.is_plain(operands))
+    route = dispatch.route(operands, backend is reference)
+    return Plan(problem.options, backend, problem.requires_grad, route)

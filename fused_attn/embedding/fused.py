@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, higher_order
+from ..dispatch import OPERATOR, Route
 from . import reference
 from .problem import Operands, Options, result_dtype, result_shape
 
@@ -38,15 +39,15 @@ def embedding(
     options: Options,
     backend: str,
     needs_grad: bool,
-    plain: bool,
+    route: Route,
 ) -> Tensor:
     """y, with gradients where they are wanted.
 
     Args:
         needs_grad: a gradient is wanted.
-        plain: no operand is a tensor subclass.
+        route: KERNEL or OPERATOR.
     """
-    traced = not plain or dispatch.is_traced()
+    traced = route is OPERATOR
     if needs_grad:
         return _Embedding.apply(*operands, options, backend, traced)
     if not traced:

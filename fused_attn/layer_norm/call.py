@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch, higher_order, philox
+from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
 from .problem import (
     LayerNormProblem,
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
     settings: fused.Settings
     backend: ModuleType
     needs_grad: bool
-    plain: bool  # no tensor subclasses
+    route: Route
 
 
 class Scalars(NamedTuple):
@@ -67,17 +68,13 @@ def run(
         checks.expect_tensor("x", operands.x)
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.x.device))
-    needs_grad = _needs_grad(operands)
-    if torch.compiler.is_compiling():
-        plan = _make_plan(operands, scalars, needs_grad)
-    else:
-        plan = _plans.get(_make_plan, operands, scalars, needs_grad)
+    plan = _plans.get(_make_plan, operands, scalars)
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:
-            _check_out(name, tensor, operands, needs_grad)
-    if plan.backend is not reference and not higher_order.needs_formula():
+            _check_out(name, tensor, operands, plan.needs_grad)
+    if plan.route is not FORMULA:
         y, h = fused.layer_norm(
-            operands, plan.options, plan.settings, plan.needs_grad, plan.plain, out, sum_out
+            operands, plan.options, plan.settings, plan.needs_grad, plan.route, out, sum_out
         )
     else:
         y, h = reference.forward(operands, plan.options)
@@ -88,13 +85,8 @@ def run(
     return y, h
 
 
-def problem_of(
-    operands: Operands, scalars: Scalars, needs_grad: bool | None = None
-) -> LayerNormProblem:
+def problem_of(operands: Operands, scalars: Scalars) -> LayerNormProblem:
     """The checked description of a call.
-
-    Args:
-        needs_grad: a gradient is wanted; None asks the tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -110,20 +102,16 @@ def problem_of(
         rms=scalars.rms,
         dropout_p=scalars.dropout_p,
     )
-    if needs_grad is None:
-        needs_grad = _needs_grad(operands)
+    needs_grad = higher_order.derivative_wanted(operands[:4])
     return describe(operands, options, row, needs_grad)
 
 
-def _make_plan(operands: Operands, scalars: Scalars, needs_grad: bool) -> Plan:
-    problem = problem_of(operands, scalars, needs_grad)
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    route = dispatch.route(operands, backend is reference)
     settings = fused.Settings(scalars.need_sum, False, backend.NAME)
-    return Plan(problem.options, settings, backend, needs_grad, dispatch.is_plain(operands))
-
-
-def _needs_grad(operands: Operands) -> bool:
-    return higher_order.derivative_wanted(operands[:4])
+    return Plan(problem.options, settings, backend, problem.requires_grad, route)
 
 
 def _check_out(name: str, out: Tensor, operands: Operands, needs_grad: bool) -> None:

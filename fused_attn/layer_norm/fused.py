@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, higher_order
+from ..dispatch import OPERATOR, Route
 from . import reference
 from .problem import Operands, Options, compute_dtype, sum_dtype
 
@@ -55,7 +56,7 @@ def layer_norm(
     options: Options,
     settings: Settings,
     needs_grad: bool,
-    plain: bool,
+    route: Route,
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> Result:
@@ -63,11 +64,11 @@ def layer_norm(
 
     Args:
         needs_grad: a gradient is wanted.
-        plain: no operand is a tensor subclass.
+        route: KERNEL or OPERATOR.
         out, sum_out: the tensors to write y and the sum to, if no gradient is wanted; new ones if
             None.
     """
-    traced = not plain or dispatch.is_traced()
+    traced = route is OPERATOR
     if needs_grad:
         # To read the sum is faster than to add up x and residual again, and x can be freed.
         kept = settings.need_sum or operands.residual is not None
