@@ -18,6 +18,16 @@ Scratch& scratch() {
   return buffers;
 }
 
+// A head of a sequence.
+struct HeadOf {
+  Sequence sequence;
+  int64_t head;
+};
+
+// Keys and values of a head that are asked for before it starts: beyond this they would push those
+// of the head at work out of the second cache.
+constexpr int64_t kAheadBytes = int64_t{512} << 10;
+
 template <class E>
 class ForwardHead {
   using Real = typename E::Real;
@@ -32,6 +42,17 @@ class ForwardHead {
     acc_ = s.acc.get<Real>(p.head_dim_v * kBlockQ);
   }
 
+  // Queries [begin, end). `next` is the head that probably follows, or null.
+  void run(int64_t begin, int64_t end, const HeadOf* next) {
+    if (next != nullptr) ask_for_keys(*next, ceil_div(end - begin, kBlockQ));
+    for (int64_t i = begin; i < end; i += kBlockQ) {
+      const int rows = static_cast<int>(smaller<int64_t>(end - i, kBlockQ));
+      if (next != nullptr) ask_for_queries(i, rows, end, *next);
+      block(i, rows);
+    }
+  }
+
+ private:
   // Queries [i, i + rows).
   void block(int64_t i, int rows) {
     tile_.select_queries(i, rows);
@@ -46,7 +67,37 @@ class ForwardHead {
     write();
   }
 
- private:
+  void ask_for_keys(const HeadOf& next, int64_t blocks) {
+    const auto rows = [&](const View4& view, int64_t columns) {
+      const HeadView x = key_view(p_, view, next.sequence, next.head, columns);
+      return byte_rows<Real>(x, 0, next.sequence.seqlen_k);
+    };
+    const ByteRows k = rows(p_.k, p_.head_dim), v = rows(p_.v, p_.head_dim_v);
+    const bool fits = (k.lines() + v.lines()) * ByteRows::kLine <= kAheadBytes;
+    tile_.ahead.start_head(fits ? k : ByteRows{}, fits ? v : ByteRows{}, blocks);
+  }
+
+  // The queries of the block that follows, and where the output of this one goes.
+  void ask_for_queries(int64_t i, int rows, int64_t end, const HeadOf& next) {
+    const int64_t begin = i + rows;
+    const HeadView out = query_view(p_, p_.out, tile_.sequence, tile_.head, p_.head_dim_v);
+    const HeadView q = query_view(p_, p_.q, tile_.sequence, tile_.head, p_.head_dim);
+    const HeadView next_q = query_view(p_, p_.q, next.sequence, next.head, p_.head_dim);
+    const KeyRange keys = tile_.visibility.keys(i, begin);
+    // How many tiles the products come in.
+    using Size = TileSize<Real>;
+    const int groups = smaller<int>(ceil_div(rows, kLanes), Size::kMaxGroups);
+    const int64_t passes = ceil_div(ceil_div(rows, kLanes), groups);
+    const int64_t columns = keys.end - keys.begin;
+    const int64_t calls =
+        (columns + ceil_div(columns, kBlockK) * p_.head_dim_v) / Size::rows(groups) * passes;
+    tile_.ahead.start_block(
+        byte_rows<Real>(out, i, begin),
+        begin < end ? byte_rows<Real>(q, begin, smaller(begin + kBlockQ, end))
+                    : byte_rows<Real>(next_q, 0, smaller<int64_t>(kBlockQ, next.sequence.seqlen_q)),
+        calls);
+  }
+
   // The probabilities take the place of the scores, in units of the product with V.
   Unit* probabilities() { return reinterpret_cast<Unit*>(tile_.scores); }
 
@@ -79,11 +130,12 @@ class ForwardHead {
                                segment.group_begin,
                                segment.group_end};
       if (!whole) {
-        multiply<E, Form::kColumns>(product, Accumulate{});
+        multiply<E, Form::kColumns>(product, then_ask<E>(Accumulate{}, tile_.ahead));
       } else if (fresh_) {
-        multiply<E, Form::kColumns>(product, Overwrite{});
+        multiply<E, Form::kColumns>(product, then_ask<E>(Overwrite{}, tile_.ahead));
       } else {
-        multiply<E, Form::kColumns>(product, ScaleAndAccumulate<Real>{state_.correction});
+        multiply<E, Form::kColumns>(
+            product, then_ask<E>(ScaleAndAccumulate<Real>{state_.correction}, tile_.ahead));
       }
     }
   }
@@ -116,15 +168,6 @@ class ForwardHead {
   bool fresh_ = true;  // nothing accumulated yet
   RunningSoftmax<Real> state_;
 };
-
-// Queries [begin, end) of one head.
-template <class E>
-void run_head(const Params& p, const Sequence& sequence, int64_t head, int64_t begin, int64_t end) {
-  ForwardHead<E> work(p, sequence, head);
-  for (int64_t i = begin; i < end; i += kBlockQ) {
-    work.block(i, static_cast<int>(smaller<int64_t>(end - i, kBlockQ)));
-  }
-}
 
 // Sequences of few queries: a task is a pass over the keys, or a part of the keys of one.
 template <class F>
@@ -224,13 +267,20 @@ void forward(const Params& p) {
     const int64_t parts =
         threads == 1 ? 1 : larger<int64_t>(1, smaller(blocks, 8 * threads / heads));
     parallel_for(threads, heads * parts, [&](int64_t task) {
-      const int64_t head = task / parts;
+      const auto head_of = [&](int64_t n) {
+        return HeadOf{Sequence(p, n / p.num_heads), n % p.num_heads};
+      };
+      const HeadOf head = head_of(task / parts);
       const int64_t part = parts - 1 - task % parts;  // the longest first
-      const Sequence sequence(p, head / p.num_heads);
-      if (sequence.seqlen_q <= kFewRows) return;
-      const int64_t end = smaller(sequence.seqlen_q, (part + 1) * blocks / parts * kBlockQ);
+      if (head.sequence.seqlen_q <= kFewRows) return;
+      const int64_t end = smaller(head.sequence.seqlen_q, (part + 1) * blocks / parts * kBlockQ);
       const int64_t begin = part * blocks / parts * kBlockQ;
-      if (begin < end) run_head<E>(p, sequence, head % p.num_heads, begin, end);
+      if (begin >= end) return;
+      // Threads take turns, more or less.
+      const int64_t following = (task + threads) / parts;
+      const HeadOf next = head_of(smaller(following, heads - 1));
+      ForwardHead<E>(p, head.sequence, head.head)
+          .run(begin, end, following < heads ? &next : nullptr);
     });
   });
 }

@@ -61,8 +61,8 @@ class FewQueries {
               (p.head_dim + p.head_dim_v) * p.batch * p.num_heads_kv * p.seqlen_k *
                       int64_t{sizeof(T)} >
                   kNearBytes),
-        lines_k_(ceil_div(p.head_dim * sizeof(T), RowsAhead::kLine)),
-        lines_v_(ceil_div(p.head_dim_v * sizeof(T), RowsAhead::kLine)) {
+        lines_k_(ceil_div(p.head_dim * sizeof(T), ByteRows::kLine)),
+        lines_v_(ceil_div(p.head_dim_v * sizeof(T), ByteRows::kLine)) {
     // A mask needs no look at the keys: those that nobody sees are left out below.
     if (p.bias.data != nullptr) {
       keep_ = keys_to_keep<Real>(p, task.sequence, task.first_head, visibility_, buffers.keep);
@@ -93,7 +93,7 @@ class FewQueries {
       if (map_.seen == Seen::kNone) continue;
       list_keys(j);
       if (count_ == 0) continue;
-      if (cold_) ahead_.start(v_.first(), v_.stride(), p_.head_dim_v, map_.keys);
+      if (cold_) ahead_.start(byte_rows(v_.first(), v_.stride(), p_.head_dim_v, map_.keys));
       if (rows_ < kPackedRows) {
         multiply_queries();
       } else {
@@ -105,8 +105,8 @@ class FewQueries {
         for (int h = 0; h < task_.num_heads; ++h) softmax_of_head(h, j);
       }
       if (cold_) {
-        ahead_.start(k_.first() + kBlockK * k_.stride(), k_.stride(), p_.head_dim,
-                     smaller<int64_t>(end - j - kBlockK, kBlockK));
+        ahead_.start(byte_rows(k_.first() + kBlockK * k_.stride(), k_.stride(), p_.head_dim,
+                               smaller<int64_t>(end - j - kBlockK, kBlockK)));
       }
       accumulate_output();
     }
@@ -439,7 +439,7 @@ class FewQueries {
   const bool cold_;        // K and V are surely not in a cache near the core
   const int64_t lines_k_;  // cache lines of a row of K
   const int64_t lines_v_;
-  RowsAhead ahead_;
+  RowsAhead<1> ahead_;
   const uint8_t* keep_ = nullptr;
   Real* q_;                  // [row][column]
   Real* columns_ = nullptr;  // [column][key]

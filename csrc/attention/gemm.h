@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/engine.h"
+#include "attention/rows_ahead.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -93,6 +94,31 @@ struct OverwriteAndMax {
     }
   }
 };
+
+// The epilogue, and then what is needed later is asked for.
+template <class Epilogue>
+struct ThenAsk {
+  Epilogue epilogue;
+  HeadAhead& ahead;
+
+  template <class Real, int R, int G>
+  FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int lane,
+                                    Vec<Real> (&acc)[R][G]) const {
+    epilogue(c, stride, lane, acc);
+    ahead.ask();
+  }
+};
+
+// Only where it pays: products of pairs take half as long, for half as many lines, and lose as much
+// by asking as they gain.
+template <class E, class Epilogue>
+FUSED_ATTN_INLINE auto then_ask(const Epilogue& epilogue, HeadAhead& ahead) {
+  if constexpr (E::kPair == 1) {
+    return ThenAsk<Epilogue>{epilogue, ahead};
+  } else {
+    return epilogue;
+  }
+}
 
 template <class Unit>
 FUSED_ATTN_INLINE Vec<Unit> broadcast(const Unit* from) {

@@ -79,9 +79,9 @@ class HeadScores {
   // The tile's scores as apply_formula leaves them; raises `largest` to the largest of each query.
   void compute(Real* largest) {
     if (formula.plain && map.seen == Seen::kAll) {
-      multiply_queries(OverwriteAndMax<Real>{largest});
+      multiply_queries(then_ask<E>(OverwriteAndMax<Real>{largest}, ahead));
     } else {
-      multiply_queries(Overwrite{});
+      multiply_queries(then_ask<E>(Overwrite{}, ahead));
       apply_formula<Real>(tile(), formula, scores, bias_, slope, largest);
     }
   }
@@ -113,6 +113,8 @@ class HeadScores {
   Unit* q;                // [unit][query]
   Real* scores;           // [key][query]
   Real* slope = nullptr;  // where to keep the derivative of the softcap, [key][query]
+
+  HeadAhead ahead;  // asked while scores are computed
 
   int64_t i = 0;
   int rows = 0;

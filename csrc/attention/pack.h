@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "attention/rows_ahead.h"
 #include "attention/visibility.h"
 #include "common/parallel.h"
 
@@ -42,6 +43,18 @@ FUSED_ATTN_INLINE HeadView key_view(const Params& p, const View4& view, const Se
                                     int64_t head, int64_t columns) {
   return {view, p.cu_seqlens_k == nullptr ? s.batch : 0, head / (p.num_heads / p.num_heads_kv),
           s.first_k, columns};
+}
+
+// The rows [begin, end) of x, to ask for; none if its columns are scattered.
+template <class Real>
+inline ByteRows byte_rows(const HeadView& x, int64_t begin, int64_t end) {
+  ByteRows rows;
+  if (begin >= end || (x.stride_column() != 1 && x.columns != 1)) return rows;
+  with_dtype<Real>(x.view.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    rows = byte_rows(x.row<const T>(begin), x.stride_row(), x.columns, end - begin);
+  });
+  return rows;
 }
 
 template <class E>

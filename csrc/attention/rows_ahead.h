@@ -10,25 +10,42 @@
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
-class RowsAhead {
- public:
+// Rows of `bytes`, `stride` bytes apart.
+struct ByteRows {
   static constexpr int64_t kLine = 64;  // bytes
 
-  // Rows of `columns` elements, `stride` elements apart.
-  template <class T>
-  void start(const T* first, int64_t stride, int64_t columns, int64_t rows) {
-    row_ = reinterpret_cast<const char*>(first);
-    stride_ = stride * static_cast<int64_t>(sizeof(T));
-    bytes_ = columns * static_cast<int64_t>(sizeof(T));
+  const char* first = nullptr;
+  int64_t stride = 0;
+  int64_t bytes = 0;
+  int64_t count = 0;
+
+  int64_t lines() const { return count * ((bytes + kLine - 1) / kLine); }
+};
+
+template <class T>
+FUSED_ATTN_INLINE ByteRows byte_rows(const T* first, int64_t stride, int64_t columns,
+                                     int64_t count) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+  return {reinterpret_cast<const char*>(first), stride * kSize, columns * kSize, count};
+}
+
+// Brings rows to cache kCache.
+template <int kCache>
+class RowsAhead {
+ public:
+  void start(const ByteRows& rows) {
+    row_ = rows.first;
+    stride_ = rows.stride;
+    bytes_ = rows.bytes;
     column_ = 0;
-    rows_ = rows;
+    rows_ = rows.count;
   }
 
   // The next `lines` lines, if there are any.
   FUSED_ATTN_INLINE void fetch(int64_t lines) {
     for (; lines > 0 && rows_ > 0; --lines) {
-      prefetch(row_ + column_);
-      column_ += kLine;
+      prefetch<kCache>(row_ + column_);
+      column_ += ByteRows::kLine;
       if (column_ >= bytes_) {
         column_ = 0;
         row_ += stride_;
@@ -37,12 +54,50 @@ class RowsAhead {
     }
   }
 
+  bool done() const { return rows_ <= 0; }
+  int64_t lines_left() const { return ByteRows{row_, stride_, bytes_, rows_}.lines(); }
+
  private:
   const char* row_ = nullptr;
   int64_t stride_ = 0;
   int64_t bytes_ = 0;   // of a row
   int64_t column_ = 0;  // byte of the row that comes next
   int64_t rows_ = 0;    // left
+};
+
+// What a head asks for while it computes: first what its next block of queries needs, then a part
+// of what the next head needs.
+class HeadAhead {
+ public:
+  void start_head(const ByteRows& k, const ByteRows& v, int64_t blocks) {
+    k_.start(k);
+    v_.start(v);
+    blocks_ = blocks;
+  }
+  // A block during which ask() will be called `calls` times.
+  void start_block(const ByteRows& out, const ByteRows& q, int64_t calls) {
+    out_.start(out);
+    q_.start(q);
+    int64_t lines = out.lines() + q.lines();
+    if (blocks_ > 0) lines += (k_.lines_left() + v_.lines_left()) / blocks_--;
+    lines_ = calls == 0 ? 0 : (lines + calls - 1) / calls;
+  }
+  FUSED_ATTN_INLINE void ask() {
+    if (lines_ != 0) fetch();
+  }
+
+ private:
+  __attribute__((noinline)) void fetch() {
+    if (!out_.done()) return out_.fetch(lines_);
+    if (!q_.done()) return q_.fetch(lines_);
+    if (!k_.done()) return k_.fetch(lines_);
+    v_.fetch(lines_);
+    if (v_.done()) lines_ = 0;
+  }
+
+  RowsAhead<2> out_, q_, k_, v_;
+  int64_t lines_ = 0;   // at a time; 0 when there are no more
+  int64_t blocks_ = 0;  // left
 };
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

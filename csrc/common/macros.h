@@ -17,10 +17,12 @@
 
 namespace fused_attn {
 
-// Asks for the cache line at an address, which may lie outside of what was allocated.
+// Asks for the cache line at an address, which may lie outside of what was allocated. kCache: the
+// cache to bring it to, 1 for the first.
+template <int kCache = 1>
 FUSED_ATTN_INLINE void prefetch(const void* address) {
 #if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 3);
+  __builtin_prefetch(address, 0, 4 - kCache);
 #else
   (void)address;
 #endif
