@@ -91,6 +91,21 @@ class BackwardHead {
     for (int64_t b = 0; b < blocks; ++b) prepare_rows_of(b);
   }
 
+  // The head that probably follows.
+  void expect(const HeadOf& next, int64_t chunks) {
+    const int64_t group = p_.num_heads / p_.num_heads_kv;
+    const bool new_keys =
+        next.head / group != tile_.head / group || next.sequence.batch != tile_.sequence.batch;
+    const auto keys = [&](const View4& view, int64_t columns) {
+      return new_keys ? tile_.keys_of(next, view, columns) : ByteRows{};
+    };
+    tile_.ask_for_head(next,
+                       {tile_.queries_of(next, p_.dout, p_.head_dim_v),
+                        tile_.queries_of(next, p_.out, p_.head_dim_v), keys(p_.k, p_.head_dim),
+                        keys(p_.v, p_.head_dim_v)},
+                       chunks * ceil_div(tile_.sequence.seqlen_q, kBlockQ));
+  }
+
   // All blocks of queries against the keys of one chunk.
   void chunk(KeyRange keys, bool first, bool last, const KeyGradients<Real>& sums) {
     sums_ = &sums;
@@ -157,6 +172,9 @@ class BackwardHead {
 
   void block(int64_t b, KeyRange range, Real* dq) {
     const RowStatistics<Real>& row = rows_[b];
+    tile_.ask_for_block(write_dq_ ? p_.dq : View4{}, p_.head_dim, b * kBlockQ,
+                        tile_.sequence.seqlen_q,
+                        2 * product_tiles<Real>(rows_of(b), range.end - range.begin));
     tile_.select_queries(b * kBlockQ, rows_of(b));
     load_dout(row);
     tile_.for_each_tile(range, kTileKeys, [&] {
@@ -200,7 +218,7 @@ class BackwardHead {
       multiply<E, Form::kRows>({v_.row(tile_.j + segment.begin), v_.stride, dout_, kBlockQ,
                                 dp_ + segment.begin * kBlockQ, kBlockQ, segment.end - segment.begin,
                                 units_v_, segment.group_begin, segment.group_end},
-                               Overwrite{});
+                               then_ask(Overwrite{}, tile_.ahead));
     }
   }
 
@@ -299,7 +317,8 @@ class BackwardGroup {
 
   // Part `part` of `parts` of the keys. With more than one, `dq` receives the part's sums of dq,
   // [head][block][column][query], each head `dq_stride` numbers.
-  void run(int64_t part, int64_t parts, Real* dq, int64_t dq_stride) {
+  // `next` is the head that probably follows, or null.
+  void run(int64_t part, int64_t parts, Real* dq, int64_t dq_stride, const HeadOf* next) {
     const int64_t tiles = ceil_div(keys_.end - keys_.begin, kTileKeys);
     const KeyRange range{keys_.begin + tiles * part / parts * kTileKeys,
                          smaller(keys_.end, keys_.begin + tiles * (part + 1) / parts * kTileKeys)};
@@ -309,6 +328,11 @@ class BackwardGroup {
     for (int64_t h = 0; h < heads_; ++h) {
       BackwardHead<E> head(p_, sequence_, first_head_ + h, range,
                            dq == nullptr ? nullptr : dq + h * dq_stride);
+      const HeadOf same_keys{sequence_, first_head_ + h + 1};
+      const HeadOf* following = h + 1 < heads_ ? &same_keys : next;
+      if (following != nullptr) {
+        head.expect(*following, ceil_div(range.end - range.begin, kChunk));
+      }
       KeyRange chunk{range.begin, range.begin};
       do {  // once even without visible keys: dq must be written
         chunk = {chunk.end, smaller(chunk.end + kChunk, range.end)};
@@ -431,7 +455,14 @@ class Backward {
 
   void unit(int64_t row, int64_t n, int64_t part, int64_t parts, Real* dq) const {
     const Sequence sequence(p_, batch_of(row, n));
-    BackwardGroup<E>(p_, sequence, head_of(row, n)).run(part, parts, dq, head_stride());
+    // Threads take turns, more or less.
+    const int64_t row_next = n + 1 < length_ ? row : row + threads_;
+    const int64_t n_next = n + 1 < length_ ? n + 1 : 0;
+    const bool last = parts > 1 || row_next >= rows_;
+    const HeadOf next{Sequence(p_, batch_of(last ? row : row_next, n_next)),
+                      head_of(row_next, n_next) * group()};
+    BackwardGroup<E>(p_, sequence, head_of(row, n))
+        .run(part, parts, dq, head_stride(), last ? nullptr : &next);
   }
 
   // The sums of all parts for block `b` of one head of a unit, whose sums of dq start at `dq`.

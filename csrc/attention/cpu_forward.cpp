@@ -18,16 +18,6 @@ Scratch& scratch() {
   return buffers;
 }
 
-// A head of a sequence.
-struct HeadOf {
-  Sequence sequence;
-  int64_t head;
-};
-
-// Keys and values of a head that are asked for before it starts: beyond this they would push those
-// of the head at work out of the second cache.
-constexpr int64_t kAheadBytes = int64_t{512} << 10;
-
 template <class E>
 class ForwardHead {
   using Real = typename E::Real;
@@ -44,10 +34,19 @@ class ForwardHead {
 
   // Queries [begin, end). `next` is the head that probably follows, or null.
   void run(int64_t begin, int64_t end, const HeadOf* next) {
-    if (next != nullptr) ask_for_keys(*next, ceil_div(end - begin, kBlockQ));
+    if (next != nullptr) {
+      tile_.ask_for_head(
+          *next,
+          {tile_.keys_of(*next, p_.k, p_.head_dim), tile_.keys_of(*next, p_.v, p_.head_dim_v)},
+          ceil_div(end - begin, kBlockQ));
+    }
     for (int64_t i = begin; i < end; i += kBlockQ) {
       const int rows = static_cast<int>(smaller<int64_t>(end - i, kBlockQ));
-      if (next != nullptr) ask_for_queries(i, rows, end, *next);
+      const KeyRange keys = tile_.visibility.keys(i, i + rows);
+      const int64_t count = keys.end - keys.begin;
+      tile_.ask_for_block(p_.out, p_.head_dim_v, i, end,
+                          product_tiles<Real>(rows, count) +
+                              ceil_div(count, kBlockK) * product_tiles<Real>(rows, p_.head_dim_v));
       block(i, rows);
     }
   }
@@ -65,37 +64,6 @@ class ForwardHead {
       fresh_ = false;
     });
     write();
-  }
-
-  void ask_for_keys(const HeadOf& next, int64_t blocks) {
-    const auto rows = [&](const View4& view, int64_t columns) {
-      const HeadView x = key_view(p_, view, next.sequence, next.head, columns);
-      return byte_rows<Real>(x, 0, next.sequence.seqlen_k);
-    };
-    const ByteRows k = rows(p_.k, p_.head_dim), v = rows(p_.v, p_.head_dim_v);
-    const bool fits = (k.lines() + v.lines()) * ByteRows::kLine <= kAheadBytes;
-    tile_.ahead.start_head(fits ? k : ByteRows{}, fits ? v : ByteRows{}, blocks);
-  }
-
-  // The queries of the block that follows, and where the output of this one goes.
-  void ask_for_queries(int64_t i, int rows, int64_t end, const HeadOf& next) {
-    const int64_t begin = i + rows;
-    const HeadView out = query_view(p_, p_.out, tile_.sequence, tile_.head, p_.head_dim_v);
-    const HeadView q = query_view(p_, p_.q, tile_.sequence, tile_.head, p_.head_dim);
-    const HeadView next_q = query_view(p_, p_.q, next.sequence, next.head, p_.head_dim);
-    const KeyRange keys = tile_.visibility.keys(i, begin);
-    // How many tiles the products come in.
-    using Size = TileSize<Real>;
-    const int groups = smaller<int>(ceil_div(rows, kLanes), Size::kMaxGroups);
-    const int64_t passes = ceil_div(ceil_div(rows, kLanes), groups);
-    const int64_t columns = keys.end - keys.begin;
-    const int64_t calls =
-        (columns + ceil_div(columns, kBlockK) * p_.head_dim_v) / Size::rows(groups) * passes;
-    tile_.ahead.start_block(
-        byte_rows<Real>(out, i, begin),
-        begin < end ? byte_rows<Real>(q, begin, smaller(begin + kBlockQ, end))
-                    : byte_rows<Real>(next_q, 0, smaller<int64_t>(kBlockQ, next.sequence.seqlen_q)),
-        calls);
   }
 
   // The probabilities take the place of the scores, in units of the product with V.
@@ -130,12 +98,12 @@ class ForwardHead {
                                segment.group_begin,
                                segment.group_end};
       if (!whole) {
-        multiply<E, Form::kColumns>(product, then_ask<E>(Accumulate{}, tile_.ahead));
+        multiply<E, Form::kColumns>(product, then_ask(Accumulate{}, tile_.ahead));
       } else if (fresh_) {
-        multiply<E, Form::kColumns>(product, then_ask<E>(Overwrite{}, tile_.ahead));
+        multiply<E, Form::kColumns>(product, then_ask(Overwrite{}, tile_.ahead));
       } else {
         multiply<E, Form::kColumns>(
-            product, then_ask<E>(ScaleAndAccumulate<Real>{state_.correction}, tile_.ahead));
+            product, then_ask(ScaleAndAccumulate<Real>{state_.correction}, tile_.ahead));
       }
     }
   }

@@ -109,15 +109,9 @@ struct ThenAsk {
   }
 };
 
-// Only where it pays: products of pairs take half as long, for half as many lines, and lose as much
-// by asking as they gain.
-template <class E, class Epilogue>
-FUSED_ATTN_INLINE auto then_ask(const Epilogue& epilogue, HeadAhead& ahead) {
-  if constexpr (E::kPair == 1) {
-    return ThenAsk<Epilogue>{epilogue, ahead};
-  } else {
-    return epilogue;
-  }
+template <class Epilogue>
+FUSED_ATTN_INLINE ThenAsk<Epilogue> then_ask(const Epilogue& epilogue, HeadAhead& ahead) {
+  return {epilogue, ahead};
 }
 
 template <class Unit>
@@ -183,6 +177,15 @@ struct TileSize {
   static constexpr int rows(int) { return sizeof(Real) == 4 ? 2 : 1; }
 #endif
 };
+
+// About how many tiles a product of all queries of a block comes in.
+template <class Real>
+inline int64_t product_tiles(int queries, int64_t rows) {
+  using Size = TileSize<Real>;
+  const int groups = static_cast<int>(ceil_div(queries, kLanes));
+  const int together = smaller(groups, Size::kMaxGroups);
+  return ceil_div(rows, Size::rows(together)) * ceil_div(groups, together);
+}
 
 template <class E, Form kForm, class Epilogue>
 void multiply(const Product<E>& x, const Epilogue& epilogue) {

@@ -6,6 +6,16 @@
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
+// A head of a sequence.
+struct HeadOf {
+  Sequence sequence;
+  int64_t head;
+};
+
+// What is asked for before a head starts: beyond this it would push what the head at work needs out
+// of the second cache.
+constexpr int64_t kAheadBytes = int64_t{512} << 10;
+
 struct HeadBuffers {
   Buffer keep, k, q_rows, q, scores, bias;
 };
@@ -37,6 +47,36 @@ class HeadScores {
     q = buffers.q.get<Unit>(units_ * kBlockQ);
     scores = buffers.scores.get<Real>(kTile);
     if (p.bias.data != nullptr) bias_ = buffers.bias.get<Real>(kTile);
+  }
+
+  // What the next head needs is asked for while this one computes its blocks.
+  void ask_for_head(const HeadOf& next_head, const ByteRows (&rows)[HeadAhead::kSets],
+                    int64_t blocks) {
+    next = &next_head;
+    int64_t lines = 0;
+    for (const ByteRows& x : rows) lines += x.lines();
+    if (lines * ByteRows::kLine <= kAheadBytes) ahead.start_head(rows, blocks);
+  }
+  ByteRows keys_of(const HeadOf& x, const View4& view, int64_t columns) const {
+    return byte_rows<Real>(key_view(p, view, x.sequence, x.head, columns), 0, x.sequence.seqlen_k);
+  }
+  ByteRows queries_of(const HeadOf& x, const View4& view, int64_t columns) const {
+    return byte_rows<Real>(query_view(p, view, x.sequence, x.head, columns), 0,
+                           x.sequence.seqlen_q);
+  }
+
+  // While the block of queries from `first` on is computed, in products of so many tiles: where its
+  // result goes, and the queries that follow, before `end` or of the next head.
+  void ask_for_block(const View4& result, int64_t columns, int64_t first, int64_t end,
+                     int64_t tiles) {
+    if (next == nullptr) return;
+    const HeadOf self{sequence, head};
+    const int64_t middle = smaller(first + kBlockQ, end);
+    const ByteRows to = queries_of(self, result, columns).part(first, middle);
+    const ByteRows q = middle < end
+                           ? queries_of(self, p.q, p.head_dim).part(middle, end)
+                           : queries_of(*next, p.q, p.head_dim).part(0, next->sequence.seqlen_q);
+    ahead.start_block(to, q.part(0, kBlockQ), tiles);
   }
 
   // Selects the queries [first, first + count).
@@ -79,9 +119,9 @@ class HeadScores {
   // The tile's scores as apply_formula leaves them; raises `largest` to the largest of each query.
   void compute(Real* largest) {
     if (formula.plain && map.seen == Seen::kAll) {
-      multiply_queries(then_ask<E>(OverwriteAndMax<Real>{largest}, ahead));
+      multiply_queries(then_ask(OverwriteAndMax<Real>{largest}, ahead));
     } else {
-      multiply_queries(then_ask<E>(Overwrite{}, ahead));
+      multiply_queries(then_ask(Overwrite{}, ahead));
       apply_formula<Real>(tile(), formula, scores, bias_, slope, largest);
     }
   }
@@ -89,7 +129,7 @@ class HeadScores {
   // The same for those who know the largest already, and who mask what they make of the scores:
   // plain tiles keep q . k where hidden.
   void recompute() {
-    if (formula.plain) return multiply_queries(Overwrite{});
+    if (formula.plain) return multiply_queries(then_ask(Overwrite{}, ahead));
     alignas(64) Real unused[kBlockQ] = {};
     compute(unused);
   }
@@ -114,7 +154,8 @@ class HeadScores {
   Real* scores;           // [key][query]
   Real* slope = nullptr;  // where to keep the derivative of the softcap, [key][query]
 
-  HeadAhead ahead;  // asked while scores are computed
+  HeadAhead ahead;               // asked between the tiles of products
+  const HeadOf* next = nullptr;  // the head that probably follows
 
   int64_t i = 0;
   int rows = 0;

@@ -45,11 +45,12 @@ FUSED_ATTN_INLINE HeadView key_view(const Params& p, const View4& view, const Se
           s.first_k, columns};
 }
 
-// The rows [begin, end) of x, to ask for; none if its columns are scattered.
+// The rows [begin, end) of x, to ask for; none if it is absent or its columns are scattered.
 template <class Real>
 inline ByteRows byte_rows(const HeadView& x, int64_t begin, int64_t end) {
   ByteRows rows;
-  if (begin >= end || (x.stride_column() != 1 && x.columns != 1)) return rows;
+  if (x.view.data == nullptr || begin >= end) return rows;
+  if (x.stride_column() != 1 && x.columns != 1) return rows;
   with_dtype<Real>(x.view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     rows = byte_rows(x.row<const T>(begin), x.stride_row(), x.columns, end - begin);

@@ -19,6 +19,11 @@ struct ByteRows {
   int64_t bytes = 0;
   int64_t count = 0;
 
+  // Rows [begin, end), as far as they are there.
+  ByteRows part(int64_t begin, int64_t end) const {
+    const int64_t stop = end < count ? end : count;
+    return {first + begin * stride, stride, bytes, begin < stop ? stop - begin : 0};
+  }
   int64_t lines() const { return count * ((bytes + kLine - 1) / kLine); }
 };
 
@@ -65,21 +70,28 @@ class RowsAhead {
   int64_t rows_ = 0;    // left
 };
 
-// What a head asks for while it computes: first what its next block of queries needs, then a part
-// of what the next head needs.
+// What a head asks for while it computes: first what its present and next block of queries need,
+// then a part of what the next head needs.
 class HeadAhead {
  public:
-  void start_head(const ByteRows& k, const ByteRows& v, int64_t blocks) {
-    k_.start(k);
-    v_.start(v);
+  static constexpr int kSets = 4;
+
+  // For a head of so many blocks.
+  void start_head(const ByteRows (&next)[kSets], int64_t blocks) {
+    for (int n = 0; n < kSets; ++n) sets_[2 + n].start(next[n]);
     blocks_ = blocks;
   }
   // A block during which ask() will be called `calls` times.
-  void start_block(const ByteRows& out, const ByteRows& q, int64_t calls) {
-    out_.start(out);
-    q_.start(q);
-    int64_t lines = out.lines() + q.lines();
-    if (blocks_ > 0) lines += (k_.lines_left() + v_.lines_left()) / blocks_--;
+  void start_block(const ByteRows& first, const ByteRows& second, int64_t calls) {
+    sets_[0].start(first);
+    sets_[1].start(second);
+    at_ = 0;
+    int64_t lines = 0;
+    if (blocks_ > 0) {
+      for (int n = 2; n < 2 + kSets; ++n) lines += sets_[n].lines_left();
+      lines /= blocks_--;
+    }
+    lines += first.lines() + second.lines();
     lines_ = calls == 0 ? 0 : (lines + calls - 1) / calls;
   }
   FUSED_ATTN_INLINE void ask() {
@@ -88,14 +100,17 @@ class HeadAhead {
 
  private:
   __attribute__((noinline)) void fetch() {
-    if (!out_.done()) return out_.fetch(lines_);
-    if (!q_.done()) return q_.fetch(lines_);
-    if (!k_.done()) return k_.fetch(lines_);
-    v_.fetch(lines_);
-    if (v_.done()) lines_ = 0;
+    sets_[at_].fetch(lines_);
+    while (sets_[at_].done()) {
+      if (++at_ < 2 + kSets) continue;
+      lines_ = 0;
+      at_ = 0;
+      return;
+    }
   }
 
-  RowsAhead<2> out_, q_, k_, v_;
+  RowsAhead<2> sets_[2 + kSets];
+  int at_ = 0;
   int64_t lines_ = 0;   // at a time; 0 when there are no more
   int64_t blocks_ = 0;  // left
 };
