@@ -1,4 +1,4 @@
-// attention_forward, attention_weights and attention_backward of the compiled module. They use
+// The attention functions of the compiled module. They use
 // CPython's vectorcall convention: with two dozen arguments, pybind11's own would cost more than
 // the kernel of a small problem.
 #include "attention/bindings.h"
@@ -20,16 +20,17 @@ void attention_forward(Arguments& args) {
   forward_cpu(p);
 }
 
-void attention_weights(Arguments& args) {
+void attention_forward_with_weights(Arguments& args) {
   WeightsParams p;
   read_operands(args, p);
+  p.out = args.view("out");
   p.lse = args.view("lse");
   p.weights = args.view("weights");
-  read_scalars(args, p);
   p.average = args.boolean();
+  read_scalars(args, p);
   read_threads(args, p);
   const py::gil_scoped_release release;
-  weights_cpu(p);
+  forward_with_weights_cpu(p);
 }
 
 void attention_backward(Arguments& args) {
@@ -55,8 +56,8 @@ PyMethodDef kMethods[] = {
      "attention_forward(operands, out, lse, options, threads). Operands: (q, k, v, bias, mask, "
      "key_padding_mask, key_lengths, alibi_slopes, cu_seqlens_q, cu_seqlens_k, rng). Options: "
      "(max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p)"},
-    {"attention_weights", method<attention_weights>(), METH_FASTCALL,
-     "attention_weights(operands, lse, weights, options, average, threads)"},
+    {"attention_forward_with_weights", method<attention_forward_with_weights>(), METH_FASTCALL,
+     "attention_forward_with_weights(operands, out, lse, weights, average, options, threads)"},
     {"attention_backward", method<attention_backward>(), METH_FASTCALL,
      "attention_backward(operands, out, lse, dout, dlse, dweights, dq, dk, dv, dbias, options, "
      "threads)"},

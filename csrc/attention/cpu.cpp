@@ -8,12 +8,12 @@ namespace {
 
 struct Kernels {
   void (*forward)(const Params&);
+  void (*forward_with_weights)(const WeightsParams&);
   void (*backward)(const BackwardParams&);
-  void (*weights)(const WeightsParams&);
 };
 
 // Indexed by CpuLevel.
-#define FUSED_ATTN_KERNELS(level) {level::forward, level::backward, level::weights},
+#define FUSED_ATTN_KERNELS(level) {level::forward, level::forward_with_weights, level::backward},
 constexpr Kernels kKernels[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_KERNELS)};
 
 const Kernels& kernels(const Params& p) {
@@ -25,11 +25,11 @@ const Kernels& kernels(const Params& p) {
 void forward_cpu(const Params& p) {
   kernels(p).forward(p);
 }
+void forward_with_weights_cpu(const WeightsParams& p) {
+  kernels(p).forward_with_weights(p);
+}
 void backward_cpu(const BackwardParams& p) {
   kernels(p).backward(p);
-}
-void weights_cpu(const WeightsParams& p) {
-  kernels(p).weights(p);
 }
 
 }  // namespace fused_attn::attention

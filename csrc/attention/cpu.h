@@ -7,6 +7,6 @@ namespace fused_attn::attention {
 
 void forward_cpu(const Params& p);
 void backward_cpu(const BackwardParams& p);
-void weights_cpu(const WeightsParams& p);
+void forward_with_weights_cpu(const WeightsParams& p);
 
 }  // namespace fused_attn::attention

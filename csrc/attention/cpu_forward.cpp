@@ -2,140 +2,20 @@
 // the running softmax over tiles of keys. Compiled once per instruction-set level.
 #include "attention/cpu_kernels.h"
 #include "attention/few_queries.h"
-#include "attention/head.h"
+#include "attention/forward_head.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 namespace {
 
 struct Scratch {
-  HeadBuffers head;
+  ForwardBuffers head;
   FewBuffers few;
-  Buffer v, v_rows, acc;
 };
 
 Scratch& scratch() {
   static thread_local Scratch buffers;
   return buffers;
 }
-
-template <class E>
-class ForwardHead {
-  using Real = typename E::Real;
-  using Unit = typename E::Unit;
-
- public:
-  ForwardHead(const Params& p, const Sequence& sequence, int64_t head)
-      : p_(p), tile_(p, sequence, head, scratch().head, true) {
-    Scratch& s = scratch();
-    v_ = prepare_pairs<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
-                          tile_.keep_keys, p.head_dim_v, s.v, s.v_rows);
-    acc_ = s.acc.get<Real>(p.head_dim_v * kBlockQ);
-  }
-
-  // Queries [begin, end). `next` is the head that probably follows, or null.
-  void run(int64_t begin, int64_t end, const HeadOf* next) {
-    if (next != nullptr) {
-      tile_.ask_for_head(
-          *next,
-          {tile_.keys_of(*next, p_.k, p_.head_dim), tile_.keys_of(*next, p_.v, p_.head_dim_v)},
-          ceil_div(end - begin, kBlockQ));
-    }
-    for (int64_t i = begin; i < end; i += kBlockQ) {
-      const int rows = static_cast<int>(smaller<int64_t>(end - i, kBlockQ));
-      const KeyRange keys = tile_.visibility.keys(i, i + rows);
-      const int64_t count = keys.end - keys.begin;
-      tile_.ask_for_block(p_.out, p_.head_dim_v, i, end,
-                          product_tiles<Real>(rows, count) +
-                              ceil_div(count, kBlockK) * product_tiles<Real>(rows, p_.head_dim_v));
-      block(i, rows);
-    }
-  }
-
- private:
-  // Queries [i, i + rows).
-  void block(int64_t i, int rows) {
-    tile_.select_queries(i, rows);
-    state_.reset(tile_.formula.plain, tile_.formula.log2_scale());
-    fresh_ = true;
-    tile_.for_each_tile(tile_.visibility.keys(i, i + rows), kBlockK, [&] {
-      tile_.compute(state_.largest);
-      compute_probabilities();
-      accumulate_output();
-      fresh_ = false;
-    });
-    write();
-  }
-
-  // The probabilities take the place of the scores, in units of the product with V.
-  Unit* probabilities() { return reinterpret_cast<Unit*>(tile_.scores); }
-
-  void compute_probabilities() {
-    uint64_t keep[kBlockK];
-    const bool dropout = tile_.dropout.active(), plain = tile_.formula.plain;
-    if (dropout) tile_.dropout.draw(tile_.tile(), keep);
-    const auto run = dropout
-                         ? (plain ? softmax_tile<E, true, true> : softmax_tile<E, false, true>)
-                         : (plain ? softmax_tile<E, true, false> : softmax_tile<E, false, false>);
-    run(tile_.map, tile_.groups, tile_.formula.log2_scale(), keep, tile_.scores, probabilities(),
-        state_);
-  }
-
-  // acc = correction acc + V^T probabilities
-  void accumulate_output() {
-    const TileMap& map = tile_.map;
-    const bool whole = map.whole(tile_.groups);
-    if (!whole) correct_output();
-    for (int s = 0; s < map.num_segments; ++s) {
-      const Segment& segment = map.segments[s];
-      const Product<E> product{v_.row((tile_.j + segment.begin) / E::kPair),
-                               v_.stride,
-                               probabilities() + segment.begin / E::kPair * kBlockQ,
-                               kBlockQ,
-                               acc_,
-                               kBlockQ,
-                               p_.head_dim_v,
-                               units<E>(segment.end - segment.begin),
-                               segment.group_begin,
-                               segment.group_end};
-      if (!whole) {
-        multiply<E, Form::kColumns>(product, then_ask(Accumulate{}, tile_.ahead));
-      } else if (fresh_) {
-        multiply<E, Form::kColumns>(product, then_ask(Overwrite{}, tile_.ahead));
-      } else {
-        multiply<E, Form::kColumns>(
-            product, then_ask(ScaleAndAccumulate<Real>{state_.correction}, tile_.ahead));
-      }
-    }
-  }
-
-  void correct_output() {
-    using V = Vec<Real>;
-    for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-      for (int q = 0; q < tile_.groups * kLanes; q += kLanes) {
-        Real* acc = acc_ + d * kBlockQ + q;
-        (fresh_ ? V::zero() : V::load(acc) * V::load(state_.correction + q)).store(acc);
-      }
-    }
-  }
-
-  void write() {
-    alignas(64) Real factor[kBlockQ];
-    alignas(64) Real lse[kBlockQ];
-    finish(state_, tile_.formula, tile_.dropout, tile_.rows, factor, lse);
-    if (fresh_) correct_output();
-    write_columns(acc_, factor, tile_.rows, tile_.queries(p_.out, p_.head_dim_v));
-    if (p_.lse.data == nullptr) return;
-    const HeadView view = tile_.queries(p_.lse, 1);
-    for (int q = 0; q < tile_.rows; ++q) *view.row<Real>(q) = lse[q];
-  }
-
-  const Params& p_;
-  HeadScores<E> tile_;
-  Rows<E> v_;
-  Real* acc_;          // [column of v][query]
-  bool fresh_ = true;  // nothing accumulated yet
-  RunningSoftmax<Real> state_;
-};
 
 // Sequences of few queries: a task is a pass over the keys, or a part of the keys of one.
 template <class F>
@@ -247,7 +127,7 @@ void forward(const Params& p) {
       // Threads take turns, more or less.
       const int64_t following = (task + threads) / parts;
       const HeadOf next = head_of(smaller(following, heads - 1));
-      ForwardHead<E>(p, head.sequence, head.head)
+      ForwardHead<E>(p, head.sequence, head.head, scratch().head)
           .run(begin, end, following < heads ? &next : nullptr);
     });
   });

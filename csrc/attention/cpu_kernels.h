@@ -8,11 +8,11 @@
 #include "attention/engine.h"
 #endif
 
-#define FUSED_ATTN_DECLARE_KERNELS(level)  \
-  namespace fused_attn::attention::level { \
-  void forward(const Params& p);           \
-  void backward(const BackwardParams& p);  \
-  void weights(const WeightsParams& p);    \
+#define FUSED_ATTN_DECLARE_KERNELS(level)            \
+  namespace fused_attn::attention::level {           \
+  void forward(const Params& p);                     \
+  void forward_with_weights(const WeightsParams& p); \
+  void backward(const BackwardParams& p);            \
   }
 FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_DECLARE_KERNELS)
 #undef FUSED_ATTN_DECLARE_KERNELS

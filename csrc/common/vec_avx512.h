@@ -244,6 +244,13 @@ FUSED_ATTN_INLINE VecU pack_pairs(VecF a, VecF b) {
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return {_mm512_permutexvar_epi16(order, halves)};
 }
+FUSED_ATTN_INLINE VecF even_of_pairs(VecU pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.v, 16))};
+}
+FUSED_ATTN_INLINE VecF odd_of_pairs(VecU pairs) {
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(pairs.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 
 #endif
 

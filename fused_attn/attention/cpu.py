@@ -41,12 +41,16 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
         _clear_past_the_end(operands.cu_seqlens_q, (out, 0.0), (lse, -torch.inf))
 
 
-def weights(
-    operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
+def forward_with_weights(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor | None,
+    weights: Tensor,
+    average: bool,
 ) -> None:
-    threads = torch.get_num_threads()
-    native.module().attention_weights(
-        _dense_vectors(operands), lse, weights, options, average, threads
+    native.module().attention_forward_with_weights(
+        _dense_vectors(operands), out, lse, weights, average, options, torch.get_num_threads()
     )
 
 

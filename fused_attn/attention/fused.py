@@ -105,9 +105,11 @@ def _run_forward(
     if out is None:
         out = _empty_out(operands, settings.token_major)
     lse, w = _empty_extras(operands, settings, need_lse)
-    backend.forward(operands, options, out, lse)
-    if w is not None:
-        backend.weights(operands, options, lse, w, settings.weights == AVERAGE)
+    if w is None:
+        backend.forward(operands, options, out, lse)
+    else:
+        average = settings.weights == AVERAGE
+        backend.forward_with_weights(operands, options, out, lse, w, average)
     return out, lse, w
 
 

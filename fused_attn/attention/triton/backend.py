@@ -72,9 +72,15 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
     _launchers().forward(operands, options, out, lse)
 
 
-def weights(
-    operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
+def forward_with_weights(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    average: bool,
 ) -> None:
+    forward(operands, options, out, lse)
     _launchers().weights(operands, options, lse, weights, average)
 
 
