@@ -20,6 +20,8 @@ FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_DECLARE_KERNELS)
 #if defined(FUSED_ATTN_LEVEL)
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
+void forward(const Params& p);  // of this level
+
 // Starting threads pays from some 20 us of work. `products`: matrix products of the kernel,
 // times 2.
 FUSED_ATTN_INLINE int useful_threads(const Params& p, int products) {

@@ -2,6 +2,7 @@
 // other, and the sum of the heads' probabilities is written once. Compiled once per instruction-set
 // level.
 #include "attention/cpu_kernels.h"
+#include "attention/few_queries.h"
 #include "attention/forward_head.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
@@ -60,6 +61,9 @@ void forward_with_weights(const WeightsParams& p) {
       weights_block<E>(p, sequence, task / blocks % heads, i, static_cast<int>(rows));
     });
   });
+  // Few queries have a way of their own to out and lse: more exact, and with the keys of a head
+  // shared out over the threads.
+  if (p.seqlen_q <= kFewRows) forward(p);
 }
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL
