@@ -1,6 +1,5 @@
-// The attention functions of the compiled module. They use
-// CPython's vectorcall convention: with two dozen arguments, pybind11's own would cost more than
-// the kernel of a small problem.
+// The attention functions of the compiled module. They use CPython's vectorcall convention: with
+// two dozen arguments, pybind11's own would cost more than the kernel of a small problem.
 #include "attention/bindings.h"
 
 #include "attention/arguments.h"

@@ -62,7 +62,7 @@ class BackwardHead {
   BackwardHead(const BackwardParams& p, const Sequence& sequence, int64_t head, KeyRange range,
                Real* dq)
       : p_(p),
-        tile_(p, sequence, head, scratch().head, true),
+        tile_(p, sequence, head, scratch().head),
         units_v_(units<E>(p.head_dim_v)),
         write_dq_(dq == nullptr && p.dq.data != nullptr) {
     Scratch& s = scratch();

@@ -3,7 +3,6 @@
 
 #include "attention/head.h"
 #include "attention/kept_probabilities.h"
-#include "attention/softmax.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -19,7 +18,7 @@ class ForwardHead {
 
  public:
   ForwardHead(const Params& p, const Sequence& sequence, int64_t head, ForwardBuffers& buffers)
-      : p_(p), tile_(p, sequence, head, buffers.head, true) {
+      : p_(p), tile_(p, sequence, head, buffers.head) {
     v_ = prepare_pairs<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
                           tile_.keep_keys, p.head_dim_v, buffers.v, buffers.v_rows);
     acc_ = buffers.acc.get<Real>(p.head_dim_v * kBlockQ);

@@ -27,18 +27,15 @@ class HeadScores {
   using Real = typename E::Real;
   using Unit = typename E::Unit;
 
-  // `sanitize`: products with hidden keys must not turn NaN into the result (see keys_to_keep).
   HeadScores(const Params& params, const Sequence& sequence_of, int64_t head_index,
-             HeadBuffers& buffers, bool sanitize)
+             HeadBuffers& buffers)
       : p(params),
         sequence(sequence_of),
         head(head_index),
         visibility(params, sequence_of, head_index),
         formula(params),
         dropout(params),
-        keep_keys(
-            sanitize ? keys_to_keep<Real>(params, sequence_of, head_index, visibility, buffers.keep)
-                     : nullptr),
+        keep_keys(keys_to_keep<Real>(params, sequence_of, head_index, visibility, buffers.keep)),
         buffers_(buffers),
         units_(units<E>(params.head_dim)) {
     constexpr int64_t kTile = int64_t{kBlockK} * kBlockQ;

@@ -2,7 +2,7 @@
 // those who want more of them than the product with V.
 #pragma once
 
-#include "attention/score.h"
+#include "attention/softmax.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -39,7 +39,8 @@ class KeptProbabilities {
       const Tile& tile = tiles_[t];
       for (int q = 0; q < kBlockQ; q += kLanes) {
         const V before = V::load(tile.shift + q), now = V::load(last_shift + q);
-        const V correction = plain ? exp2(now - before) : exp(clamp_exponent(before - now));
+        const V correction =
+            plain ? correction_of<true>(before, now) : correction_of<false>(before, now);
         (correction * V::load(factor + q)).store(scale + q);
       }
       for (int s = 0; s < tile.num_segments; ++s) add_segment(tile, tile.segments[s], scale, sums);

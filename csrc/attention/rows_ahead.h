@@ -99,7 +99,7 @@ class HeadAhead {
   }
 
  private:
-  __attribute__((noinline)) void fetch() {
+  FUSED_ATTN_NOINLINE void fetch() {
     sets_[at_].fetch(lines_);
     while (sets_[at_].done()) {
       if (++at_ < 2 + kSets) continue;

@@ -23,6 +23,12 @@ struct RunningSoftmax {
   }
 };
 
+// What turns exponentials relative to `before` into those relative to `now`: values of `previous`.
+template <bool kPlain, class V>
+FUSED_ATTN_INLINE V correction_of(V before, V now) {
+  return kPlain ? exp2(now - before) : exp(clamp_exponent(before - now));
+}
+
 // Replaces the scores of a tile by their exponentials, in the units of the product with V:
 // probabilities[key unit][query] may be the same memory as scores. `keep` is the dropout mask.
 template <class E, bool kPlain, bool kDropout>
@@ -36,7 +42,7 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
     V now = V::load(state.largest + q);
     const V before = V::load(state.previous + q);
     if (kPlain) now = V::zero() - now * scale;
-    const V correction = kPlain ? exp2(now - before) : exp(clamp_exponent(before - now));
+    const V correction = correction_of<kPlain>(before, now);
     correction.store(state.correction + q);
     (V::load(state.sum + q) * correction).store(state.sum + q);
     now.store(state.previous + q);

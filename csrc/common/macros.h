@@ -5,9 +5,11 @@
 // of the level (see cpu_level.h) both prevent it.
 #if defined(_MSC_VER)
 #define FUSED_ATTN_INLINE __forceinline
+#define FUSED_ATTN_NOINLINE __declspec(noinline)
 #define FUSED_ATTN_UNROLL
 #else
 #define FUSED_ATTN_INLINE inline __attribute__((always_inline))
+#define FUSED_ATTN_NOINLINE __attribute__((noinline))
 #if defined(__clang__)
 #define FUSED_ATTN_UNROLL _Pragma("unroll")
 #else
