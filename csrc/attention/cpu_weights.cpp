@@ -47,7 +47,13 @@ void weights_block(const WeightsParams& p, const Sequence& sequence, int64_t hea
 
 }  // namespace
 
-void forward_with_weights(const WeightsParams& p) {
+void forward_with_weights(const WeightsParams& params) {
+  // Few queries have a way of their own to out and lse: more exact, and with the keys of a head
+  // shared out over the threads.
+  const bool few = params.seqlen_q <= kFewRows;
+  if (few) forward(params);
+  WeightsParams p = params;
+  if (few) p.out = p.lse = View4{};
   with_engine(p.dtype, [&](auto engine) {
     using E = decltype(engine);
     const int64_t heads = p.average ? 1 : p.num_heads;
@@ -61,9 +67,6 @@ void forward_with_weights(const WeightsParams& p) {
       weights_block<E>(p, sequence, task / blocks % heads, i, static_cast<int>(rows));
     });
   });
-  // Few queries have a way of their own to out and lse: more exact, and with the keys of a head
-  // shared out over the threads.
-  if (p.seqlen_q <= kFewRows) forward(p);
 }
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

@@ -19,6 +19,7 @@ class ForwardHead {
  public:
   ForwardHead(const Params& p, const Sequence& sequence, int64_t head, ForwardBuffers& buffers)
       : p_(p), tile_(p, sequence, head, buffers.head) {
+    if (!wants_out()) return;
     v_ = prepare_pairs<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
                           tile_.keep_keys, p.head_dim_v, buffers.v, buffers.v_rows);
     acc_ = buffers.acc.get<Real>(p.head_dim_v * kBlockQ);
@@ -53,7 +54,7 @@ class ForwardHead {
     tile_.for_each_tile(tile_.visibility.keys(i, i + rows), kBlockK, [&] {
       tile_.compute(state_.largest);
       compute_probabilities();
-      accumulate_output();
+      if (wants_out()) accumulate_output();
       fresh_ = false;
     });
     write();
@@ -65,6 +66,8 @@ class ForwardHead {
   }
 
  private:
+  bool wants_out() const { return p_.out.data != nullptr; }
+
   // The probabilities take the place of the scores unless they are kept, in units of the product
   // with V.
   Unit* probabilities() {
@@ -124,8 +127,10 @@ class ForwardHead {
   void write() {
     alignas(64) Real lse[kBlockQ];
     finish(state_, tile_.formula, tile_.dropout, tile_.rows, factor_, lse);
-    if (fresh_) correct_output();
-    write_columns(acc_, factor_, tile_.rows, tile_.queries(p_.out, p_.head_dim_v));
+    if (wants_out()) {
+      if (fresh_) correct_output();
+      write_columns(acc_, factor_, tile_.rows, tile_.queries(p_.out, p_.head_dim_v));
+    }
     if (p_.lse.data == nullptr) return;
     const HeadView view = tile_.queries(p_.lse, 1);
     for (int q = 0; q < tile_.rows; ++q) *view.row<Real>(q) = lse[q];
