@@ -30,27 +30,18 @@ void connect() {
   torch.current_level = PyUnicode_InternFromString("_current_level");
 }
 
-py::object checked(PyObject* result) {
+py::object ask(PyObject* function) {  // pybind11's own call would build a tuple of no arguments
+  PyObject* const result = PyObject_CallNoArgs(function);
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
-}
-
-py::object ask(PyObject* function) {
-  return checked(PyObject_CallNoArgs(function));
-}
-
-int64_t as_integer(const py::object& number) {
-  const int64_t value = PyLong_AsLongLong(number.ptr());
-  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value;
 }
 
 // Whether nobody takes derivatives forward, transforms, traces or watches operators. Autocast is
 // not asked for: it changes dtypes, which are in the key.
 bool nobody_watches() {
   return ask(torch.innermost_transform).is_none() && ask(torch.tracing_state).is_none() &&
-         as_integer(ask(torch.num_dispatch_modes)) == 0 &&
-         as_integer(checked(PyObject_GetAttr(torch.forward_ad, torch.current_level))) < 0;
+         ask(torch.num_dispatch_modes).cast<int64_t>() == 0 &&
+         py::getattr(torch.forward_ad, torch.current_level).cast<int64_t>() < 0;
 }
 
 // Bytes on the stack, for speed. What does not fit has no key.
@@ -89,8 +80,7 @@ bool append_tensor(Key& key, PyObject* object, bool grad_enabled) {
   if (!is_plain_tensor(object)) return false;
   const TensorView view = tensor_view(object, "tensor");
   if (view.device_type == DeviceType::kOther) return false;  // which one?
-  const bool grad =
-      grad_enabled && checked(PyObject_GetAttr(object, torch.requires_grad)).ptr() == Py_True;
+  const bool grad = grad_enabled && py::getattr(object, torch.requires_grad).is(py::bool_(true));
   key.append(grad ? 'g' : 't');
   key.append(reinterpret_cast<uintptr_t>(Py_TYPE(object)));
   key.append(static_cast<char>(view.dtype));
