@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import higher_order, native
 
@@ -167,7 +168,7 @@ class PlanCache(Generic[PlanT]):
         scalars: ScalarsT,
     ) -> PlanT:
         """`make_plan(operands, scalars)`, which is called the first time only."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return make_plan(operands, scalars)
         key = _call_key()(operands, scalars)
         plan = None if key is None else self._plans.get(key)
@@ -215,6 +216,26 @@ def _call_key() -> Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable | None]
     return native.module().call_key if native.why_not() is None else _call_key_in_python
 
 
+def backward_is_plain(dout: Tensor) -> bool:
+    """True if a backward that is given `dout` may call a kernel without looking further.
+
+    Where it says False, `higher_order.backward_needs_formula` and `is_traced` know more.
+    """
+    return not is_compiling() and _backward_is_plain()(dout)
+
+
+def _backward_is_plain_in_python(dout: Tensor) -> bool:
+    return (
+        is_plain((dout,)) and not higher_order.backward_needs_formula((dout,)) and not is_traced()
+    )
+
+
+@functools.cache
+def _backward_is_plain() -> Callable[[Tensor], bool]:
+    compiled = native.why_not() is None
+    return native.module().backward_is_plain if compiled else _backward_is_plain_in_python
+
+
 def is_plain(operands: Iterable[Any]) -> bool:
     """True if all are torch's own tensors: no subclass that would want to see the operators."""
     plain = (Tensor, torch.nn.Parameter)
@@ -223,4 +244,4 @@ def is_plain(operands: Iterable[Any]) -> bool:
 
 def is_traced() -> bool:
     """True while somebody compiles, exports or watches operators: they must see the operators."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -114,7 +114,7 @@ def attention(
         causal, window, softcap, scale, dropout_p, return_weights, backend, None, None, return_lse
     )
     if out is not None:
-        _check_out(out, q, v)
+        _check_out(out, q, k, v, bias)
     result, lse, weights = call.run(operands, scalars, out)
     if not return_lse and return_weights is None:
         return result
@@ -278,12 +278,13 @@ def _four_dimensional(name: str, tensor: Tensor) -> Tensor:
     return tensor[(None,) * missing] if missing > 0 else tensor
 
 
-def _check_out(out: Tensor, q: Tensor, v: Tensor) -> None:
+def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
     checks.expect_tensor("out", out)
     for name, tensor in (("q", q), ("v", v)):
         checks.expect_rank(name, tensor, 4, "(B, heads, L, head size)")
     checks.expect_shape("out", out, (*q.shape[:3], v.shape[3]), "(B, H, Lq, Dv)")
     checks.expect_dtype("out", out, (q.dtype,))
     checks.expect_device("out", out, q.device)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, q, v)):
+    wanted = [getattr(x, "requires_grad", False) for x in (out, q, k, v, bias)]
+    if torch.is_grad_enabled() and any(wanted):
         raise ValueError("`out` must be None where a gradient is wanted, as in torch's functions")

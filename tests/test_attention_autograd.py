@@ -9,8 +9,10 @@ import torch
 from cases import Case, finest_dtype, run_backend, skip_unless_supported
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn import attention
+from fused_attn import attention, dispatch, native
+from fused_attn.attention import cpu
 
 CASES = {
     "plain": Case(1, 2, 2, 5, 7, 3),
@@ -111,6 +113,79 @@ def test_gradients_leave_frozen_tensors_alone(attention_backend: str) -> None:
     assert q.grad is not None
     assert k.grad is None
     assert v.grad is None
+
+
+SMALL = {  # and whether the backward is to compute out and lse again
+    "one head": ((1, 1, 1, 4, 7, 8), True),
+    "tiny": ((1, 2, 2, 4, 4, 16), True),
+    "grouped": ((2, 2, 1, 5, 6, 16), True),
+    "more queries than the few": ((1, 1, 1, 20, 20, 16), True),
+    "no keys": ((1, 2, 2, 4, 0, 8), True),
+    "no batch": ((0, 2, 2, 4, 4, 8), True),
+    "too many heads": ((1, 5, 5, 4, 4, 8), False),
+    "too long": ((1, 1, 1, 40, 40, 8), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_backward_computes_out_and_lse_again(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit what comes of those that a larger problem keeps."""
+    if native.why_not() is not None:
+        pytest.skip(native.why_not())
+    (batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim), again = SMALL[name]
+    q = torch.randn(batch, heads, seqlen_q, head_dim, dtype=dtype, requires_grad=True)
+    k, v = (
+        torch.randn(batch, heads_kv, seqlen_k, head_dim, dtype=dtype, requires_grad=True)
+        for _ in range(2)
+    )
+    vector = torch.randn_like(q)
+
+    def run() -> tuple[int, tuple[Tensor, ...]]:
+        dispatch.forget_plans()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (kept.append(x), x)[1], lambda x: x
+        ):
+            out = attention(q, k, v, causal="lower_right", backend="cpu")
+        return len(kept), (out, *torch.autograd.grad(out, (q, k, v), vector))
+
+    kept, actual = run()
+    monkeypatch.setattr(cpu, "computes_again", lambda problem: False)
+    kept_otherwise, expected = run()
+    dispatch.forget_plans()
+    assert (kept, kept_otherwise) == (3 if again else 5, 5)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_small_backward_in_unusual_circumstances(attention_backend: str) -> None:
+    """Watched, batched, to be differentiated again: there out and lse may be needed after all."""
+    q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
+    skip_unless_supported(Case(1, 2, 2, 4, 4, 8), attention_backend, {"q": q, "k": k, "v": v})
+    vectors = torch.randn(3, 1, 2, 4, 8)
+
+    def grads(vector: Tensor, backend: str = attention_backend, **how: bool) -> tuple[Tensor, ...]:
+        out = attention(q, k, v, backend=backend)
+        return torch.autograd.grad(out, (q, k, v), vector, **how)
+
+    expected = grads(vectors[0], "reference")
+
+    class Watcher(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+            return function(*args, **(kwargs or {}))
+
+    out = attention(q, k, v, backend=attention_backend)
+    with Watcher():
+        watched = torch.autograd.grad(out, (q, k, v), vectors[0])
+    again = grads(vectors[0], create_graph=True)
+    batched = [x[0] for x in grads(vectors, is_grads_batched=True)]
+    for found in (grads(vectors[0]), watched, again, batched):
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e)
+    assert all(x.requires_grad for x in again)
 
 
 def test_checkpointing_gives_the_same_gradients(attention_backend: str) -> None:

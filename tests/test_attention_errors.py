@@ -88,6 +88,16 @@ MISTAKES = {
         ValueError,
         r"`out` must be None where a gradient is wanted",
     ),
+    "out gradient of k": (
+        {"out": torch.zeros(B, H, L, D), "k": torch.randn(B, H, L, D, requires_grad=True)},
+        ValueError,
+        r"`out` must be None where a gradient is wanted",
+    ),
+    "out gradient of bias": (
+        {"out": torch.zeros(B, H, L, D), "bias": torch.randn(L, L, requires_grad=True)},
+        ValueError,
+        r"`out` must be None where a gradient is wanted",
+    ),
 }  # fmt: skip
 
 

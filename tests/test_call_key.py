@@ -129,6 +129,49 @@ def test_whoever_watches_is_noticed(call_key: CallKey) -> None:
     assert call_key(*call) is not None
 
 
+@pytest.fixture(params=["compiled", "python", "attributes"])
+def is_plain_backward(request: pytest.FixtureRequest) -> Iterator[Callable[[torch.Tensor], bool]]:
+    if request.param == "python":
+        yield dispatch._backward_is_plain_in_python
+        return
+    if native.why_not() is not None:
+        pytest.skip(native.why_not())
+    before = native.module().use_exchange_api(request.param == "compiled")
+    yield native.module().backward_is_plain
+    native.module().use_exchange_api(before)
+
+
+def test_a_backward_is_plain_if_nobody_looks(is_plain_backward) -> None:  # type: ignore
+    """What the engine hands to a backward in each of these circumstances."""
+    x = torch.ones(3, requires_grad=True)
+    said: list[bool] = []
+
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dout: torch.Tensor) -> torch.Tensor:
+            said.append(is_plain_backward(dout))
+            return dout
+
+    def pull_back(vector: torch.Tensor, **how: Any) -> None:
+        torch.autograd.grad(Ask.apply(x), x, vector, **how)
+
+    pull_back(torch.ones(3))
+    pull_back(torch.nn.Parameter(torch.ones(3)))
+    assert said == [True, True]
+    pull_back(torch.ones(3), create_graph=True)
+    pull_back(torch.ones(3).as_subclass(Subclass))
+    pull_back(torch.ones(2, 3), is_grads_batched=True)
+    out = Ask.apply(x)
+    torch.func.vmap(lambda v: torch.autograd.grad(out, x, v)[0])(torch.ones(2, 3))
+    with Watcher():
+        pull_back(torch.ones(3))
+    assert said[2:] == [False] * 5
+
+
 def test_what_a_transform_left_behind_has_no_key(call_key: CallKey) -> None:
     left = []
     torch.func.grad(lambda x: left.append(x) or x.sum())(torch.ones(1, 2, 3, 4))

@@ -489,12 +489,28 @@ class Backward {
   const int64_t length_;  // units of a row
 };
 
+// The same call with out and lse, which the forward makes again.
+template <class E>
+BackwardParams with_forward(BackwardParams p) {
+  using Real = typename E::Real;
+  static thread_local Buffer buffer;
+  const int64_t head = p.rows_q, batch = p.cu_seqlens_q == nullptr ? p.num_heads * head : 0;
+  const int64_t rows = p.num_heads * head * (p.cu_seqlens_q == nullptr ? p.batch : 1);
+  Real* lse = buffer.get<Real>(rows * (1 + p.head_dim_v));  // enough for out in a smaller dtype
+  p.lse = {lse, p.lse.dtype, {batch, head, 1, 0}};
+  p.out = {lse + rows, p.dtype, {batch * p.head_dim_v, head * p.head_dim_v, p.head_dim_v, 1}};
+  forward(p);
+  return p;
+}
+
 }  // namespace
 
 void backward(const BackwardParams& p) {
   with_engine(p.dtype, [&](auto engine) {
+    using E = decltype(engine);
     if (p.batch == 0 || p.num_heads_kv == 0) return;
-    Backward<decltype(engine)>(p, useful_threads(p, 10)).run();
+    const auto run = [](const BackwardParams& p) { Backward<E>(p, useful_threads(p, 10)).run(); };
+    p.lse.data != nullptr ? run(p) : run(with_forward<E>(p));
   });
 }
 

@@ -66,7 +66,8 @@ struct WeightsParams : Params {
 
 // Gradients. dbias is float32 (float64 for float64), its strides are 0 where bias is broadcast, and
 // the kernel adds up over those dimensions; it comes zero-filled. dweights is the gradient of the
-// weights above, in their shape (1 head and already divided by num_heads when averaged).
+// weights above, in their shape (1 head and already divided by num_heads when averaged). On the CPU
+// out and lse may both be absent: the backward then starts with the forward.
 struct BackwardParams : Params {
   View4 dout, dq, dk, dv, dbias;
   View4 dlse;  // like lse; may be absent

@@ -147,22 +147,40 @@ PyObject* call_key(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return key.as_bytes();
 }
 
-PyMethodDef method = {
-    "call_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_key)),
-    METH_FASTCALL,
-    "call_key(operands, scalars): bytes that are equal for calls that come to the same: a tuple of "
-    "tensors and Nones by class, dtype, device, shape and whether a gradient is wanted, and "
-    "scalars "
-    "by type and value. None where a call must be looked at by itself: somebody transforms, traces "
-    "or watches operators, an operand is a subclass or out of reach of the kernels, a scalar is "
-    "something unknown."};
+bool is_plain_backward(PyObject* dout) {
+  if (!is_plain_tensor(dout) || ask(torch.is_grad_enabled).ptr() == Py_True) return false;
+  if (ask(torch.num_dispatch_modes).cast<int64_t>() != 0) return false;
+  return tensor_view(dout, "dout").device_type != DeviceType::kOther;
+}
+
+// METH_O. A tensor that cannot be read stands for many, or holds something unknown.
+PyObject* backward_is_plain(PyObject*, PyObject* dout) {
+  try {
+    return PyBool_FromLong(is_plain_backward(dout));
+  } catch (const std::exception&) {
+    Py_RETURN_FALSE;
+  }
+}
+
+PyMethodDef kMethods[] = {
+    {"call_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_key)),
+     METH_FASTCALL,
+     "call_key(operands, scalars): bytes that are equal for calls that come to the same: a tuple "
+     "of tensors and Nones by class, dtype, device, shape and whether a gradient is wanted, and "
+     "scalars by type and value. None where a call must be looked at by itself: somebody "
+     "transforms, traces or watches operators, an operand is a subclass or out of reach of the "
+     "kernels, a scalar is something unknown."},
+    {"backward_is_plain", &backward_is_plain, METH_O,
+     "backward_is_plain(dout): True if a backward that is given dout may call a kernel without "
+     "looking further: nobody wants to differentiate it again, transforms, traces or watches "
+     "operators, and dout is a tensor of torch's own that a kernel can read."},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void bind_call_key(py::module_& m) {
   connect();
-  m.add_object("call_key",
-               py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, nullptr)));
+  if (PyModule_AddFunctions(m.ptr(), kMethods) != 0) throw py::error_already_set();
 }
 
 }  // namespace fused_attn

@@ -55,6 +55,9 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
         checks.expect_probability("dropout_p", scalars.dropout_p)
         operands = operands._replace(rng=philox.draw_rng(operands.q.device))
     plan = _plans.get(_make_plan, operands, scalars)
+    if plan.bare and out is None:
+        # By number: unpacking or names would take longer.
+        return fused.apply_bare(operands[0], operands[1], operands[2], operands, plan), None, None
     if plan.route is not FORMULA:
         result, lse, weights = fused.attention(operands, plan, out)
     else:
@@ -107,9 +110,10 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
     route = dispatch.route(operands, backend is reference)
-    bare = needs_grad and route is KERNEL
-    lse_like = fused.bare_lse(operands, settings) if bare else None
-    return fused.Plan(problem.options, settings, backend, needs_grad, route, lse_like)
+    bare = needs_grad and route is KERNEL and fused.is_bare(operands, settings)
+    keeps = bare and not fused.computes_again(backend, problem)
+    lse_like = fused.lse_like(operands.q) if keeps else None
+    return fused.Plan(problem.options, settings, backend, needs_grad, route, bare, lse_like)
 
 
 def _autocast(operands: Operands) -> Operands:

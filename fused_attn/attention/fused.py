@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from .. import dispatch, higher_order
 from ..dispatch import OPERATOR, Route
 from . import reference
-from .problem import AVERAGE, NO_WEIGHTS, Operands, Options
+from .problem import AVERAGE, NO_WEIGHTS, AttentionProblem, Operands, Options
 
 
 class Settings(NamedTuple):
@@ -38,7 +38,8 @@ class Plan(NamedTuple):
     backend: ModuleType
     needs_grad: bool
     route: Route
-    lse_like: Tensor | None  # if `_BareAttention` can run the call
+    bare: bool  # `_BareAttention` can run the call
+    lse_like: Tensor | None  # lse's shape and dtype, if that keeps out and lse for the backward
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -80,12 +81,7 @@ def attention(operands: Operands, plan: Plan, out: Tensor | None = None) -> Resu
         if traced:
             return _call_forward(operands, plan.options, plan.settings)
         return _run_forward(operands, plan.options, plan.settings, out)
-    if traced:
-        return _Attention.apply(*operands[:4], operands[4:], plan, True)
-    q, k, v, bias = operands[:4]
-    if plan.lse_like is not None:
-        return _apply_bare(q, k, v, plan), None, None
-    return _Attention.apply(q, k, v, bias, operands[4:], plan, False)
+    return _Attention.apply(*operands[:4], operands[4:], plan, traced)
 
 
 def _call_forward(operands: Operands, options: Options, settings: Settings) -> Result:
@@ -152,13 +148,19 @@ def _backend(name: str) -> Any:
 def _empty_out(operands: Operands, token_major: bool) -> Tensor:
     q, v = operands.q, operands.v
     if not token_major and q.shape[3] == v.shape[3]:
-        # Twice as fast as a shape, which counts for tiny calls.
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
+        return _dense_like(q)
     batch, num_heads, seqlen_q, _ = q.shape
     shape = (batch, num_heads, seqlen_q, v.shape[3])
     if token_major:  # not a transposed view: forward-mode AD treats views differently
         return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     return torch.empty(shape, dtype=q.dtype, device=q.device)
+
+
+def _dense_like(q: Tensor) -> Tensor:
+    """A new tensor of q's shape and dtype, contiguous; the fastest way, for tiny calls."""
+    if q.is_contiguous():
+        return empty_like(q)
+    return empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _empty_extras(
@@ -181,9 +183,9 @@ def _empty_gradients(operands: Operands, needs: tuple[bool, ...]) -> list[Tensor
     """dq, dk, dv like their tensors; dbias zero-filled in the statistics' dtype, to be added to."""
     q, k, v, bias = operands[:4]
     grads = [
-        torch.empty_like(q) if needs[0] else None,
-        torch.empty_like(k) if needs[1] else None,
-        torch.empty_like(v) if needs[2] else None,
+        empty_like(q) if needs[0] else None,
+        empty_like(k) if needs[1] else None,
+        empty_like(v) if needs[2] else None,
     ]
     if needs[3] and bias is not None:
         dtype = _statistics_dtype(q)
@@ -197,15 +199,26 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def bare_lse(operands: Operands, settings: Settings) -> Tensor | None:
-    """Something of lse's shape and dtype where `_BareAttention` can run the call, else None."""
-    q, v = operands.q, operands.v
-    usual = settings[:3] == (NO_WEIGHTS, False, False) and q.shape[3] == v.shape[3]
-    if not usual or any(operand is not None for operand in operands[3:]):
-        return None
-    if higher_order.forward_mode() or not all(map(higher_order.is_alive, operands[:3])):
-        return None
-    # One number, repeated: it costs no memory, and `empty_like` is faster than `empty`.
+def is_bare(operands: Operands, settings: Settings) -> bool:
+    """True if `_BareAttention` can run a call of the kernel's with gradients."""
+    usual = settings[:3] == (NO_WEIGHTS, False, False)
+    if not usual or operands.q.shape[3] != operands.v.shape[3]:
+        return False
+    if any(operand is not None for operand in operands[3:]) or higher_order.forward_mode():
+        return False
+    return all(map(higher_order.is_alive, operands[:3]))
+
+
+def computes_again(backend: Any, problem: AttentionProblem) -> bool:
+    """True if the backend's `backward` is to be given neither out nor lse, as it says itself."""
+    return getattr(backend, "computes_again", lambda problem: False)(problem)
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """Something of lse's shape and dtype: `empty_like` is faster than `empty`.
+
+    It is one number, repeated, and costs no memory.
+    """
     return torch.empty((), dtype=_statistics_dtype(q), device=q.device).expand(q.shape[:3])
 
 
@@ -312,46 +325,62 @@ class _BareAttention(torch.autograd.Function):
     of a microsecond, and a tiny call takes thirty in all.
     """
 
+    # torch asks for it by a name that it makes each time, which no cache knows.
+    setup_context = staticmethod(torch.autograd.Function.setup_context)
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        assert plan.lse_like is not None
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty_like(plan.lse_like, memory_format=torch.contiguous_format)
-        plan.backend.forward(Operands(q, k, v), plan.options, out, lse)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, plan: Plan
+    ) -> Tensor:
+        out = _dense_like(q)
         ctx.plan = plan
+        if plan.lse_like is None:
+            plan.backend.forward(operands, plan.options, out, None)
+            ctx.save_for_backward(q, k, v)
+            return out
+        lse = empty_like(plan.lse_like, memory_format=torch.contiguous_format)
+        plan.backend.forward(operands, plan.options, out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
+        out, lse = kept or (None, None)
         operands, plan, needs = Operands(q, k, v), ctx.plan, ctx.needs_input_grad
-        if higher_order.backward_needs_formula((dout,)) or dispatch.is_traced():
-            return tuple(_gradients(operands, plan, False, out, lse, (dout, None, None), needs))
-        need_q, need_k, need_v, _ = needs
-        dq = torch.empty_like(q) if need_q else None
-        dk = torch.empty_like(k) if need_k else None
-        dv = torch.empty_like(v) if need_v else None
+        if not dispatch.backward_is_plain(dout):
+            wanted = (*needs[:3], False)
+            grads = _gradients(operands, plan, False, out, lse, (dout, None, None), wanted)
+            return (*grads[:3], None, None)
+        need_q, need_k, need_v, _, _ = needs
+        dq = empty_like(q) if need_q else None
+        dk = empty_like(k) if need_k else None
+        dv = empty_like(v) if need_v else None
         plan.backend.backward(operands, plan.options, out, lse, dout, None, None, dq, dk, dv, None)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 # `_BareAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
 # of torch.func, under which no kernel runs, and unwraps tensors that those left behind, which do
-# not come here (`bare_lse`).
-_apply_bare = super(torch.autograd.Function, _BareAttention).apply
+# not come here (`is_bare`). Likewise its way to `backward` (0.4 us), which asks whether a subclass
+# calls it `vjp`.
+apply_bare = super(torch.autograd.Function, _BareAttention).apply
+_BareAttention._backward_cls.apply = _BareAttention.backward  # type: ignore[attr-defined]
 
 
 def _gradients(
     operands: Operands,
     plan: Plan,
     traced: bool,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     grad_outputs: Sequence[Tensor | None],
     needs: tuple[bool, ...],
 ) -> Sequence[Tensor | None]:
-    """dq, dk, dv and dbias from the gradients of out, lse and weights."""
+    """dq, dk, dv and dbias from the gradients of out, lse and weights.
+
+    Where out and lse were not kept, both are None.
+    """
     options, settings = plan.options, plan.settings
     if higher_order.backward_needs_formula(grad_outputs):
         formula = _formula(operands, options, settings.weights)
@@ -359,6 +388,9 @@ def _gradients(
     dout, dlse, dweights = grad_outputs
     if dout is None and dlse is None and dweights is None:
         return (None,) * 4
+    if out is None or lse is None:
+        out, lse, _ = _call_forward(operands, options, settings._replace(need_lse=True))
+    assert lse is not None
     tail = (out, lse, dout, dlse, dweights, needs)
     if not traced and not dispatch.is_traced():
         return _run_backward(operands, options, settings, *tail)
