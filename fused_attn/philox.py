@@ -6,8 +6,12 @@ Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 20
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from . import checks
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -22,6 +26,22 @@ def draw_rng(device: torch.device) -> Tensor:
     draws anew at each replay.
     """
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def rng_of_call(given: Any, dropout_p: Any, tensor: Any, name: str) -> Any:
+    """The (seed, offset) of a call that wants dropout: what was given, dense; else newly drawn.
+
+    Args:
+        tensor: an operand of the call, called `name`; the draw is on its device.
+
+    Raises:
+        TypeError, ValueError: nothing can be drawn. What was given is not checked.
+    """
+    if given is not None:
+        return given.contiguous() if isinstance(given, Tensor) else given
+    checks.expect_tensor(name, tensor)
+    checks.expect_probability("dropout_p", dropout_p)
+    return draw_rng(tensor.device)
 
 
 def threshold(dropout_p: float) -> int:

@@ -323,6 +323,23 @@ def test_vectors_may_have_any_strides(attention_backend: str) -> None:
     assert torch.equal(actual, expected)
 
 
+def test_packed_vectors_may_have_any_strides(attention_backend: str) -> None:
+    q, k, v = (x[0].transpose(0, 1).requires_grad_() for x in qkv(1, 2, 40, 8))
+    starts, rng = torch.tensor([0, 15, 40], dtype=torch.int32), torch.tensor([3, 4])
+
+    def run(starts: torch.Tensor, rng: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = attention_varlen(
+            q, k, v, starts, starts, 25, 25, dropout_p=0.3, dropout_rng=rng,
+            backend=attention_backend,
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+    strided = [torch.stack((x, 99 - x), 1)[:, 0] for x in (starts, rng)]
+    assert not any(x.is_contiguous() for x in strided)
+    for actual, expected in zip(run(*strided), run(starts, rng), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_outputs_are_new_and_contiguous(attention_backend: str) -> None:
     q, k, v = (x.transpose(1, 2) for x in qkv(2, 40, 3, 8))
     outputs = attention(

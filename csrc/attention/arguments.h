@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "attention/params.h"
 #include "common/tensor.h"
@@ -29,6 +31,25 @@ class Arguments {
     return view;
   }
   View4 view(const char* name) { return view4(tensor(name)); }
+  // The numbers of a vector, one after the other: the tensor's own, or a copy for this call, which
+  // memory of the CPU allows.
+  template <class T>
+  const T* numbers(const TensorView& vector, DType dtype) {
+    check_dtype(vector, {dtype});
+    if (device_ != DeviceType::kCPU) check_contiguous(vector);
+    if (!vector || vector.shape[0] <= 1 || vector.stride[0] == 1) return vector.as<T>();
+    const size_t count = static_cast<size_t>(vector.shape[0]);
+    copies_.push_back(std::make_unique<char[]>(count * sizeof(T)));
+    T* const copy = reinterpret_cast<T*>(copies_.back().get());
+    for (size_t i = 0; i < count; ++i) {
+      copy[i] = vector.as<T>()[static_cast<int64_t>(i) * vector.stride[0]];
+    }
+    return copy;
+  }
+  template <class T>
+  const T* numbers(const char* name, DType dtype) {
+    return numbers<T>(tensor(name), dtype);
+  }
   int64_t integer() { return checked(PyLong_AsLongLong(take())); }
   double number() { return checked(PyFloat_AsDouble(take())); }
   bool boolean() { return checked(PyObject_IsTrue(take())) != 0; }
@@ -58,6 +79,7 @@ class Arguments {
   PyObject* const* item_ = nullptr;  // of the tuple that is being read
   PyObject* const* items_end_ = nullptr;
   DeviceType device_ = DeviceType::kCPU;
+  std::vector<std::unique_ptr<char[]>> copies_;
 };
 
 // A key padding mask, key lengths and the rest of what all three functions take first.
@@ -86,26 +108,13 @@ inline void read_operands(Arguments& args, Params& p) {
   p.key_padding_mask = padding.as<uint8_t>();
   p.key_padding_stride[0] = padding_view.stride[0];
   p.key_padding_stride[1] = padding_view.stride[1];
-  const TensorView lengths = args.tensor("key_lengths");
-  check_dtype(lengths, {DType::kInt64});
-  check_contiguous(lengths);
-  p.key_lengths = lengths.as<int64_t>();
-  const TensorView slopes = args.tensor("alibi_slopes");
-  check_dtype(slopes, {DType::kFloat32});
-  check_contiguous(slopes);
-  p.alibi_slopes = slopes.as<float>();
+  p.key_lengths = args.numbers<int64_t>("key_lengths", DType::kInt64);
+  p.alibi_slopes = args.numbers<float>("alibi_slopes", DType::kFloat32);
   const TensorView cu_q = args.tensor("cu_seqlens_q"), cu_k = args.tensor("cu_seqlens_k");
-  for (const TensorView& cu : {cu_q, cu_k}) {
-    check_dtype(cu, {DType::kInt32});
-    check_contiguous(cu);
-    if (cu) p.batch = cu.shape[0] - 1;
-  }
-  p.cu_seqlens_q = cu_q.as<int32_t>();
-  p.cu_seqlens_k = cu_k.as<int32_t>();
-  const TensorView rng = args.tensor("rng");
-  check_dtype(rng, {DType::kInt64});
-  check_contiguous(rng);
-  p.rng = rng.as<int64_t>();
+  if (cu_q) p.batch = cu_q.shape[0] - 1;
+  p.cu_seqlens_q = args.numbers<int32_t>(cu_q, DType::kInt32);
+  p.cu_seqlens_k = args.numbers<int32_t>(cu_k, DType::kInt32);
+  p.rng = args.numbers<int64_t>("rng", DType::kInt64);
 }
 
 // The values are the user's data, and a kernel that believed wrong ones would leave the tensors.

@@ -51,9 +51,9 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     """
     if _autocast_enabled():
         operands = _autocast(operands)
-    if scalars.dropout_p and operands.rng is None:
-        checks.expect_probability("dropout_p", scalars.dropout_p)
-        operands = operands._replace(rng=philox.draw_rng(operands.q.device))
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.q, "q")
+        operands = operands._replace(rng=rng)
     plan = _plans.get(_make_plan, operands, scalars)
     if plan.bare and out is None:
         # By number: unpacking or names would take longer.

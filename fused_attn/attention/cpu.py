@@ -33,22 +33,9 @@ def computes_again(problem: AttentionProblem) -> bool:
     return heads <= 4 and products <= 2**14
 
 
-def _dense_vectors(o: Operands) -> Operands:
-    """The kernels read the small vectors densely; the other tensors go by their strides."""
-    if (
-        o.key_lengths is None
-        and o.alibi_slopes is None
-        and o.cu_seqlens_q is None
-        and o.cu_seqlens_k is None
-        and o.rng is None
-    ):  # spelled out, for tiny calls
-        return o
-    return Operands(*o[:6], *[None if x is None else x.contiguous() for x in o[6:]])
-
-
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     threads = get_num_threads()
-    native.module().attention_forward(_dense_vectors(operands), out, lse, options, threads)
+    native.module().attention_forward(operands, out, lse, options, threads)
     if operands.cu_seqlens_q is not None:
         _clear_past_the_end(operands.cu_seqlens_q, (out, 0.0), (lse, -torch.inf))
 
@@ -62,7 +49,7 @@ def forward_with_weights(
     average: bool,
 ) -> None:
     native.module().attention_forward_with_weights(
-        _dense_vectors(operands), out, lse, weights, average, options, get_num_threads()
+        operands, out, lse, weights, average, options, get_num_threads()
     )
 
 
@@ -79,9 +66,8 @@ def backward(
     dv: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    o, threads = _dense_vectors(operands), get_num_threads()
-    run = native.module().attention_backward
-    run(o, out, lse, dout, dlse, dweights, dq, dk, dv, dbias, options, threads)
+    run, threads = native.module().attention_backward, get_num_threads()
+    run(operands, out, lse, dout, dlse, dweights, dq, dk, dv, dbias, options, threads)
     if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
         _clear_past_the_end(operands.cu_seqlens_q, (dq, 0.0))
         _clear_past_the_end(operands.cu_seqlens_k, (dk, 0.0), (dv, 0.0))

@@ -49,10 +49,9 @@ _plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tensor:
     """y; written to `out`, or new if None."""
-    if scalars.dropout_p and operands.rng is None:
-        checks.expect_tensor("x", operands.x)
-        checks.expect_probability("dropout_p", scalars.dropout_p)
-        operands = operands._replace(rng=philox.draw_rng(operands.x.device))
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
+        operands = operands._replace(rng=rng)
     plan = _plans.get(_make_plan, operands, scalars)
     if out is not None:
         _check_out(out, operands, plan)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import checks, dispatch, higher_order, philox
+from .. import dispatch, higher_order, philox
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
 from .problem import EmbeddingProblem, Operands, Options, check_weight, describe, make_options
@@ -41,10 +41,9 @@ _plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 def run(operands: Operands, scalars: Scalars) -> Tensor:
     """y, new."""
-    if scalars.dropout_p and operands.rng is None:
-        checks.expect_tensor("weight", operands.weight)
-        checks.expect_probability("dropout_p", scalars.dropout_p)
-        operands = operands._replace(rng=philox.draw_rng(operands.weight.device))
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.weight, "weight")
+        operands = operands._replace(rng=rng)
     plan = _plans.get(_make_plan, operands, scalars)
     if plan.route is not FORMULA:
         return fused.embedding(

@@ -64,10 +64,9 @@ def run(
     """
     if torch._C._is_any_autocast_enabled():
         operands = _autocast(operands)
-    if scalars.dropout_p and operands.rng is None:
-        checks.expect_tensor("x", operands.x)
-        checks.expect_probability("dropout_p", scalars.dropout_p)
-        operands = operands._replace(rng=philox.draw_rng(operands.x.device))
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
+        operands = operands._replace(rng=rng)
     plan = _plans.get(_make_plan, operands, scalars)
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:

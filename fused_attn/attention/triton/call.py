@@ -57,6 +57,10 @@ def broadcast_view(tensor: Tensor | None) -> View | None:
 _NO_TERMS = Terms(*[None] * (len(Terms._fields)))
 
 
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
 def _terms(operands: Operands) -> Terms:
     if not [x for x in operands[3:] if x is not None]:
         return _NO_TERMS
@@ -67,9 +71,9 @@ def _terms(operands: Operands) -> Terms:
         key_ranges=key_ranges(operands.key_padding_mask),
         key_lengths=view_of(operands.key_lengths),
         alibi_slopes=view_of(operands.alibi_slopes),
-        cu_seqlens_q=operands.cu_seqlens_q,
-        cu_seqlens_k=operands.cu_seqlens_k,
-        rng=operands.rng,
+        cu_seqlens_q=_dense(operands.cu_seqlens_q),
+        cu_seqlens_k=_dense(operands.cu_seqlens_k),
+        rng=_dense(operands.rng),
     )
 
 
