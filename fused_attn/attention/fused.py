@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ class Settings(NamedTuple):
     backend: str
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)  # whose attributes are read faster than a named tuple's
+class Plan:
     """What the signature of a call comes to; made once, and remembered."""
 
     options: Options
