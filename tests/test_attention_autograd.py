@@ -129,7 +129,7 @@ SMALL = {  # and whether the backward is to compute out and lse again
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", SMALL)
-def test_small_backward_computes_out_and_lse_again(
+def test_small_cpu_backward_computes_out_and_lse_again(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit by bit what comes of those that a larger problem keeps."""
