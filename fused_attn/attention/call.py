@@ -56,6 +56,8 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
         operands = operands._replace(rng=rng)
     plan = _plans.get(_make_plan, operands, scalars)
     if plan.bare and out is None:
+        if not plan.needs_grad:
+            return fused.run_bare(operands, plan), None, None
         # By number: unpacking or names would take longer.
         return fused.apply_bare(operands[0], operands[1], operands[2], operands, plan), None, None
     if plan.route is not FORMULA:
@@ -110,8 +112,8 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
     route = dispatch.route(operands, backend is reference)
-    bare = needs_grad and route is KERNEL and fused.is_bare(operands, settings)
-    keeps = bare and not fused.computes_again(backend, problem)
+    bare = route is KERNEL and fused.is_bare(operands, settings, needs_grad)
+    keeps = bare and needs_grad and not fused.computes_again(backend, problem)
     lse_like = fused.lse_like(operands.q) if keeps else None
     return fused.Plan(problem.options, settings, backend, needs_grad, route, bare, lse_like)
 

@@ -40,7 +40,7 @@ class Plan:
     backend: ModuleType
     needs_grad: bool
     route: Route
-    bare: bool  # `_BareAttention` can run the call
+    bare: bool  # `run_bare` or, with gradients, `apply_bare` can run the call
     lse_like: Tensor | None  # lse's shape and dtype, if that keeps out and lse for the backward
 
 
@@ -201,14 +201,21 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def is_bare(operands: Operands, settings: Settings) -> bool:
-    """True if `_BareAttention` can run a call of the kernel's with gradients."""
+def is_bare(operands: Operands, settings: Settings, needs_grad: bool) -> bool:
+    """True if a call that the kernel runs wants `out` alone, with gradients of q, k, v at most."""
     usual = settings[:3] == (NO_WEIGHTS, False, False)
     if not usual or operands.q.shape[3] != operands.v.shape[3]:
         return False
-    if any(operand is not None for operand in operands[3:]) or higher_order.forward_mode():
+    if needs_grad and any(operand is not None for operand in operands[3:]):
         return False
-    return all(map(higher_order.is_alive, operands[:3]))
+    return not higher_order.forward_mode() and all(map(higher_order.is_alive, operands[:3]))
+
+
+def run_bare(operands: Operands, plan: Plan) -> Tensor:
+    """A bare call without gradients, with nothing to spare (see `_BareAttention`)."""
+    out = _dense_like(operands[0])
+    plan.backend.forward(operands, plan.options, out, None)
+    return out
 
 
 def computes_again(backend: Any, problem: AttentionProblem) -> bool:
