@@ -494,8 +494,9 @@ template <class E>
 BackwardParams with_forward(BackwardParams p) {
   using Real = typename E::Real;
   static thread_local Buffer buffer;
-  const int64_t head = p.rows_q, batch = p.cu_seqlens_q == nullptr ? p.num_heads * head : 0;
-  const int64_t rows = p.num_heads * head * (p.cu_seqlens_q == nullptr ? p.batch : 1);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t head = p.rows_q, batch = packed ? 0 : p.num_heads * head;  // strides of lse
+  const int64_t rows = p.num_heads * head * (packed ? 1 : p.batch);
   Real* lse = buffer.get<Real>(rows * (1 + p.head_dim_v));  // enough for out in a smaller dtype
   p.lse = {lse, p.lse.dtype, {batch, head, 1, 0}};
   p.out = {lse + rows, p.dtype, {batch * p.head_dim_v, head * p.head_dim_v, p.head_dim_v, 1}};
