@@ -57,8 +57,8 @@ struct Params {
   int threads = 1;
 };
 
-// Attention weights recomputed from lse: softmax(s), times the dropout factor where there is
-// dropout. weights (B, H, Lq, Lk), or (B, 1, Lq, Lk) averaged over heads.
+// The forward with attention weights: softmax(s), times the dropout factor where there is dropout.
+// weights (B, H, Lq, Lk), or (B, 1, Lq, Lk) averaged over heads.
 struct WeightsParams : Params {
   View4 weights;
   bool average = false;
