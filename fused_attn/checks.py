@@ -81,3 +81,11 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {type_name(value)}")
     return float(value)
+
+
+def expect_no_gradient(name: str, out: Tensor, wanted: bool) -> None:
+    """`out` is to be written to, which autograd would not see; `wanted`: an operand wants it to."""
+    if torch.is_grad_enabled() and (out.requires_grad or wanted):
+        raise ValueError(
+            f"`{name}` must be None where a gradient is wanted, as in torch's functions"
+        )

@@ -285,6 +285,5 @@ def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     checks.expect_shape("out", out, (*q.shape[:3], v.shape[3]), "(B, H, Lq, Dv)")
     checks.expect_dtype("out", out, (q.dtype,))
     checks.expect_device("out", out, q.device)
-    wanted = [getattr(x, "requires_grad", False) for x in (out, q, k, v, bias)]
-    if torch.is_grad_enabled() and any(wanted):
-        raise ValueError("`out` must be None where a gradient is wanted, as in torch's functions")
+    wanted = any(getattr(x, "requires_grad", False) for x in (q, k, v, bias))
+    checks.expect_no_gradient("out", out, wanted)

@@ -309,37 +309,6 @@ def test_probability_zero_is_no_dropout(attention_backend: str) -> None:
     assert torch.equal(actual, expected)
 
 
-def test_vectors_may_have_any_strides(attention_backend: str) -> None:
-    q, k, v = qkv(4, 2, 20, 8)
-    lengths = torch.tensor([15])
-    slopes = torch.tensor([0.5, 9.0, 0.25, 9.0])[::2]
-    expected = attention(
-        q, k, v, key_lengths=torch.full((4,), 15), alibi_slopes=torch.tensor([0.5, 0.25]),
-        backend=attention_backend,
-    )  # fmt: skip
-    actual = attention(
-        q, k, v, key_lengths=lengths.expand(4), alibi_slopes=slopes, backend=attention_backend
-    )
-    assert torch.equal(actual, expected)
-
-
-def test_packed_vectors_may_have_any_strides(attention_backend: str) -> None:
-    q, k, v = (x[0].transpose(0, 1).requires_grad_() for x in qkv(1, 2, 40, 8))
-    starts, rng = torch.tensor([0, 15, 40], dtype=torch.int32), torch.tensor([3, 4])
-
-    def run(starts: torch.Tensor, rng: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = attention_varlen(
-            q, k, v, starts, starts, 25, 25, dropout_p=0.3, dropout_rng=rng,
-            backend=attention_backend,
-        )  # fmt: skip
-        return out, *torch.autograd.grad(out.sum(), (q, k, v))
-
-    strided = [torch.stack((x, 99 - x), 1)[:, 0] for x in (starts, rng)]
-    assert not any(x.is_contiguous() for x in strided)
-    for actual, expected in zip(run(*strided), run(starts, rng), strict=True):
-        assert torch.equal(actual, expected)
-
-
 def test_outputs_are_new_and_contiguous(attention_backend: str) -> None:
     q, k, v = (x.transpose(1, 2) for x in qkv(2, 40, 3, 8))
     outputs = attention(

@@ -144,20 +144,6 @@ def test_dropout_is_the_norms(bias_activation_backend: str) -> None:
             torch.testing.assert_close(y, total, rtol=1e-6, atol=0)
 
 
-def test_dropout_rng_may_have_any_stride(bias_activation_backend: str) -> None:
-    rng = torch.tensor(RNG)
-    strided = torch.stack((rng, ~rng), dim=1)[:, 0]
-    assert not strided.is_contiguous()
-    x = torch.ones(7, 64)
-    results = [
-        bias_activation(
-            x, activation="gelu", dropout_p=0.3, dropout_rng=given, backend=bias_activation_backend
-        )
-        for given in (rng, strided)
-    ]
-    assert torch.equal(*results)
-
-
 def test_dropout_keeps_the_right_share_and_follows_the_generator(
     bias_activation_backend: str,
 ) -> None:

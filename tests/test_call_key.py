@@ -19,16 +19,24 @@ CallKey = Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable]
 
 
 @pytest.fixture(params=["compiled", "python", "attributes"])
-def call_key(request: pytest.FixtureRequest) -> Iterator[CallKey]:
-    """The compiled one, reading tensors in both ways that it can, and the one in its place."""
+def asked(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The compiled module, reading tensors in both ways that it can, and what stands in for it."""
     if request.param == "python":
-        yield dispatch._call_key_in_python
+        yield SimpleNamespace(
+            call_key=dispatch._call_key_in_python,
+            backward_is_plain=dispatch._backward_is_plain_in_python,
+        )
         return
     if native.why_not() is not None:
         pytest.skip(native.why_not())
     before = native.module().use_exchange_api(request.param == "compiled")
-    yield native.module().call_key
+    yield native.module()
     native.module().use_exchange_api(before)
+
+
+@pytest.fixture
+def call_key(asked: Any) -> CallKey:
+    return asked.call_key
 
 
 class Subclass(torch.Tensor):
@@ -129,19 +137,7 @@ def test_whoever_watches_is_noticed(call_key: CallKey) -> None:
     assert call_key(*call) is not None
 
 
-@pytest.fixture(params=["compiled", "python", "attributes"])
-def is_plain_backward(request: pytest.FixtureRequest) -> Iterator[Callable[[torch.Tensor], bool]]:
-    if request.param == "python":
-        yield dispatch._backward_is_plain_in_python
-        return
-    if native.why_not() is not None:
-        pytest.skip(native.why_not())
-    before = native.module().use_exchange_api(request.param == "compiled")
-    yield native.module().backward_is_plain
-    native.module().use_exchange_api(before)
-
-
-def test_a_backward_is_plain_if_nobody_looks(is_plain_backward) -> None:  # type: ignore
+def test_a_backward_is_plain_if_nobody_looks(asked: Any) -> None:
     """What the engine hands to a backward in each of these circumstances."""
     x = torch.ones(3, requires_grad=True)
     said: list[bool] = []
@@ -153,7 +149,7 @@ def test_a_backward_is_plain_if_nobody_looks(is_plain_backward) -> None:  # type
 
         @staticmethod
         def backward(ctx: Any, dout: torch.Tensor) -> torch.Tensor:
-            said.append(is_plain_backward(dout))
+            said.append(asked.backward_is_plain(dout))
             return dout
 
     def pull_back(vector: torch.Tensor, **how: Any) -> None:

@@ -77,18 +77,6 @@ def test_dropout_is_the_norms(embedding_backend: str) -> None:
         torch.testing.assert_close(y, total, rtol=1e-6, atol=0)
 
 
-def test_dropout_rng_may_have_any_stride(embedding_backend: str) -> None:
-    rng = torch.tensor(RNG)
-    strided = torch.stack((rng, ~rng), dim=1)[:, 0]
-    assert not strided.is_contiguous()
-    tokens, weight = torch.zeros(7, dtype=torch.int64), torch.ones(1, 64)
-    results = [
-        embedding(tokens, weight, dropout_p=0.3, dropout_rng=given, backend=embedding_backend)
-        for given in (rng, strided)
-    ]
-    assert torch.equal(*results)
-
-
 def test_dropout_follows_the_generator(embedding_backend: str) -> None:
     weight, tokens = torch.ones(1, 500), torch.zeros(40, dtype=torch.int64)
 

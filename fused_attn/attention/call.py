@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import autocast, checks, dispatch, higher_order, philox
 from ..dispatch import FORMULA, KERNEL
-from . import BACKENDS, fused, reference
+from . import BACKENDS, bare, fused, reference
 from .problem import WEIGHTS, AttentionProblem, Operands, describe, make_options
 
 
@@ -57,9 +57,9 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     plan = _plans.get(_make_plan, operands, scalars)
     if plan.bare and out is None:
         if not plan.needs_grad:
-            return fused.run_bare(operands, plan), None, None
+            return bare.run(operands, plan), None, None
         # By number: unpacking or names would take longer.
-        return fused.apply_bare(operands[0], operands[1], operands[2], operands, plan), None, None
+        return bare.apply(operands[0], operands[1], operands[2], operands, plan), None, None
     if plan.route is not FORMULA:
         result, lse, weights = fused.attention(operands, plan, out)
     else:
@@ -112,10 +112,10 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
     route = dispatch.route(operands, backend is reference)
-    bare = route is KERNEL and fused.is_bare(operands, settings, needs_grad)
-    keeps = bare and needs_grad and not fused.computes_again(backend, problem)
-    lse_like = fused.lse_like(operands.q) if keeps else None
-    return fused.Plan(problem.options, settings, backend, needs_grad, route, bare, lse_like)
+    is_bare = route is KERNEL and bare.can_run(operands, settings, needs_grad)
+    keeps = is_bare and needs_grad and not bare.computes_again(backend, problem)
+    lse_like = bare.lse_like(operands.q) if keeps else None
+    return fused.Plan(problem.options, settings, backend, needs_grad, route, is_bare, lse_like)
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -19,7 +19,7 @@ from torch import Tensor, empty_like
 from .. import dispatch, higher_order
 from ..dispatch import OPERATOR, Route
 from . import reference
-from .problem import AVERAGE, NO_WEIGHTS, AttentionProblem, Operands, Options
+from .problem import AVERAGE, NO_WEIGHTS, Operands, Options
 
 
 class Settings(NamedTuple):
@@ -40,7 +40,7 @@ class Plan:
     backend: ModuleType
     needs_grad: bool
     route: Route
-    bare: bool  # `run_bare` or, with gradients, `apply_bare` can run the call
+    bare: bool  # `bare.run` or, with gradients, `bare.apply` can run the call
     lse_like: Tensor | None  # lse's shape and dtype, if that keeps out and lse for the backward
 
 
@@ -150,7 +150,7 @@ def _backend(name: str) -> Any:
 def _empty_out(operands: Operands, token_major: bool) -> Tensor:
     q, v = operands.q, operands.v
     if not token_major and q.shape[3] == v.shape[3]:
-        return _dense_like(q)
+        return dense_like(q)
     batch, num_heads, seqlen_q, _ = q.shape
     shape = (batch, num_heads, seqlen_q, v.shape[3])
     if token_major:  # not a transposed view: forward-mode AD treats views differently
@@ -158,7 +158,7 @@ def _empty_out(operands: Operands, token_major: bool) -> Tensor:
     return torch.empty(shape, dtype=q.dtype, device=q.device)
 
 
-def _dense_like(q: Tensor) -> Tensor:
+def dense_like(q: Tensor) -> Tensor:
     """A new tensor of q's shape and dtype, contiguous; the fastest way, for tiny calls."""
     if q.is_contiguous():
         return empty_like(q)
@@ -172,7 +172,7 @@ def _empty_extras(
         return None, None
     q = operands.q
     batch, num_heads, seqlen_q, _ = q.shape
-    lse = torch.empty((batch, num_heads, seqlen_q), dtype=_statistics_dtype(q), device=q.device)
+    lse = torch.empty((batch, num_heads, seqlen_q), dtype=statistics_dtype(q), device=q.device)
     w = None
     if settings.weights != NO_WEIGHTS:
         seqlen_k = operands.k.shape[2]
@@ -190,45 +190,15 @@ def _empty_gradients(operands: Operands, needs: tuple[bool, ...]) -> list[Tensor
         empty_like(v) if needs[2] else None,
     ]
     if needs[3] and bias is not None:
-        dtype = _statistics_dtype(q)
+        dtype = statistics_dtype(q)
         grads.append(torch.zeros(bias.shape, dtype=dtype, device=bias.device))
     else:
         grads.append(None)
     return grads
 
 
-def _statistics_dtype(q: Tensor) -> torch.dtype:
+def statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def is_bare(operands: Operands, settings: Settings, needs_grad: bool) -> bool:
-    """True if a call that the kernel runs wants `out` alone, with gradients of q, k, v at most."""
-    usual = settings[:3] == (NO_WEIGHTS, False, False)
-    if not usual or operands.q.shape[3] != operands.v.shape[3]:
-        return False
-    if needs_grad and any(operand is not None for operand in operands[3:]):
-        return False
-    return not higher_order.forward_mode() and all(map(higher_order.is_alive, operands[:3]))
-
-
-def run_bare(operands: Operands, plan: Plan) -> Tensor:
-    """A bare call without gradients, with nothing to spare (see `_BareAttention`)."""
-    out = _dense_like(operands[0])
-    plan.backend.forward(operands, plan.options, out, None)
-    return out
-
-
-def computes_again(backend: Any, problem: AttentionProblem) -> bool:
-    """True if the backend's `backward` is to be given neither out nor lse, as it says itself."""
-    return getattr(backend, "computes_again", lambda problem: False)(problem)
-
-
-def lse_like(q: Tensor) -> Tensor:
-    """Something of lse's shape and dtype: `empty_like` is faster than `empty`.
-
-    It is one number, repeated, and costs no memory.
-    """
-    return torch.empty((), dtype=_statistics_dtype(q), device=q.device).expand(q.shape[:3])
 
 
 def _as_tensors(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -317,7 +287,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         operands, needs = Operands(*tensors), ctx.needs_input_grad[:4]
-        grads = _gradients(operands, ctx.plan, ctx.traced, out, lse, grad_outputs, needs)
+        grads = gradients(operands, ctx.plan, ctx.traced, out, lse, grad_outputs, needs)
         return (*grads, None, None, None)
 
     @staticmethod
@@ -327,57 +297,7 @@ class _Attention(torch.autograd.Function):
         return tuple(higher_order.tangents_through(formula, operands[:4], tangents[:4]))
 
 
-class _BareAttention(torch.autograd.Function):
-    """`_Attention` of q, k and v and nothing else, eagerly: the same, with nothing to spare.
-
-    Most calls are of this kind. Every argument, result, saved tensor and Python call costs tenths
-    of a microsecond, and a tiny call takes thirty in all.
-    """
-
-    # torch asks for it by a name that it makes each time, which no cache knows.
-    setup_context = staticmethod(torch.autograd.Function.setup_context)
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, plan: Plan
-    ) -> Tensor:
-        out = _dense_like(q)
-        ctx.plan = plan
-        if plan.lse_like is None:
-            plan.backend.forward(operands, plan.options, out, None)
-            ctx.save_for_backward(q, k, v)
-            return out
-        lse = empty_like(plan.lse_like, memory_format=torch.contiguous_format)
-        plan.backend.forward(operands, plan.options, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        out, lse = kept or (None, None)
-        operands, plan, needs = Operands(q, k, v), ctx.plan, ctx.needs_input_grad
-        if not dispatch.backward_is_plain(dout):
-            wanted = (*needs[:3], False)
-            grads = _gradients(operands, plan, False, out, lse, (dout, None, None), wanted)
-            return (*grads[:3], None, None)
-        need_q, need_k, need_v, _, _ = needs
-        dq = empty_like(q) if need_q else None
-        dk = empty_like(k) if need_k else None
-        dv = empty_like(v) if need_v else None
-        plan.backend.backward(operands, plan.options, out, lse, dout, None, None, dq, dk, dv, None)
-        return dq, dk, dv, None, None
-
-
-# `_BareAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
-# of torch.func, under which no kernel runs, and unwraps tensors that those left behind, which do
-# not come here (`is_bare`). Likewise its way to `backward` (0.4 us), which asks whether a subclass
-# calls it `vjp`.
-apply_bare = super(torch.autograd.Function, _BareAttention).apply
-_BareAttention._backward_cls.apply = _BareAttention.backward  # type: ignore[attr-defined]
-
-
-def _gradients(
+def gradients(
     operands: Operands,
     plan: Plan,
     traced: bool,

@@ -95,5 +95,4 @@ def _check_out(out: Tensor, operands: Operands, plan: Plan) -> None:
     checks.expect_shape("out", out, result_shape(operands, plan.options), "of the result")
     checks.expect_dtype("out", out, (result_dtype(operands),))
     checks.expect_device("out", out, operands.x.device)
-    if torch.is_grad_enabled() and (out.requires_grad or plan.needs_grad):
-        raise ValueError("`out` must be None where a gradient is wanted, as in torch's functions")
+    checks.expect_no_gradient("out", out, plan.needs_grad)

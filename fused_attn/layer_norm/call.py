@@ -117,10 +117,7 @@ def _check_out(name: str, out: Tensor, operands: Operands, needs_grad: bool) -> 
     checks.expect_shape(name, out, tuple(operands.x.shape), "of `x`")
     checks.expect_dtype(name, out, (sum_dtype(operands),))
     checks.expect_device(name, out, operands.x.device)
-    if torch.is_grad_enabled() and (out.requires_grad or needs_grad):
-        raise ValueError(
-            f"`{name}` must be None where a gradient is wanted, as in torch's functions"
-        )
+    checks.expect_no_gradient(name, out, needs_grad)
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -73,7 +73,7 @@ def _terms(operands: Operands) -> Terms:
         alibi_slopes=view_of(operands.alibi_slopes),
         cu_seqlens_q=_dense(operands.cu_seqlens_q),
         cu_seqlens_k=_dense(operands.cu_seqlens_k),
-        rng=_dense(operands.rng),
+        rng=operands.rng,
     )
 
 
