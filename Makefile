@@ -33,11 +33,11 @@ gpu:
 
 # Every suite at a few small sizes, recorded, with report and pictures; and README's table of it.
 bench: $(INSTALLED)
-	python -m fused_attn bench all --device cpu --quick --budget 270 --save --plot
-	python -m fused_attn bench report --readme
+	python -m benchmarks all --device cpu --quick --budget 270 --save --plot
+	python -m benchmarks report --readme
 
 readme: $(INSTALLED)
-	python -m fused_attn bench report --readme
+	python -m benchmarks report --readme
 
 gates: $(INSTALLED)
 	python benchmarks/cpu_gates.py
@@ -54,13 +54,13 @@ sanitize: $(INSTALLED)
 	cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/site $(SANITIZED)/report* && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site
 	cp $(SANITIZED)/_C.*.so $(SANITIZED)/site/fused_attn
-	for level in $$(python -c 'from fused_attn import native; \
+	for level in $$(python -c 'from fused_attn.runtime import native; \
 	    print(*native.module().available_cpu_levels())'); do \
 	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
 	    ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/report \
 	    UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
-	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not level and not compile' \
-	    tests/test_attention*.py tests/test_bias_activation.py tests/test_embedding.py tests/test_layer_norm.py \
+	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not compile' \
+	    tests/ops \
 	    || { cat $(SANITIZED)/report*; exit 1; }; \
 	done
 

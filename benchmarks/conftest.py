@@ -1,12 +1,12 @@
-"""Options of `pytest benchmarks`: those of `python -m fused_attn bench`."""
+"""Options of `pytest benchmarks`: those of `python -m benchmarks`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fused_attn.bench.problem import DTYPES
-from fused_attn.bench.suites import SUITES
+from .suites.problem import DTYPES
+from .suites.suites import SUITES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

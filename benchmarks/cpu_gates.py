@@ -20,11 +20,11 @@ import torch
 from cpu import ROWS
 from cpu.row import SHORT_NAMES, Row
 
-from fused_attn.bench.ceilings import peak_flops
-from fused_attn.bench.machine import RESULTS
-from fused_attn.bench.machine import folder_name as machine_name
-from fused_attn.bench.results import save_rows
-from fused_attn.bench.timing import Timing, time_in_turn
+from .suites.ceilings import peak_flops
+from .suites.machine import RESULTS
+from .suites.machine import folder_name as machine_name
+from .suites.results import save_rows
+from .suites.timing import Timing, time_in_turn
 
 HEADER = (
     f"{'class':<44} {'ours ms':>9} {'peer ms':>9} {'peer':<12} {'ratio':>6} {'gate':>5} {'goal':>5}"

@@ -1,6 +1,6 @@
 """The suites under pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
-The cases, the sides and the check against float64 are those of `python -m fused_attn bench`, which
+The cases, the sides and the check against float64 are those of `python -m benchmarks`, which
 also takes sides in turn, measures memory and records machines; here pytest-benchmark has its own
 statistics, storage and comparison. Times are wall times; on a GPU until the device is done.
 """
@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attn.bench import run
-from fused_attn.bench.judge import Judge
-from fused_attn.bench.peers import PEERS
-from fused_attn.bench.problem import DTYPES, Problem, step, with_flags
-from fused_attn.bench.suites import Suite, find
+from .suites import run
+from .suites.judge import Judge
+from .suites.peers import PEERS
+from .suites.problem import DTYPES, Problem, step, with_flags
+from .suites.suites import Suite, find
 
 WANTED = run.Wanted(quick=True)
 ROUNDS, WARMUP = 7, 2

@@ -1,10 +1,10 @@
 #include "attention/bindings.h"
 #ifdef FUSED_ATTN_WITH_CUDA
-#include "common/device/launch_cuda.h"
-#include "layer_norm/cuda_bindings.h"
+#include "cuda/launch_cuda.h"
+#include "layer_norm/cuda/bindings.h"
 #endif
 #ifdef FUSED_ATTN_WITH_HOPPER
-#include "attention/cuda_bindings.h"
+#include "attention/sm90/bindings.h"
 #endif
 
 #include <pybind11/pybind11.h>
@@ -14,9 +14,9 @@
 
 #include "bias_activation/bindings.h"
 #include "common/call_key.h"
-#include "common/cpu_level.h"
-#include "common/peak.h"
 #include "common/tensor.h"
+#include "cpu/level.h"
+#include "cpu/peak.h"
 #include "embedding/bindings.h"
 #include "layer_norm/bindings.h"
 

@@ -1,19 +1,8 @@
 """Fused attention for PyTorch: drop-in modules and the functions behind them."""
 
 from ._version import __version__
-from .activations import bias_activation
 from .convert import fuse, unfuse
-from .dispatch import UnsupportedError
-from .embeddings import embedding
-from .functional import (
-    attention,
-    attention_backends,
-    attention_varlen,
-    explain,
-    last_backend,
-    merge_attention,
-)
-from .generation import beam_search, greedy_search, sample
+from .generation import Seq2SeqTransformer, beam_search, greedy_search, sample
 from .modules import (
     FusedAddLayerNorm,
     FusedAddRMSNorm,
@@ -28,14 +17,23 @@ from .modules import (
     FusedTransformerEncoder,
     FusedTransformerEncoderLayer,
     LearnedPositionalEncoding,
-    Seq2SeqTransformer,
     SinusoidalPositionalEncoding,
     TransformerEmbedding,
 )
-from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .sdpa import scaled_dot_product_attention
-from .tuning import autotune, autotuning
-from .warmup import warmup
+from .ops.attention.api import (
+    attention,
+    attention_backends,
+    attention_varlen,
+    explain,
+    last_backend,
+    merge_attention,
+)
+from .ops.attention.sdpa import scaled_dot_product_attention
+from .ops.bias_activation.api import bias_activation
+from .ops.dispatch import UnsupportedError
+from .ops.embedding.api import embedding
+from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .prepare import autotune, autotuning, warmup
 
 __all__ = [
     "FusedAddLayerNorm",

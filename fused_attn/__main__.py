@@ -1,4 +1,4 @@
-"""The command line: `python -m fused_attn {info,demo,bench}`."""
+"""The command line: `python -m fused_attn {info,demo}`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import argparse
 import sys
 from pathlib import Path
 
+BENCH_MOVED = (
+    "`bench` is no part of the installed package any more: in a checkout of the repository, run "
+    "`python -m benchmarks` with the same arguments"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:
-        from .bench.cli import main as bench
-
-        return bench(arguments[1:])
+        print(BENCH_MOVED, file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends can run here, and why others cannot")
     _add_demo(commands)
-    commands.add_parser("bench", help="measure us and our peers side by side", add_help=False)
     options = parser.parse_args(arguments)
     if options.command == "info":
         from .info import report

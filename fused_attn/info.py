@@ -9,20 +9,21 @@ import sys
 
 import torch
 
-from . import dispatch, native
 from ._version import __version__
-from .attention import BACKENDS as ATTENTION_BACKENDS
-from .attention import call as attention_call
-from .attention.problem import Operands as AttentionOperands
-from .bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
-from .bias_activation import call as bias_activation_call
-from .bias_activation.problem import Operands as BiasActivationOperands
-from .embedding import BACKENDS as EMBEDDING_BACKENDS
-from .embedding import call as embedding_call
-from .embedding.problem import Operands as EmbeddingOperands
-from .layer_norm import BACKENDS as LAYER_NORM_BACKENDS
-from .layer_norm import call as layer_norm_call
-from .layer_norm.problem import Operands as LayerNormOperands
+from .ops import dispatch
+from .ops.attention import BACKENDS as ATTENTION_BACKENDS
+from .ops.attention import call as attention_call
+from .ops.attention.problem import Operands as AttentionOperands
+from .ops.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
+from .ops.bias_activation import call as bias_activation_call
+from .ops.bias_activation.problem import Operands as BiasActivationOperands
+from .ops.embedding import BACKENDS as EMBEDDING_BACKENDS
+from .ops.embedding import call as embedding_call
+from .ops.embedding.problem import Operands as EmbeddingOperands
+from .ops.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
+from .ops.layer_norm import call as layer_norm_call
+from .ops.layer_norm.problem import Operands as LayerNormOperands
+from .runtime import native
 
 ENVIRONMENT = {
     "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",

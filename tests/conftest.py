@@ -12,22 +12,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-import without_gpu
+
+from tests.cases import without_gpu
 
 without_gpu.arrange()
 
 import fused_attn
-from fused_attn import dispatch
-from fused_attn.attention import BACKENDS as ATTENTION_BACKENDS
-from fused_attn.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
-from fused_attn.bias_activation import call as bias_activation_call
-from fused_attn.bias_activation.problem import Operands as BiasActivationOperands
-from fused_attn.embedding import BACKENDS as EMBEDDING_BACKENDS
-from fused_attn.embedding import call as embedding_call
-from fused_attn.embedding.problem import Operands as EmbeddingOperands
-from fused_attn.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
-from fused_attn.layer_norm import call as layer_norm_call
-from fused_attn.layer_norm.problem import Operands as LayerNormOperands
+from fused_attn.ops import dispatch
+from fused_attn.ops.attention import BACKENDS as ATTENTION_BACKENDS
+from fused_attn.ops.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
+from fused_attn.ops.bias_activation import call as bias_activation_call
+from fused_attn.ops.bias_activation.problem import Operands as BiasActivationOperands
+from fused_attn.ops.embedding import BACKENDS as EMBEDDING_BACKENDS
+from fused_attn.ops.embedding import call as embedding_call
+from fused_attn.ops.embedding.problem import Operands as EmbeddingOperands
+from fused_attn.ops.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
+from fused_attn.ops.layer_norm import call as layer_norm_call
+from fused_attn.ops.layer_norm.problem import Operands as LayerNormOperands
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.suites.cli import main as benchmarks
 from fused_attn import attention_backends, demo
 from fused_attn.__main__ import main
 
@@ -29,8 +30,13 @@ def test_info_runs_as_a_module() -> None:
     assert "attention backends" in done.stdout
 
 
-def test_bench_lists_suites_shapes_and_peers(capsys: pytest.CaptureFixture) -> None:
-    assert main(["bench", "list"]) == 0
+def test_bench_says_where_it_went(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "list"]) == 2
+    assert "`python -m benchmarks`" in capsys.readouterr().err
+
+
+def test_benchmarks_list_suites_shapes_and_peers(capsys: pytest.CaptureFixture) -> None:
+    assert benchmarks(["list"]) == 0
     text = capsys.readouterr().out
     for name in ("layer_norm", "tokens-16k", "B,H,Hkv,Lq,Lk,D", "flash-attn-3", "sdpa-cudnn"):
         assert name in text
@@ -41,7 +47,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture) 
         main(["fly"])
     shown = capsys.readouterr().err
     assert "info" in shown
-    assert "bench" in shown
+    assert "demo" in shown
 
 
 @pytest.fixture

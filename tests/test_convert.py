@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fused_attn import FusedMultiheadAttention, fuse, unfuse
-from fused_attn.attention import call
 from fused_attn.modules import DROP_INS
+from fused_attn.ops.attention import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

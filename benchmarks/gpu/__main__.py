@@ -57,7 +57,7 @@ PARTS = (
     Part("info", (sys.executable, "-m", "fused_attn", "info"), 30),
     Part("parity-cuda", parity("cuda", "--case-limit", "15", "--budget", "90"), 110),
     Part("launches", (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                      "tests/test_cuda.py"), 60),
+                      "tests/cuda/test_kernels.py"), 60),
     Part("repeat", parity("cuda", "triton", "--match", "long", "--modes", "deterministic",
                           "--dtypes", "bf16", "--repeats", "20", "--budget", "25"), 40),
     Part("ceilings", measure("ceilings"), 30),

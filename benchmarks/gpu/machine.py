@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fused_attn.bench import machine
+from ..suites import machine
 
 
 def why_not() -> str | None:

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from fused_attn.bench import ceilings as limits
-from fused_attn.bench import cli, machine
-
+from ..suites import ceilings as limits
+from ..suites import cli, machine
 from . import table
 
 # Without the peers that keep every score, and those that compile for seconds a case.

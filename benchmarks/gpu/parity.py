@@ -24,14 +24,14 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import norm_cases
-from cases import Case, run_backend, run_plain, skip_unless_supported
-from test_attention import CASES
-from test_attention_fuzz import random_case
+from ops.attention.test_api import CASES
+from ops.attention.test_fuzz import random_case
 
 from fused_attn.testing import attention_noise, check_against_oracle
+from tests.cases import layer_norm as norm_cases
+from tests.cases.attention import Case, run_backend, run_plain, skip_unless_supported
 
 from .guards import guarded
 from .watchdog import supervise, work

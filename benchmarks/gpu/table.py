@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from fused_attn.bench import results
-from fused_attn.bench.suites import SUITES
+from ..suites import results
+from ..suites.suites import SUITES
 
 BACKENDS = ("cuda", "triton")
 ATTENTION = ("forward", "backward")

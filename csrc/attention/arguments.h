@@ -9,7 +9,7 @@
 
 #include "attention/params.h"
 #include "common/tensor.h"
-#include "common/threads.h"
+#include "cpu/threads.h"
 
 namespace fused_attn::attention {
 

@@ -3,7 +3,7 @@
 #include "attention/bindings.h"
 
 #include "attention/arguments.h"
-#include "attention/cpu.h"
+#include "attention/cpu/dispatch.h"
 
 namespace fused_attn::attention {
 namespace {

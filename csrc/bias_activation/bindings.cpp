@@ -2,10 +2,10 @@
 
 #include <string>
 
-#include "bias_activation/cpu.h"
+#include "bias_activation/cpu/dispatch.h"
 #include "common/row_bindings.h"
 #include "common/tensor.h"
-#include "common/threads.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 

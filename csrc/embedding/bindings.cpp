@@ -4,8 +4,8 @@
 
 #include "common/row_bindings.h"
 #include "common/tensor.h"
-#include "common/threads.h"
-#include "embedding/cpu.h"
+#include "cpu/threads.h"
+#include "embedding/cpu/dispatch.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/device/tensor_map.h"
+#include "cuda/tensor_map.h"
 
 namespace fused_attn::emulator {
 

@@ -7,8 +7,8 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "attention/cuda_block.h"
-#include "common/device/launch.h"
+#include "attention/sm90/block.h"
+#include "cuda/launch.h"
 
 namespace fused_attn::emulator {
 namespace {

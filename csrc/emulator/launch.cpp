@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/device/launch_error.h"
+#include "cuda/launch_error.h"
 #include "emulator/machine.h"
 
 namespace fused_attn::emulator {

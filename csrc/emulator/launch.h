@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "common/device/launch.h"
+#include "cuda/launch.h"
 
 namespace fused_attn::emulator {
 

@@ -1,7 +1,7 @@
 // Executes one CUDA thread block on the CPU, to prove kernels where there is no GPU.
 //
 // A kernel's own source runs here: it reaches the device only through the words of
-// common/device/device.h, which have a PTX implementation and this one. Every CUDA thread is a
+// cuda/device.h, which have a PTX implementation and this one. Every CUDA thread is a
 // fiber; copies and matrix products are asynchronous, and happen when a random schedule says so, or
 // when nobody else can go on. The machine is stricter than hardware: whatever the programming model
 // leaves undefined is reported as a fault, not computed.

@@ -2,11 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "attention/cuda_bindings.h"
+#include "attention/sm90/bindings.h"
 #include "common/tensor.h"
 #include "emulator/faults.h"
 #include "emulator/launch.h"
-#include "layer_norm/cuda_bindings.h"
+#include "layer_norm/cuda/bindings.h"
 
 PYBIND11_MODULE(_emulator, m) {
   m.doc() = "The CUDA kernels of fused_attn on an emulated device. For tests.";

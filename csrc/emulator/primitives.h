@@ -6,8 +6,8 @@
 #include <cstring>
 #include <limits>
 
-#include "common/device/device.h"
 #include "common/float16.h"
+#include "cuda/device.h"
 #include "emulator/machine.h"
 
 namespace fused_attn::device {

@@ -4,8 +4,8 @@
 
 #include "common/row_bindings.h"
 #include "common/tensor.h"
-#include "common/threads.h"
-#include "layer_norm/cpu.h"
+#include "cpu/threads.h"
+#include "layer_norm/cpu/dispatch.h"
 
 namespace py = pybind11;
 

@@ -2,5 +2,6 @@
 
 from .beam import beam_search
 from .search import Generated, Model, greedy_search, sample
+from .seq2seq import Seq2SeqTransformer
 
-__all__ = ["Generated", "Model", "beam_search", "greedy_search", "sample"]
+__all__ = ["Generated", "Model", "Seq2SeqTransformer", "beam_search", "greedy_search", "sample"]

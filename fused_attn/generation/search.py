@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..modules.decoding import Decoding
+from .decoding import Decoding
 
 
 class Model(Protocol):

@@ -9,7 +9,6 @@ from .encoder_layer import FusedTransformerEncoderLayer
 from .feed_forward import FusedFeedForward
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
 from .positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding
-from .seq2seq import Seq2SeqTransformer
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 
 # What `fuse` puts in the place of what. The classes are taken now: a program may later put other
@@ -40,7 +39,6 @@ __all__ = [
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
     "LearnedPositionalEncoding",
-    "Seq2SeqTransformer",
     "SinusoidalPositionalEncoding",
     "TransformerEmbedding",
 ]

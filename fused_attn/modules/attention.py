@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import autocast
-from ..attention import call
-from ..attention.call import Scalars
-from ..attention.problem import Operands, Weights
-from ..functional import attention_varlen
+from ..ops.attention import call
+from ..ops.attention.api import attention_varlen
+from ..ops.attention.call import Scalars
+from ..ops.attention.problem import Operands, Weights
+from ..runtime import autocast
 from . import attention_arguments as arguments
 from . import nested_attention
 from .attention_arguments import Sizes

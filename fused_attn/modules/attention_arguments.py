@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autocast
-from ..checks import type_name
-from ..dispatch import UnsupportedError
+from ..ops.dispatch import UnsupportedError
+from ..runtime import autocast
+from ..runtime.checks import type_name
 
 
 class Sizes(NamedTuple):

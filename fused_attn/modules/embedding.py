@@ -7,13 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..embeddings import embedding
-from .positions import (
-    LearnedPositionalEncoding,
-    PositionalEncoding,
-    SinusoidalPositionalEncoding,
-)
+from ..ops.embedding.api import embedding
+from ..runtime import checks
+from .positions import LearnedPositionalEncoding, PositionalEncoding, SinusoidalPositionalEncoding
 from .residual import has_hooks, is_plain_tensor
 from .scripting import NotScriptable
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import autocast, checks, dispatch, higher_order
-from ..activations import Activation, bias_activation
-from ..bias_activation import call
+from ..ops import dispatch
+from ..ops.bias_activation import call
+from ..ops.bias_activation.api import Activation, bias_activation
+from ..runtime import autocast, checks, higher_order
 from .residual import has_hooks, is_plain_tensor
 from .scripting import NotScriptable
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import norms
+from ..ops.layer_norm import api as norms
 from .scripting import NotScriptable
 
 _DISABLED = torch._C._disabled_torch_function_impl

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import higher_order
+from ..runtime import higher_order
 from . import packing
 from .attention import FusedMultiheadAttention
 from .packing import Padding, Sequences

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from ..runtime import checks
 
 
 class PositionalEncoding(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .. import norms
+from ..ops.layer_norm import api as norms
 from .layer_norm import FusedLayerNorm, FusedRMSNorm
 
 _LAYER_NORMS = (nn.LayerNorm, FusedLayerNorm)

@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks` for the suites, cpu_gates.py, gpu/, compiler/."""

@@ -1,0 +1,206 @@
+"""Triton's own ptxas against another one: the same kernels, compiled and run under both.
+
+    python -m benchmarks.gpu.ptxas [--other PATH] [--only code results] [--arch 90] [--match TEXT]
+
+Some versions of ptxas reuse registers that a running wgmma still reads (Triton's wheels of 2025
+bring such a version). `code` compiles the shipped kernels under both, which takes no GPU, and lists
+what needs other registers or spills, and what touches registers in flight. `results` runs the
+parity cases under both: a case that is right under one only is a fault of the compiler; results
+whose bits differ are listed too, they need not be one.
+
+The other ptxas is `--other`, else TRITON_PTXAS_PATH, else the one of the CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+TOOLKIT = "/usr/local/cuda/bin"
+RANDOM_CASES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one ptxas made of one thing, a kernel or a parity case."""
+
+    fault: str  # empty if it is right
+    facts: str  # registers and spills, or a digest of the results
+
+    @classmethod
+    def of(cls, row: dict[str, str]) -> Outcome:
+        return cls(row["fault"], row["facts"])
+
+
+def find_other(asked: str | None) -> Path | None:
+    """The ptxas to compare with; None if there is none.
+
+    Raises:
+        SystemExit: the one that is asked for does not exist.
+    """
+    named = asked or os.environ.get("TRITON_PTXAS_PATH")
+    if named is not None:
+        if not os.access(named, os.X_OK):
+            raise SystemExit(f"there is no ptxas at {named}")
+        return Path(named)
+    found = shutil.which("ptxas") or shutil.which("ptxas", path=TOOLKIT)
+    return None if found is None else Path(found)
+
+
+def environment(ptxas: Path | None, cache: str) -> dict[str, str]:
+    """For a process that compiles with `ptxas`, None for Triton's own, into a cache of its own."""
+    variables = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    if ptxas is not None:
+        variables.update(dict.fromkeys(VARIABLES, str(ptxas)))
+    return {**variables, "TRITON_CACHE_DIR": cache}
+
+
+def version_of(ptxas: Path) -> str:
+    done = subprocess.run([str(ptxas), "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.strip().splitlines() or ["unknown version"])[-1]
+
+
+def run_under(ptxas: Path | None, part: str, options: argparse.Namespace) -> dict[str, Outcome]:
+    """What comes out under one ptxas, by kernel or case."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "benchmarks.gpu.ptxas", "--child", part]
+        command += ["--arch", str(options.arch), "--match", options.match]
+        command += ["--device", options.device]
+        variables = environment(ptxas, cache)
+        if part == "code":
+            variables.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+        )
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed with {done.returncode} after {len(rows)}")
+    return {row["name"]: Outcome.of(row) for row in rows}
+
+
+def compare(own: dict[str, Outcome], other: dict[str, Outcome]) -> tuple[list[str], bool]:
+    """(lines to print, True if nothing is at fault under either)."""
+    lines = []
+    for name in [*own, *(name for name in other if name not in own)]:
+        first, second = own.get(name), other.get(name)
+        if first is None or second is None:
+            lines.append(f"{name}: only under {'the other' if first is None else 'the own'}")
+        elif first.fault != second.fault:
+            lines.append(f"{name}: own: {first.fault or 'right'}; other: {second.fault or 'right'}")
+        elif first.fault:
+            lines.append(f"{name}: both: {first.fault}")
+        elif first.facts != second.facts:
+            lines.append(f"{name}: own: {first.facts}; other: {second.facts}")
+    right = set(own) == set(other) and not any(
+        outcome.fault for side in (own, other) for outcome in side.values()
+    )
+    return lines, right
+
+
+def kernels(arch: int, match: str) -> Iterator[tuple[str, Outcome]]:
+    """The shipped kernels as this process compiles them."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tests.cases.sass_hazards import hazards
+
+    from . import triton_report
+
+    calls = triton_report.all_calls(arch, False)
+    calls = {name: call for name, call in calls.items() if match in name}
+    for kernel, compiled in triton_report.kernels(arch, calls):
+        code = triton_report.disassemble(compiled.asm["cubin"])[1]
+        found = hazards(code)[1]
+        fault = f"registers touched in flight: {found[:3]}" if found else ""
+        facts = f"{kernel.registers} registers, {kernel.stack} bytes of stack, "
+        facts += f"{code.count(';')} instructions"
+        yield f"{kernel.call}: {kernel.kernel}", Outcome(fault, facts)
+
+
+def cases(device: str, match: str) -> Iterator[tuple[str, Outcome]]:
+    """The parity cases as this process runs them."""
+    import torch
+
+    from ..gpu import parity
+
+    named = {**parity.CASES, **parity.LONG}
+    named |= {f"random {seed}": parity.random_case(seed)[0] for seed in range(RANDOM_CASES)}
+    for name, case in named.items():
+        if match not in name:
+            continue
+        for dtype in (torch.float16, torch.float32, torch.bfloat16):
+            outcome = _outcome(case, dtype, device)
+            if outcome is not None:
+                yield f"{name}, {dtype}", outcome
+
+
+def _outcome(case: Any, dtype: Any, device: str) -> Outcome | None:
+    """None if Triton does not serve the case."""
+    import pytest
+    import torch
+
+    from ..gpu import parity
+
+    try:
+        wanted = parity.Wanted(device, repeats=1, backward=True)
+        parity.check_attention(case, dtype, "triton", wanted)
+    except pytest.skip.Exception:
+        return None
+    except Exception as error:  # one case's fault must not hide another's
+        return Outcome(f"{type(error).__name__}: {str(error)[:200]}", "")
+    tensors = parity.on_device(case.tensors(dtype), device)
+    outputs = [x for x in parity.run_backend(case, "triton", **tensors) if x is not None]
+    wanted = [x for x in tensors.values() if x.requires_grad]
+    grads = torch.autograd.grad(outputs[0].sum(), wanted, allow_unused=True)
+    digest = hashlib.sha256()
+    for x in (*outputs, *grads):
+        if x is not None:
+            digest.update(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return Outcome("", digest.hexdigest()[:16])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--other", help="the ptxas to compare with")
+    parser.add_argument("--only", nargs="+", choices=("code", "results"))
+    parser.add_argument("--arch", type=int, default=90, help="what `code` is compiled for")
+    parser.add_argument("--match", default="", help="only calls or cases whose name contains this")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--child", choices=("code", "results"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        found = (
+            kernels(options.arch, options.match)
+            if options.child == "code"
+            else cases(options.device, options.match)
+        )
+        for name, outcome in found:
+            print(json.dumps({"name": name, **dataclasses.asdict(outcome)}), flush=True)
+        return 0
+    other = find_other(options.other)
+    if other is None:
+        print("there is no other ptxas than Triton's: nothing to compare")
+        return 0
+    print(f"other: {other}, {version_of(other)}")
+    right = True
+    for part in options.only or ("code", "results"):
+        own = run_under(None, part, options)
+        lines, fine = compare(own, run_under(other, part, options))
+        right &= fine and bool(own)
+        print(f"{part}: {len(own)} compared, {len(lines)} differ or are wrong")
+        print("".join(f"  {line}\n" for line in lines), end="")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

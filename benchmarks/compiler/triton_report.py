@@ -1,0 +1,206 @@
+"""What Triton's compiler makes of the shipped kernels, for any architecture, without a GPU.
+
+`python -m benchmarks.compiler.triton_report [--arch 80 90 100 120] [--all] [--jobs N] [--json]`
+compiles the kernels of representative calls as a launch would and prints registers, spills, shared
+memory and the instructions that matter, read from the machine code. It fails if a register is
+spilled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_attn.runtime.triton import device as triton_device
+
+# Groups of machine instructions, by what their names start with, on NVIDIA's GPUs and on AMD's.
+INSTRUCTIONS = {
+    "mma": ("HMMA", "HGMMA", "UTCHMMA", "v_mfma", "v_wmma"),
+    "wgmma": ("HGMMA",),
+    "tcgen05": ("UTCHMMA",),
+    "cp.async": ("LDGSTS",),
+    "tma": ("UTMALDG",),
+    "local": ("LDL", "STL", "scratch_load", "scratch_store"),
+}
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel."""
+
+    call: str
+    kernel: str
+    arch: int | str  # as for `triton_device.compiling_for`
+    registers: int
+    stack: int  # bytes; spilled registers live there
+    shared: int  # bytes
+    counts: dict[str, int]  # of the groups of INSTRUCTIONS
+    seconds: float  # of compiling
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, machine code) by the tools in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    return usage, code
+
+
+Figures = tuple[int, int, dict[str, int]]  # registers, bytes of stack, counts of INSTRUCTIONS
+
+
+@functools.lru_cache(maxsize=64)  # the calls of an architecture have kernels in common
+def _figures(cubin: bytes) -> Figures:
+    usage, code = disassemble(cubin)
+    numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", code)
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], _counts(opcodes)
+
+
+def _amd_figures(assembly: str) -> Figures:
+    """AMD's compiler writes them down beside the code."""
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)$", assembly, re.M)}
+    opcodes = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
+    return numbers["vgpr_count"], numbers["private_segment_fixed_size"], _counts(opcodes)
+
+
+def _counts(opcodes: list[str]) -> dict[str, int]:
+    return {
+        group: sum(opcode.startswith(starts) for opcode in opcodes)
+        for group, starts in INSTRUCTIONS.items()
+    }
+
+
+def inspect(call: str, name: str, arch: int | str, compiled: Any, seconds: float) -> Kernel:
+    """What a compiled kernel needs, from its machine code."""
+    if "cubin" in compiled.asm:
+        registers, stack, counts = _figures(compiled.asm["cubin"])
+    else:
+        registers, stack, counts = _amd_figures(compiled.asm["amdgcn"])
+    return Kernel(call, name, arch, registers, stack, compiled.metadata.shared, counts, seconds)
+
+
+def kernels(
+    arch: int | str, calls: dict[str, Callable[[], None]], candidates: int = 1
+) -> Iterator[tuple[Kernel, Any]]:
+    """Compile what each of `calls` launches; every kernel and what Triton made of it.
+
+    Args:
+        candidates: how many of the tiles that a kernel may have, from the default on.
+    """
+    for call, run in calls.items():
+        found: dict[tuple[str, str], tuple[Any, float]] = {}
+        for candidate in range(candidates):
+            with triton_device.compiling_for(arch, _compiling_new_ones(found), candidate):
+                run()
+        for (name, _), (compiled, seconds) in found.items():
+            yield inspect(call, name, arch, compiled, seconds), compiled
+
+
+def _compiling_new_ones(
+    found: dict[tuple[str, str], tuple[Any, float]],
+) -> Callable[[triton_device.Wanted], None]:
+    def compile_if_new(wanted: triton_device.Wanted) -> None:
+        key = (wanted.kernel, wanted.constants)
+        if key not in found:
+            start = time.perf_counter()
+            found[key] = (wanted.compile(), time.perf_counter() - start)
+
+    return compile_if_new
+
+
+def all_calls(arch: int | str, everything: bool) -> dict[str, Callable[[], None]]:
+    """The representative calls of every operation."""
+    from . import attention, bias_activation, layer_norm
+
+    operations = (attention, layer_norm, bias_activation)
+    return {k: v for operation in operations for k, v in operation.calls(arch, everything).items()}
+
+
+def _row(kernel: Kernel) -> str:
+    """A line of the table."""
+    counts = kernel.counts
+    return (
+        f"| {kernel.arch} | {kernel.call} | {kernel.kernel} | {kernel.registers} | {kernel.stack} "
+        f"| {kernel.shared} | {counts['mma']} | {counts['cp.async']} | {counts['tma']} "
+        f"| {kernel.seconds:.1f} |"
+    )
+
+
+def _report_on(everything: bool, candidates: int, task: tuple[int | str, str]) -> list[Kernel]:
+    """The kernels of one call for one architecture."""
+    arch, call = task
+    calls = {call: all_calls(arch, everything)[call]}
+    return [kernel for kernel, _ in kernels(arch, calls, candidates)]
+
+
+@contextlib.contextmanager
+def _mapping(jobs: int) -> Iterator[Callable[..., Iterable[list[Kernel]]]]:
+    """`map` by that many processes; results come in order."""
+    if jobs == 1:
+        yield map
+        return
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=fresh) as pool:
+        yield pool.map
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiler.triton_report")
+    parser.add_argument(
+        "--arch",
+        type=lambda text: int(text) if text.isdigit() else text,
+        nargs="+",
+        default=[80, 90, 100, 120],
+        help='compute capabilities; "gfx942" and the like for AMD',
+    )
+    parser.add_argument("--all", action="store_true", help="every kernel that is shipped")
+    parser.add_argument("--candidates", type=int, help="how many tiles of each; with --all, all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--match", default="", help="only calls whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    options = parser.parse_args(arguments)
+    if not options.json:
+        print("| arch | call | kernel | registers | stack | shared | mma | cp.async | tma | s |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+    count = spilling = 0
+    candidates = options.candidates or (4 if options.all else 1)
+    tasks = [
+        (arch, call)
+        for arch in options.arch
+        for call in all_calls(arch, options.all)
+        if options.match in call
+    ]
+    with _mapping(options.jobs) as mapping:
+        reports = mapping(functools.partial(_report_on, options.all, candidates), tasks)
+        for kernel in itertools.chain.from_iterable(reports):
+            count += 1
+            spilling += kernel.stack > 0
+            print(json.dumps(kernel._asdict()) if options.json else _row(kernel), flush=True)
+    print(f"{count} kernels, {spilling} spill registers", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""Our sides of an operation: one for each module of its `BACKENDS`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fused_attn.ops import dispatch
+
+from ..problem import Call, OurSide
+
+ORACLE = "is the oracle; measured if asked for by name"
+STAND_IN = "is a slow stand-in for tests here; measured if asked for by name"
+
+
+def our_sides(
+    backends: Sequence[Any],
+    description: Any,
+    prepare: Callable[[str, dict[str, Tensor]], Call],
+) -> list[OurSide]:
+    """Every backend, asked what it has against the call that is described."""
+    reasons = dict(dispatch.explain(backends, description).reasons)
+    return [
+        OurSide(
+            f"fused_attn:{backend.NAME}",
+            functools.partial(prepare, backend.NAME),
+            reasons[backend.NAME],
+            _by_name(backend),
+        )
+        for backend in backends
+    ]
+
+
+def _by_name(backend: Any) -> str:
+    if backend.NAME == "reference":
+        return ORACLE
+    return STAND_IN if dispatch.only_by_name(backend) else ""

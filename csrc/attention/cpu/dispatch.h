@@ -1,0 +1,12 @@
+// Attention on the CPU, at the instruction-set level of cpu/level.h.
+#pragma once
+
+#include "attention/params.h"
+
+namespace fused_attn::attention {
+
+void forward_cpu(const Params& p);
+void backward_cpu(const BackwardParams& p);
+void forward_with_weights_cpu(const WeightsParams& p);
+
+}  // namespace fused_attn::attention

@@ -1,0 +1,208 @@
+// The two matrix products that attention is made of, over operands that fit the caches.
+//
+//   kRows:     C[r][lane] = sum over k of A[r][k] B[k][lane]   K Q^T, V dO^T, P^T dO, dS^T Q
+//   kColumns:  C[r][lane] = sum over k of A[k][r] B[k][lane]   V^T P^T, K^T dS^T
+//
+// Lanes are the last dimension of B and C and lie in vectors; numbers of A are broadcast from where
+// they are, so A is never packed. A tile of C stays in registers for the whole depth.
+#pragma once
+
+#include "attention/cpu/engine.h"
+#include "attention/cpu/prefetch.h"
+
+namespace fused_attn::attention::FUSED_ATTN_LEVEL {
+
+enum class Form { kRows, kColumns };
+
+template <class E>
+struct Product {
+  using Unit = typename E::Unit;
+  using Real = typename E::Real;
+  const Unit* a;
+  int64_t stride_a;  // between rows of A, in units
+  const Unit* b;
+  int64_t stride_b;
+  Real* c;
+  int64_t stride_c;
+  int64_t rows;     // of C
+  int64_t depth;    // in units
+  int group_begin;  // of lanes, to group_end
+  int group_end;
+};
+
+// C = product
+struct Overwrite {
+  template <class Real, int R, int G>
+  FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int, Vec<Real> (&acc)[R][G]) const {
+    FUSED_ATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FUSED_ATTN_UNROLL
+      for (int g = 0; g < G; ++g) acc[r][g].store(c + r * stride + g * kLanes);
+    }
+  }
+};
+
+// C += product
+struct Accumulate {
+  template <class Real, int R, int G>
+  FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int, Vec<Real> (&acc)[R][G]) const {
+    FUSED_ATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FUSED_ATTN_UNROLL
+      for (int g = 0; g < G; ++g) {
+        Real* to = c + r * stride + g * kLanes;
+        (Vec<Real>::load(to) + acc[r][g]).store(to);
+      }
+    }
+  }
+};
+
+// C = factor[lane] * C + product
+template <class Real>
+struct ScaleAndAccumulate {
+  const Real* factor;
+  template <int R, int G>
+  FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int lane,
+                                    Vec<Real> (&acc)[R][G]) const {
+    FUSED_ATTN_UNROLL
+    for (int g = 0; g < G; ++g) {
+      const auto scale = Vec<Real>::load(factor + lane + g * kLanes);
+      FUSED_ATTN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        Real* to = c + r * stride + g * kLanes;
+        fma(Vec<Real>::load(to), scale, acc[r][g]).store(to);
+      }
+    }
+  }
+};
+
+// C = product, largest[lane] = max(largest[lane], product)
+template <class Real>
+struct OverwriteAndMax {
+  Real* largest;
+  template <int R, int G>
+  FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int lane,
+                                    Vec<Real> (&acc)[R][G]) const {
+    Overwrite{}(c, stride, lane, acc);
+    FUSED_ATTN_UNROLL
+    for (int g = 0; g < G; ++g) {
+      Real* m = largest + lane + g * kLanes;
+      auto column = acc[0][g];
+      FUSED_ATTN_UNROLL
+      for (int r = 1; r < R; ++r) column = max(column, acc[r][g]);
+      max(Vec<Real>::load(m), column).store(m);
+    }
+  }
+};
+
+// The epilogue, and then what is needed later is asked for.
+template <class Epilogue>
+struct ThenAsk {
+  Epilogue epilogue;
+  HeadAhead& ahead;
+
+  template <class Real, int R, int G>
+  FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int lane,
+                                    Vec<Real> (&acc)[R][G]) const {
+    epilogue(c, stride, lane, acc);
+    ahead.ask();
+  }
+};
+
+template <class Epilogue>
+FUSED_ATTN_INLINE ThenAsk<Epilogue> then_ask(const Epilogue& epilogue, HeadAhead& ahead) {
+  return {epilogue, ahead};
+}
+
+template <class Unit>
+FUSED_ATTN_INLINE Vec<Unit> broadcast(const Unit* from) {
+  Unit unit;
+  std::memcpy(&unit, from, sizeof(unit));  // pairs of bfloat16 need not be aligned
+  return Vec<Unit>::set1(unit);
+}
+
+template <class E, Form kForm, int R, int G, class Epilogue>
+FUSED_ATTN_INLINE void multiply_tile(const Product<E>& x, int64_t row, int group,
+                                     const Epilogue& epilogue) {
+  using Real = typename E::Real;
+  using Unit = typename E::Unit;
+  const int64_t stride_row = kForm == Form::kRows ? x.stride_a : 1;
+  const int64_t stride_depth = kForm == Form::kRows ? 1 : x.stride_a;
+  const Unit* a = x.a + row * stride_row;
+  const Unit* b = x.b + group * kLanes;
+  Vec<Real> acc[R][G];
+  FUSED_ATTN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    FUSED_ATTN_UNROLL
+    for (int g = 0; g < G; ++g) acc[r][g] = Vec<Real>::zero();
+  }
+  for (int64_t k = 0; k < x.depth; ++k) {
+    Vec<Unit> lanes[G];
+    FUSED_ATTN_UNROLL
+    for (int g = 0; g < G; ++g) lanes[g] = Vec<Unit>::load(b + g * kLanes);
+    FUSED_ATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<Unit> number = broadcast(a + r * stride_row);
+      FUSED_ATTN_UNROLL
+      for (int g = 0; g < G; ++g) acc[r][g] = E::dot(number, lanes[g], acc[r][g]);
+    }
+    a += stride_depth;
+    b += x.stride_b;
+  }
+  epilogue(x.c + row * x.stride_c + group * kLanes, x.stride_c, group * kLanes, acc);
+}
+
+// Tiles of R rows while they fit, then of half as many.
+template <class E, Form kForm, int R, int G, class Epilogue>
+FUSED_ATTN_INLINE void multiply_rows(const Product<E>& x, int64_t row, int group,
+                                     const Epilogue& epilogue) {
+  for (; row + R <= x.rows; row += R) multiply_tile<E, kForm, R, G>(x, row, group, epilogue);
+  if constexpr (R > 1) {
+    if (row < x.rows) multiply_rows<E, kForm, R / 2, G>(x, row, group, epilogue);
+  }
+}
+
+// Registers decide the tile: its accumulators, one vector of B per group and one of A. Eight or
+// more accumulators hide the latency of two multiply-adds a cycle.
+template <class Real>
+struct TileSize {
+#if FUSED_ATTN_LEVEL_ID >= 2
+  static constexpr int kMaxGroups = sizeof(Real) == 4 ? 4 : 2;
+  static constexpr int rows(int groups) { return sizeof(Real) == 8 || groups > 2 ? 4 : 8; }
+#elif FUSED_ATTN_LEVEL_ID == 1
+  static constexpr int kMaxGroups = 1;
+  static constexpr int rows(int) { return sizeof(Real) == 4 ? 4 : 2; }
+#else
+  static constexpr int kMaxGroups = 1;
+  static constexpr int rows(int) { return sizeof(Real) == 4 ? 2 : 1; }
+#endif
+};
+
+// About how many tiles a product of all queries of a block comes in.
+template <class Real>
+inline int64_t product_tiles(int queries, int64_t rows) {
+  using Size = TileSize<Real>;
+  const int groups = static_cast<int>(ceil_div(queries, kLanes));
+  const int together = smaller(groups, Size::kMaxGroups);
+  return ceil_div(rows, Size::rows(together)) * ceil_div(groups, together);
+}
+
+template <class E, Form kForm, class Epilogue>
+void multiply(const Product<E>& x, const Epilogue& epilogue) {
+  using Size = TileSize<typename E::Real>;
+  int group = x.group_begin;
+  while (group < x.group_end) {
+    const int count = smaller(x.group_end - group, Size::kMaxGroups);
+    if constexpr (Size::kMaxGroups >= 4) {
+      if (count == 4) multiply_rows<E, kForm, Size::rows(4), 4>(x, 0, group, epilogue);
+      if (count == 3) multiply_rows<E, kForm, Size::rows(3), 3>(x, 0, group, epilogue);
+    }
+    if constexpr (Size::kMaxGroups >= 2) {
+      if (count == 2) multiply_rows<E, kForm, Size::rows(2), 2>(x, 0, group, epilogue);
+    }
+    if (count == 1) multiply_rows<E, kForm, Size::rows(1), 1>(x, 0, group, epilogue);
+    group += count;
+  }
+}
+
+}  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

@@ -1,0 +1,214 @@
+// Which keys a query may see: causal, window, key lengths, padding mask and bool mask in one place.
+#pragma once
+
+#include "attention/cpu/sequence.h"
+
+namespace fused_attn::attention::FUSED_ATTN_LEVEL {
+
+struct KeyRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// Consecutive keys of a tile, and the groups of 16 queries that see any of them.
+struct Segment {
+  int begin;
+  int end;
+  int group_begin;
+  int group_end;
+};
+
+enum class Seen { kNone, kAll, kSome };
+
+// The visible part of a tile of up to kBlockQ queries x kBlockK keys.
+struct TileMap {
+  Seen seen;
+  int keys;
+  int num_segments;
+  Segment segments[kBlockK / kSegment];
+  uint64_t visible[kBlockK];  // bit = query; filled in only if seen == kSome
+
+  FUSED_ATTN_INLINE const uint64_t* mask() const { return seen == Seen::kSome ? visible : nullptr; }
+  // Is all of the tile one segment with these groups?
+  FUSED_ATTN_INLINE bool whole(int groups) const {
+    return num_segments == 1 && segments[0].begin == 0 && segments[0].end == keys &&
+           segments[0].group_begin == 0 && segments[0].group_end == groups;
+  }
+};
+
+// Transposes a 64 x 64 matrix of bits by exchanging ever smaller blocks (Warren, Hacker's Delight,
+// 7-3).
+inline void transpose_bits(uint64_t (&rows)[64]) {
+  uint64_t mask = 0x00000000ffffffffu;
+  for (int width = 32; width != 0; width >>= 1, mask ^= mask << width) {
+    for (int base = 0; base < 64; base += 2 * width) {
+      for (int i = base; i < base + width; ++i) {
+        const uint64_t t = ((rows[i] >> width) ^ rows[i + width]) & mask;
+        rows[i] ^= t << width;
+        rows[i + width] ^= t;
+      }
+    }
+  }
+}
+
+class Visibility {
+ public:
+  Visibility(const Params& p, const Sequence& sequence, int64_t head)
+      : left_(p.window_left >= 0 ? p.window_left : kUnbounded),
+        right_(p.window_right >= 0 ? p.window_right : kUnbounded),
+        shift_(p.causal == Causal::kUpperLeft ? 0 : sequence.seqlen_k - sequence.seqlen_q),
+        keys_{0, sequence.seqlen_k} {
+    if (p.causal != Causal::kNone) right_ = smaller<int64_t>(right_, 0);
+    if (p.key_lengths != nullptr) {
+      keys_.end = larger<int64_t>(0, smaller(keys_.end, p.key_lengths[sequence.batch]));
+    }
+    if (p.key_padding_mask != nullptr) {
+      padding_ = p.key_padding_mask + sequence.batch * p.key_padding_stride[0];
+      stride_padding_ = p.key_padding_stride[1];
+      trim_padding();
+    }
+    if (p.mask.data != nullptr) {
+      mask_ = at<const uint8_t>(p.mask, sequence.batch, head, 0);
+      stride_mask_[0] = p.mask.stride[2];
+      stride_mask_[1] = p.mask.stride[3];
+    }
+    // No query sees a key outside the band of all queries.
+    keys_ = keys(0, sequence.seqlen_q);
+  }
+
+  // The keys that may be visible to some of the queries [begin, end); exact but for `has_holes`.
+  KeyRange keys(int64_t begin, int64_t end) const {
+    KeyRange range{larger(keys_.begin, begin + shift_ - left_),
+                   smaller(keys_.end, end + shift_ + right_)};
+    if (begin >= end || range.end < range.begin) range.end = range.begin = keys_.begin;
+    return range;
+  }
+  KeyRange keys() const { return keys_; }
+
+  // May a key inside keys() be hidden from all queries?
+  bool has_holes() const { return holes_ || mask_ != nullptr; }
+
+  bool visible(int64_t i, int64_t j) const {
+    const int64_t d = i + shift_ - j;
+    return j >= keys_.begin && j < keys_.end && d <= left_ && -d <= right_ &&
+           (!holes_ || padding_[j * stride_padding_] != 0) &&
+           (mask_ == nullptr || mask_[i * stride_mask_[0] + j * stride_mask_[1]] != 0);
+  }
+
+  // Describes the tile of queries [i, i + rows) and keys [j, j + columns), which must not reach
+  // beyond the end of keys().
+  void tile(int64_t i, int rows, int64_t j, int columns, TileMap& map) const {
+    map.keys = columns;
+    map.num_segments = 1;
+    map.segments[0] = {0, columns, 0, static_cast<int>(ceil_div(rows, kLanes))};
+    map.seen = Seen::kAll;
+    const bool inside = j >= keys_.begin && i + shift_ - (j + columns - 1) >= -right_ &&
+                        i + rows - 1 + shift_ - j <= left_;
+    if (inside && !has_holes()) return;
+
+    const uint64_t valid = rows >= 64 ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
+    fill_band(i, j, columns, valid, map.visible);
+    if (holes_) hide_padding(j, columns, map.visible);
+    if (mask_ != nullptr) apply_mask(i, rows, j, columns, map.visible);
+    classify(valid, map);
+  }
+
+ private:
+  static constexpr int64_t kUnbounded = int64_t{1} << 60;
+
+  static FUSED_ATTN_INLINE uint64_t bits_from(int64_t lane) {
+    return lane <= 0 ? ~uint64_t{0} : lane >= 64 ? 0 : ~uint64_t{0} << lane;
+  }
+
+  void trim_padding() {
+    auto hidden = [&](int64_t j) { return padding_[j * stride_padding_] == 0; };
+    while (keys_.begin < keys_.end && hidden(keys_.end - 1)) --keys_.end;
+    while (keys_.begin < keys_.end && hidden(keys_.begin)) ++keys_.begin;
+    for (int64_t j = keys_.begin; j < keys_.end && !holes_; ++j) holes_ = hidden(j);
+  }
+
+  void fill_band(int64_t i, int64_t j, int columns, uint64_t valid, uint64_t* visible) const {
+    for (int c = 0; c < columns; ++c) {
+      const int64_t diagonal = j + c - shift_ - i;  // the lane with d = 0
+      visible[c] = valid & bits_from(diagonal - right_) & ~bits_from(diagonal + left_ + 1);
+      if (j + c < keys_.begin) visible[c] = 0;
+    }
+  }
+
+  void hide_padding(int64_t j, int columns, uint64_t* visible) const {
+    for (int c = 0; c < columns; ++c) {
+      if (padding_[(j + c) * stride_padding_] == 0) visible[c] = 0;
+    }
+  }
+
+  void apply_mask(int64_t i, int rows, int64_t j, int columns, uint64_t* visible) const {
+    const uint8_t* corner = mask_ + i * stride_mask_[0] + j * stride_mask_[1];
+    if (stride_mask_[0] == 0) {
+      for (int c = 0; c < columns; ++c) {
+        if (corner[c * stride_mask_[1]] == 0) visible[c] = 0;
+      }
+      return;
+    }
+    for (int c0 = 0; c0 < columns; c0 += 64) {
+      const int count = smaller(columns - c0, 64);
+      uint64_t bits[64] = {};  // of keys, by query; then of queries, by key
+      for (int r = 0; r < rows; ++r) {
+        const uint8_t* row = corner + r * stride_mask_[0] + c0 * stride_mask_[1];
+        if (stride_mask_[1] == 1) {
+          bits[r] = nonzero_bytes(row, count);
+        } else {
+          for (int c = 0; c < count; ++c) {
+            bits[r] |= uint64_t{row[c * stride_mask_[1]] != 0} << c;
+          }
+        }
+      }
+      transpose_bits(bits);
+      for (int c = 0; c < count; ++c) visible[c0 + c] &= bits[c];
+    }
+  }
+
+  static void classify(uint64_t valid, TileMap& map) {
+    uint64_t common = valid, any = 0;
+    for (int c = 0; c < map.keys; ++c) {
+      common &= map.visible[c];
+      any |= map.visible[c];
+    }
+    if (common == valid) return;
+    map.seen = any == 0 ? Seen::kNone : Seen::kSome;
+    map.num_segments = 0;
+    for (int begin = 0; begin < map.keys; begin += kSegment) {
+      const int end = smaller(begin + kSegment, map.keys);
+      uint64_t seen = 0;
+      for (int c = begin; c < end; ++c) seen |= map.visible[c];
+      if (seen == 0) continue;
+      Segment segment{begin, end, 0, kGroups};
+      while ((seen >> (segment.group_begin * kLanes) & 0xffff) == 0) ++segment.group_begin;
+      while ((seen >> ((segment.group_end - 1) * kLanes) & 0xffff) == 0) --segment.group_end;
+      append(segment, map);
+    }
+  }
+
+  static void append(const Segment& segment, TileMap& map) {
+    if (map.num_segments > 0) {
+      Segment& last = map.segments[map.num_segments - 1];
+      if (last.end == segment.begin && last.group_begin == segment.group_begin &&
+          last.group_end == segment.group_end) {
+        last.end = segment.end;
+        return;
+      }
+    }
+    map.segments[map.num_segments++] = segment;
+  }
+
+  int64_t left_;
+  int64_t right_;
+  int64_t shift_;
+  KeyRange keys_;
+  const uint8_t* padding_ = nullptr;
+  int64_t stride_padding_ = 0;
+  bool holes_ = false;
+  const uint8_t* mask_ = nullptr;
+  int64_t stride_mask_[2] = {0, 0};
+};
+
+}  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

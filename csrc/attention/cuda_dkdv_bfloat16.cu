@@ -1,8 +1,0 @@
-#include "attention/cuda_dkdv_launch.h"
-
-namespace fused_attn::attention {
-
-template void launch_dkdv<device::BFloat16, false>(const BackwardParams&, const BackwardProblem&,
-                                                   device::Stream);
-
-}  // namespace fused_attn::attention

@@ -1,9 +1,0 @@
-#include "attention/cuda_dq_launch.h"
-
-namespace fused_attn::attention {
-
-template void launch_delta<device::Float16>(const Params&, const BackwardProblem&, device::Stream);
-template void launch_dq<device::Float16>(const BackwardParams&, const BackwardProblem&,
-                                         device::Stream);
-
-}  // namespace fused_attn::attention

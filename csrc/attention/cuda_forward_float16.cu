@@ -1,7 +1,0 @@
-#include "attention/cuda_forward_launch.h"
-
-namespace fused_attn::attention {
-
-template void launch_forward<device::Float16>(const Params&, const DeviceProblem&, device::Stream);
-
-}  // namespace fused_attn::attention

@@ -1,0 +1,82 @@
+// What the kernels of the attention backward share.
+//
+// dkdv holds a block of keys and walks over queries. It can add up dq as well, in float32 in global
+// memory (cuda_dq_sum.h): five products, and sums whose order nobody promises. Or dq has a kernel
+// of its own, which holds a block of queries and walks over keys: seven products, for both
+// recompute the probabilities from lse, but deterministic. fused_attn/ops/attention/cuda.py
+// chooses.
+//
+//   p = exp(score - lse)              delta = rowsum(dout * out) - dlse
+//   ds = p * (keep * (dout v^T) - delta)
+//   dv = (keep * p)^T dout, dq = scale * ds k, dk = scale * ds^T q, dbias = ds
+#pragma once
+
+#include "attention/sm90/block.h"
+#include "attention/sm90/score.h"
+
+namespace fused_attn::attention {
+
+struct BackwardProblem : DeviceProblem {
+  // Per head and query, in base 2 and with rows padded to tiles: see statistics_start.
+  float* lse2;
+  float* delta;
+  int padded_rows;
+  DeviceView result_out, dout;  // for delta
+  const float* forward_lse;
+  int64_t forward_lse_stride[3];
+  const float* dlse;  // may be null
+  int64_t dlse_stride[3];
+  float* dq_sum;          // cuda_dq_sum.h; null = dq is not added up
+  DeviceView dq, dk, dv;  // null = not wanted
+  bool dq_by_tile, dk_by_tile, dv_by_tile;
+  float* dbias;  // null = not wanted
+  int64_t dbias_stride[4];
+  bool dbias_shared;  // several (batch, head) add to an element
+};
+
+// Rows of statistics are padded, a sequence's to whole tiles of this many.
+constexpr int kStatisticsTile = 64;
+
+// Where the statistics of a sequence begin among those of its head.
+FUSED_ATTN_DEVICE int statistics_start(const DeviceProblem& p, const Sequence& s) {
+  if (p.cu_seqlens_q != nullptr) {
+    return (s.start_q / kStatisticsTile + s.batch) * kStatisticsTile;
+  }
+  return s.batch * ((p.seqlen_q + kStatisticsTile - 1) / kStatisticsTile * kStatisticsTile);
+}
+
+// p = 2^(score - lse2)
+FUSED_ATTN_DEVICE float probability(float score, float multiplier, float lse2) {
+  return device::exp2_fast(device::multiply_add(score, multiplier, -lse2));
+}
+
+// ds of one element. `kDrops`: a dropped probability is marked by its sign. `kHides`: where p is 0,
+// dp need not be a number, for it may be of a key that nobody sees.
+template <bool kHides, bool kDrops>
+FUSED_ATTN_DEVICE float score_gradient(float p, float dp, float delta, float keep_scale) {
+  if (kDrops) {
+    dp = p < 0.0f ? 0.0f : dp * keep_scale;
+    p = p < 0.0f ? -p : p;
+  }
+  const float ds = p * (dp - delta);
+  return kHides && p == 0.0f ? 0.0f : ds;
+}
+
+// dbias += ds, where the score exists.
+template <class At, int kCount>
+FUSED_ATTN_DEVICE void add_to_bias(const float (&ds)[kCount], const BackwardProblem& p,
+                                   const At& at, const Band& band) {
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount; ++i) {
+    if (!at.exists(i, band)) continue;
+    float* to = p.dbias + at.batch * p.dbias_stride[0] + at.head * p.dbias_stride[1] +
+                at.query_of(i) * p.dbias_stride[2] + at.key_of(i) * p.dbias_stride[3];
+    if (p.dbias_shared) {
+      device::atomic_add(to, ds[i]);
+    } else {
+      *to = ds[i];
+    }
+  }
+}
+
+}  // namespace fused_attn::attention

@@ -1,0 +1,547 @@
+// The gradients of k and v for sm_90: one block holds a block of keys of one key head and walks
+// over the queries of all the query heads that share it.
+//
+// Scores are computed transposed, keys by queries: the fragments of p^T and ds^T are then operands
+// of dv = p^T dout and dk = ds^T q as they are (Shah et al., "FlashAttention-3", 2024).
+#pragma once
+
+#include "attention/sm90/dq_sum.h"
+#include "attention/sm90/key_block.h"
+
+namespace fused_attn::attention {
+
+// Two consumer warpgroups. Up to head size 128 each holds 64 keys, with dk and dv in registers;
+// above it both hold the same 64 keys, one dv and the other dk. Modified scores need registers for
+// their derivatives: fewer queries at a time. `kDq`: dq (and dbias) are added up, too, above head
+// size 128 by the warpgroup that holds dv.
+template <class Element_, int kHeadDim_, bool kGeneral_, bool kDq_>
+struct DkDvTile {
+  using Element = Element_;
+  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kDq = kDq_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kSplit = kHeadDim > 128;
+  static constexpr int kGroups = 2;
+  static constexpr int kBlockN = kSplit ? 64 : 128;
+  static constexpr int kBlockM = !kGeneral ? 64 : kHeadDim > 192 ? 16 : 32;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (kGroups + 1) * device::kWarpgroupThreads;
+  static constexpr int kLaunchRegisters = 168;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  using KvTile = SharedTile<kBlockN, kHeadDim>;
+  using QTile = SharedTile<kBlockM, kHeadDim>;
+  static constexpr int kStatisticsBytes = kBlockM * 4;
+  static constexpr uint32_t kK = 0;
+  static constexpr uint32_t kV = kK + KvTile::kBytes;
+  static constexpr uint32_t kQ = kV + KvTile::kBytes;
+  static constexpr uint32_t kDout = kQ + kStages * QTile::kBytes;
+  // Of dq only: ds^T by stage, and a place for each warp's part of dq on its way out.
+  // Up to 64 columns the warpgroups share the queries, each with a panel of its own: nobody says
+  // that a transposed operand may begin within a swizzle.
+  static constexpr bool kDqByQueries = kHeadDim <= kTileColumns;
+  static constexpr int kDqQueries = kDqByQueries ? kBlockM / kGroups : kBlockM;
+  struct DsTile : SharedTile<kBlockN, kDqByQueries ? kGroups * kTileColumns : kBlockM> {
+    static FUSED_ATTN_DEVICE SharedAddress chunk(SharedAddress tile, int row, int query) {
+      return SharedTile<kBlockN, kTileColumns>::chunk(
+          tile, row, query / kDqQueries * kTileColumns + query % kDqQueries);
+    }
+  };
+  static constexpr int kDqWarps = kSplit ? 4 : 8;
+  static constexpr int kDqStageBytes = kSliceColumns * kDqQueries * 4;
+  static constexpr uint32_t kDs = kDout + kStages * QTile::kBytes;
+  static constexpr uint32_t kDqStage = kDs + (kDq ? kStages * DsTile::kBytes : 0);
+  static constexpr uint32_t kLse = kDqStage + (kDq ? kDqWarps * kDqStageBytes : 0);
+  static constexpr uint32_t kDelta = kLse + kStages * kStatisticsBytes;
+  static constexpr uint32_t kBarriers = kDelta + kStages * kStatisticsBytes;
+  // Of bool masks: a word for each head of the group (one for all if they share the mask) and each
+  // tile of queries, as far as there is room.
+  static constexpr int kMaxMaskWords = kGeneral ? 4096 : 0;
+  static constexpr uint32_t kMaskWords = kBarriers + 128;
+  static constexpr uint32_t kSharedBytes = kMaskWords + 4 * kMaxMaskWords + 1024;
+  static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
+};
+
+struct DkDvMaps {
+  TensorMap q, k, v, dout, dk, dv;
+};
+
+template <class Tile>
+struct DkDvShared : SharedBase<Tile> {
+  using SharedBase<Tile>::base;
+
+  FUSED_ATTN_DEVICE SharedAddress k() const { return base + Tile::kK; }
+  FUSED_ATTN_DEVICE SharedAddress v() const { return base + Tile::kV; }
+  FUSED_ATTN_DEVICE SharedAddress q(int stage) const {
+    return base + Tile::kQ + stage * Tile::QTile::kBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress dout(int stage) const {
+    return base + Tile::kDout + stage * Tile::QTile::kBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress lse(int stage) const {
+    return base + Tile::kLse + stage * Tile::kStatisticsBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress ds(int stage) const {
+    return base + Tile::kDs + stage * Tile::DsTile::kBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress dq_stage() const { return base + Tile::kDqStage; }
+  FUSED_ATTN_DEVICE SharedAddress delta(int stage) const {
+    return base + Tile::kDelta + stage * Tile::kStatisticsBytes;
+  }
+  FUSED_ATTN_DEVICE SharedAddress mask_words() const { return base + Tile::kMaskWords; }
+  FUSED_ATTN_DEVICE SharedAddress kv_full() const { return this->first_barrier(); }
+  FUSED_ATTN_DEVICE SharedAddress q_full(int stage) const { return this->barrier(0, stage); }
+  FUSED_ATTN_DEVICE SharedAddress q_empty(int stage) const { return this->barrier(1, stage); }
+  FUSED_ATTN_DEVICE SharedAddress dout_full(int stage) const { return this->barrier(2, stage); }
+  FUSED_ATTN_DEVICE SharedAddress dout_empty(int stage) const { return this->barrier(3, stage); }
+
+  FUSED_ATTN_DEVICE void init_barriers() const {
+    device::barrier_init(kv_full(), 1, "kv_full");
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      device::barrier_init(q_full(stage), 1, "q_full");
+      device::barrier_init(q_empty(stage), Tile::kGroups, "q_empty");
+      device::barrier_init(dout_full(stage), 1, "dout_full");
+      device::barrier_init(dout_empty(stage), Tile::kGroups, "dout_empty");
+    }
+    device::fence_barrier_init();
+  }
+};
+
+template <class Tile>
+class DkDvProducer {
+ public:
+  FUSED_ATTN_DEVICE DkDvProducer(const DkDvMaps& maps, const BackwardProblem& p,
+                                 const KeyBlock<Tile>& block, const DkDvShared<Tile>& shared)
+      : maps_(maps), p_(p), block_(block), shared_(shared) {}
+
+  FUSED_ATTN_DEVICE void load() const {
+    const RaggedRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
+    device::barrier_expect(shared_.kv_full(), 2 * Tile::KvTile::kBytes);
+    load_panels<typename Tile::KvTile, Keep::kBriefly>(shared_.k(), maps_.k, shared_.kv_full(),
+                                                       keys, block_.key_begin);
+    load_panels<typename Tile::KvTile, Keep::kBriefly>(shared_.v(), maps_.v, shared_.kv_full(),
+                                                       keys, block_.key_begin);
+    Ring<Tile::kStages> ring;
+    FUSED_ATTN_KEEP_LOOP
+    for (int g = 0; g < p_.group; ++g) {
+      FUSED_ATTN_KEEP_LOOP
+      for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
+        if (block_.mask_hides(p_, shared_.mask_words(), g, tile)) continue;
+        load_queries(block_.head_kv * p_.group + g, tile, ring);
+        ring.advance();
+      }
+    }
+  }
+
+ private:
+  FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Tile::kStages>& ring) const {
+    const RaggedRows queries = query_rows(p_, block_.sequence, head);
+    const int row = tile * Tile::kBlockM, stage = ring.stage;
+    const int64_t statistics =
+        int64_t{head} * p_.padded_rows + statistics_start(p_, block_.sequence) + row;
+    const uint32_t bytes = Tile::QTile::kBytes + Tile::kStatisticsBytes;
+    device::barrier_wait(shared_.q_empty(stage), ring.phase ^ 1);
+    device::barrier_expect(shared_.q_full(stage), bytes);
+    load_panels<typename Tile::QTile, Keep::kLong>(shared_.q(stage), maps_.q, shared_.q_full(stage),
+                                                   queries, row);
+    device::load_bulk(shared_.lse(stage), p_.lse2 + statistics, Tile::kStatisticsBytes,
+                      shared_.q_full(stage));
+    device::barrier_wait(shared_.dout_empty(stage), ring.phase ^ 1);
+    device::barrier_expect(shared_.dout_full(stage), bytes);
+    load_panels<typename Tile::QTile, Keep::kLong>(shared_.dout(stage), maps_.dout,
+                                                   shared_.dout_full(stage), queries, row);
+    device::load_bulk(shared_.delta(stage), p_.delta + statistics, Tile::kStatisticsBytes,
+                      shared_.dout_full(stage));
+  }
+
+  const DkDvMaps& maps_;
+  const BackwardProblem& p_;
+  const KeyBlock<Tile>& block_;
+  const DkDvShared<Tile>& shared_;
+};
+
+template <class Tile>
+class DkDvConsumer {
+ public:
+  FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
+                                 const KeyBlock<Tile>& block, const DkDvShared<Tile>& shared,
+                                 int group)
+      : maps_(maps),
+        p_(p),
+        block_(block),
+        shared_(shared),
+        group_(group),
+        row_(Tile::kSplit ? 0 : group * 64),
+        thread_(device::thread_index() % device::kWarpgroupThreads),
+        fragment_(thread_) {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] = 0.0f;
+    if constexpr (!Tile::kSplit) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < Tile::kHeadDim / 2; ++i) dv_[i] = 0.0f;
+    }
+    lowest_query_ = block.band.lowest_query(key());
+    FUSED_ATTN_UNROLL_LOOP
+    for (int row = 0; row < 2; ++row) {
+      const int key = this->key() + 8 * row;
+      end_query_[row] = block.padded(p, key) ? 0 : block.band.end_query(key);
+    }
+  }
+
+  FUSED_ATTN_DEVICE void run() {
+    device::barrier_wait(shared_.kv_full(), 0);
+    if (Tile::kDq && block_.hides_keys(p_)) clean_keys();
+    // Padding anywhere in the block: every tile needs masks.
+    const bool padded = p_.key_padding != nullptr;
+    FUSED_ATTN_KEEP_LOOP
+    for (int g = 0; g < p_.group; ++g) {
+      head_ = block_.head_kv * p_.group + g;
+      FUSED_ATTN_KEEP_LOOP
+      for (int tile = block_.tiles.begin; tile < block_.tiles.end; ++tile) {
+        if (block_.mask_hides(p_, shared_.mask_words(), g, tile)) continue;
+        if (!kGeneral && !padded && block_.tiles.plain(tile)) {
+          step<false>(tile);
+        } else {
+          step<true>(tile);
+        }
+        ring_.advance();
+      }
+    }
+    finish();
+  }
+
+ private:
+  static constexpr bool kGeneral = Tile::kGeneral;
+  static constexpr int kBlockM = Tile::kBlockM;
+  using QTile = typename Tile::QTile;
+  using KvTile = typename Tile::KvTile;
+  using RowProduct = device::Mma<typename Tile::Element, kBlockM, false, false>;
+  using GradientProduct = device::Mma<typename Tile::Element, Tile::kHeadDim, false, true>;
+
+  // Hidden keys must not count in ds k, even multiplied by 0.
+  FUSED_ATTN_DEVICE void clean_keys() const {
+    constexpr int kRows = Tile::kBlockN / (4 * Tile::kGroups);  // a warp
+    const int begin = (group_ * 4 + thread_ / device::kWarpThreads) * kRows;
+    TileCleaner<Tile, KeyBlock<Tile>>(p_, block_)
+        .clean(shared_.k(), block_.key_begin, begin, begin + kRows);
+    device::fence_async();
+    device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+  }
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step(int tile) {
+    if constexpr (Tile::kSplit) {
+      if (group_ == 0) {
+        step_dv<kMasked>(tile);
+      } else {
+        step_dk<kMasked>(tile);
+      }
+    } else {
+      step_both<kMasked>(tile);
+    }
+  }
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step_both(int tile) {
+    const int stage = ring_.stage;
+    const ScoreAt<true> at = place(tile);
+    Slope<kGeneral ? kBlockM / 2 : 1> slope;
+    issue_scores();
+    issue_dp();
+    device::mma_wait<1>();
+    device::pin(scores_);
+    recompute<kMasked>(at, slope);
+    pack_probabilities();
+    device::mma_wait<0>();
+    device::pin(dp_);
+    issue_gradient(dv_, probabilities_, shared_.dout(stage));
+    differentiate<kMasked>(at, slope);
+    hand_over_ds(stage);
+    issue_gradient(dk_, packed_, shared_.q(stage));
+    typename DqAdder<Tile>::Accumulator dq;
+    if constexpr (Tile::kDq) {
+      device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+      const int panel = Tile::kDqByQueries ? 0 : group_;
+      DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
+      device::mma_wait<1>();
+    } else {
+      device::mma_wait<0>();
+    }
+    device::pin(dv_);
+    device::pin(dk_);
+    device::pin(probabilities_);
+    device::pin(packed_);
+    // One thread arrives for all: a product that all took part in tells that the others have read
+    // the statistics, too.
+    release(shared_.dout_empty(stage));
+    release(shared_.q_empty(stage));
+    if constexpr (Tile::kDq) {
+      device::mma_wait<0>();
+      device::pin(dq);
+      const int panel = Tile::kDqByQueries ? 0 : group_;
+      DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
+    }
+  }
+
+  // The accumulator is called dk_ in both warpgroups: this one's is dv.
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step_dv(int tile) {
+    const int stage = ring_.stage;
+    const ScoreAt<true> at = place(tile);
+    NoSlope unwanted;
+    issue_scores();
+    device::mma_wait<0>();
+    device::pin(scores_);
+    recompute<kMasked>(at, unwanted);
+    pack_probabilities();
+    device::barrier_wait(shared_.dout_full(stage), ring_.phase);
+    issue_gradient(dk_, probabilities_, shared_.dout(stage));
+    if constexpr (Tile::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    device::mma_wait<0>();
+    device::pin(dk_);
+    device::pin(probabilities_);
+    release(shared_.q_empty(stage));
+    release(shared_.dout_empty(stage));
+    if constexpr (Tile::kDq) {
+      FUSED_ATTN_KEEP_LOOP
+      for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
+        typename DqAdder<Tile>::Accumulator dq;
+        DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
+        device::mma_wait<0>();
+        device::pin(dq);
+        DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
+      }
+    }
+  }
+
+  template <bool kMasked>
+  FUSED_ATTN_DEVICE void step_dk(int tile) {
+    const int stage = ring_.stage;
+    const ScoreAt<true> at = place(tile);
+    Slope<kGeneral ? kBlockM / 2 : 1> slope;
+    issue_scores();
+    issue_dp();
+    device::mma_wait<1>();
+    device::pin(scores_);
+    recompute<kMasked>(at, slope);
+    device::mma_wait<0>();
+    device::pin(dp_);
+    differentiate<kMasked>(at, slope);
+    hand_over_ds(stage);
+    issue_gradient(dk_, packed_, shared_.q(stage));
+    if constexpr (Tile::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    device::mma_wait<0>();
+    device::pin(dk_);
+    device::pin(packed_);
+    release(shared_.dout_empty(stage));
+    release(shared_.q_empty(stage));
+  }
+
+  // Before the warpgroups meet.
+  FUSED_ATTN_DEVICE void hand_over_ds(int stage) const {
+    if constexpr (!Tile::kDq) return;
+    packed_to_tile<typename Tile::DsTile>(packed_, shared_.ds(stage), row_);
+    device::fence_async();
+  }
+
+  FUSED_ATTN_DEVICE void issue_scores() {
+    device::barrier_wait(shared_.q_full(ring_.stage), ring_.phase);
+    issue_rows(scores_, shared_.k(), shared_.q(ring_.stage));
+  }
+  FUSED_ATTN_DEVICE void issue_dp() {
+    device::barrier_wait(shared_.dout_full(ring_.stage), ring_.phase);
+    issue_rows(dp_, shared_.v(), shared_.dout(ring_.stage));
+  }
+
+  // keys x rows^T: scores from k and q, dp from v and dout.
+  FUSED_ATTN_DEVICE void issue_rows(float (&to)[kBlockM / 2], SharedAddress keys,
+                                    SharedAddress rows) {
+    const uint64_t a = KvTile::by_rows(keys + row_ * kTileRowBytes);
+    const uint64_t b = QTile::by_rows(rows);
+    device::mma_fence();
+    FUSED_ATTN_UNROLL_LOOP
+    for (int k = 0; k < Tile::kHeadDim / 16; ++k) {
+      RowProduct::from_shared(to, a + KvTile::row_step(k), b + QTile::row_step(k), k != 0);
+    }
+    device::mma_commit();
+  }
+
+  // to += factors x rows: dv from p^T and dout, dk from ds^T and q.
+  FUSED_ATTN_DEVICE void issue_gradient(float (&to)[Tile::kHeadDim / 2],
+                                        uint32_t (&factors)[kBlockM / 4], SharedAddress rows) {
+    const uint64_t b = QTile::by_columns(rows);
+    device::pin(factors);
+    device::mma_fence();
+    FUSED_ATTN_UNROLL_LOOP
+    for (int s = 0; s < kBlockM / 16; ++s) {
+      GradientProduct::from_registers(to, factors[4 * s], factors[4 * s + 1], factors[4 * s + 2],
+                                      factors[4 * s + 3], b + QTile::column_step(s), true);
+    }
+    device::mma_commit();
+  }
+
+  // scores -> probabilities; what dropout drops is negative.
+  template <bool kMasked, class SlopeOf>
+  FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, SlopeOf& slope) {
+    if constexpr (kGeneral) {
+      modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence, slope);
+      hide_by_mask(scores_, p_, at, block_.band);
+    }
+    if constexpr (kMasked) {
+      hide_by_band(scores_, at);
+    }
+    const SharedAddress lse = shared_.lse(ring_.stage);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 2; i += 4) {
+      const float lse2[2] = {statistic(lse, i), statistic(lse, i + 1)};
+      FUSED_ATTN_UNROLL_LOOP
+      for (int e = 0; e < 4; ++e) {
+        scores_[i + e] = probability(scores_[i + e], multiplier(), lse2[e & 1]);
+      }
+    }
+    if constexpr (kGeneral) {
+      if (p_.rng != nullptr) drop<true>(scores_, p_, at);
+    }
+  }
+
+  FUSED_ATTN_DEVICE void pack_probabilities() {
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 4; ++i) {
+      probabilities_[i] = Tile::Element::pack(kept(scores_[2 * i]), kept(scores_[2 * i + 1]));
+    }
+  }
+  static FUSED_ATTN_DEVICE float kept(float p) { return kGeneral && p < 0.0f ? 0.0f : p; }
+
+  // probabilities -> ds, packed
+  template <bool kMasked, class SlopeOf>
+  FUSED_ATTN_DEVICE void differentiate(const ScoreAt<true>& at, const SlopeOf& slope) {
+    const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
+    const SharedAddress delta = shared_.delta(ring_.stage);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 2; i += 4) {
+      const float of_query[2] = {statistic(delta, i), statistic(delta, i + 1)};
+      FUSED_ATTN_UNROLL_LOOP
+      for (int e = i; e < i + 4; ++e) {
+        scores_[e] =
+            score_gradient<kMasked, kGeneral>(scores_[e], dp_[e], of_query[e & 1], keep_scale);
+      }
+    }
+    if constexpr (kGeneral) {
+      if (Tile::kDq && p_.dbias != nullptr) {
+        add_to_bias(scores_, p_, at, block_.band);
+      }
+      if (p_.softcap > 0.0f) {
+        FUSED_ATTN_UNROLL_LOOP
+        for (int i = 0; i < kBlockM / 2; ++i) scores_[i] *= slope.value[i];
+      }
+    }
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kBlockM / 4; ++i) {
+      packed_[i] = Tile::Element::pack(scores_[2 * i], scores_[2 * i + 1]);
+    }
+  }
+
+  // Of the query of register `i`.
+  FUSED_ATTN_DEVICE float statistic(SharedAddress row, int i) const {
+    return device::shared_load_float(row + 4 * (fragment_.column + ScoreAt<true>::along(i)));
+  }
+
+  FUSED_ATTN_DEVICE void finish() {
+    if (Tile::kDq && thread_ % device::kWarpThreads == 0) device::wait_stores();
+    const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
+    if constexpr (Tile::kSplit) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] *= group_ == 0 ? keep_scale : p_.scale;
+      if (group_ == 0) {
+        store(dk_, maps_.dv, p_.dv, p_.dv_by_tile, p_.head_dim_v, shared_.v());
+      } else {
+        store(dk_, maps_.dk, p_.dk, p_.dk_by_tile, p_.head_dim, shared_.k());
+      }
+    } else {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < Tile::kHeadDim / 2; ++i) {
+        dv_[i] *= keep_scale;
+        dk_[i] *= p_.scale;
+      }
+      store(dv_, maps_.dv, p_.dv, p_.dv_by_tile, p_.head_dim_v, shared_.v());
+      store(dk_, maps_.dk, p_.dk, p_.dk_by_tile, p_.head_dim, shared_.k());
+    }
+  }
+
+  // Through the place of k or v in shared memory. Split, and for dq, the other warpgroup reads k as
+  // well, so both must have read it for good.
+  FUSED_ATTN_DEVICE void store(const float (&x)[Tile::kHeadDim / 2], const TensorMap& map,
+                               const DeviceView& view, bool by_tile, int columns,
+                               SharedAddress tile) {
+    if (Tile::kSplit || Tile::kDq) {
+      device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    }
+    if (view.data == nullptr) return;
+    // Worked out again: the loop over queries had no registers for it.
+    const KeyBlock<Tile> block(p_, device::block_index());
+    const Sequence& s = block.sequence;
+    // All keys, those that nobody sees too: their gradient is 0.
+    const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block.head_kv, s.tensor_batch};
+    const int to_row = block.key_begin + row_;
+    if (!by_tile) {
+      store_elements<typename Tile::Element>(x, view, rows, p_.rows_k, columns, to_row);
+      return;
+    }
+    fragment_to_tile<typename Tile::Element, KvTile>(x, tile, row_);
+    device::fence_async();
+    device::named_sync(1 + group_, device::kWarpgroupThreads);
+    if (thread_ == 0) store_panels<KvTile>(map, tile, row_, rows, to_row);
+  }
+
+  FUSED_ATTN_DEVICE ScoreAt<true> place(int tile) const {
+    return {block_.sequence.batch,
+            head_,
+            tile * kBlockM + fragment_.column,
+            kGeneral ? device::opaque(key()) : key(),
+            lowest_query_,
+            {end_query_[0], end_query_[1]}};
+  }
+  // Of scores, to come to base 2.
+  FUSED_ATTN_DEVICE float multiplier() const { return kGeneral ? 1.0f : p_.scale_log2; }
+  FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
+    if (thread_ == 0) device::barrier_arrive(empty);
+  }
+  FUSED_ATTN_DEVICE int key() const { return block_.key_begin + row_ + fragment_.row; }
+
+  static constexpr int kBothBarrier = 1 + Tile::kGroups;
+
+  const DkDvMaps& maps_;
+  const BackwardProblem& p_;
+  const KeyBlock<Tile>& block_;
+  const DkDvShared<Tile>& shared_;
+  int group_, row_, thread_, head_;
+  Fragment fragment_;
+  int lowest_query_, end_query_[2];  // of ScoreAt
+  Ring<Tile::kStages> ring_;
+  float scores_[kBlockM / 2], dp_[kBlockM / 2];
+  uint32_t probabilities_[kBlockM / 4], packed_[kBlockM / 4];
+  float dk_[Tile::kHeadDim / 2], dv_[Tile::kSplit ? 1 : Tile::kHeadDim / 2];
+};
+
+template <class Tile>
+FUSED_ATTN_KERNEL(Tile::kThreads)
+dkdv_kernel(FUSED_ATTN_GRID_CONSTANT DkDvMaps maps, FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
+  const DkDvShared<Tile> shared;
+  const KeyBlock<Tile> block(p, device::block_index());
+  if (block.empty()) return;
+  const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
+  if (device::thread_index() == 0) shared.init_barriers();
+  block.find_hidden(p, shared.mask_words());
+  device::sync_block();
+  if (group == 0) {
+    device::lower_registers<Tile::kProducerRegisters>();
+    if (device::thread_index() == 0) DkDvProducer<Tile>(maps, p, block, shared).load();
+  } else {
+    device::raise_registers<Tile::kConsumerRegisters>();
+    DkDvConsumer<Tile> consumer(maps, p, block, shared, group - 1);
+    consumer.run();
+  }
+}
+
+}  // namespace fused_attn::attention

@@ -1,0 +1,40 @@
+// Compiled once per instruction-set level; see peak.h.
+#include "cpu/peak_kernel.h"
+
+#include "attention/cpu/engine.h"
+
+namespace fused_attn::FUSED_ATTN_LEVEL {
+namespace {
+
+volatile double sink;  // keeps the compiler from leaving the work out
+
+constexpr int kAccumulators = 12;  // hides a latency of four cycles at two or three a cycle
+
+template <class E>
+double run(int64_t repeats) {
+  using Real = typename E::Real;
+  using Unit = typename E::Unit;
+  static volatile Unit source = Unit(0);  // keeps the compiler from knowing the result
+  const auto a = Vec<Unit>::set1(source), b = Vec<Unit>::set1(source);
+  Vec<Real> acc[kAccumulators];
+  for (auto& x : acc) x = Vec<Real>::zero();
+  for (int64_t i = 0; i < repeats; ++i) {
+    FUSED_ATTN_UNROLL
+    for (int j = 0; j < kAccumulators; ++j) acc[j] = E::dot(a, b, acc[j]);
+  }
+  Vec<Real> total = acc[0];
+  for (int j = 1; j < kAccumulators; ++j) total = total + acc[j];
+  sink = sum(total);
+  return 2.0 * E::kPair * kLanes * kAccumulators * static_cast<double>(repeats);
+}
+
+}  // namespace
+
+double multiply_adds(DType dtype, int64_t repeats) {
+  double operations = 0;
+  attention::FUSED_ATTN_LEVEL::with_engine(
+      dtype, [&](auto engine) { operations = run<decltype(engine)>(repeats); });
+  return operations;
+}
+
+}  // namespace fused_attn::FUSED_ATTN_LEVEL

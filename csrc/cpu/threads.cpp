@@ -1,0 +1,25 @@
+#include "cpu/threads.h"
+
+#include <algorithm>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace fused_attn {
+namespace {
+
+bool in_forked_child = false;
+
+#if !defined(_WIN32)
+// Registered when the module is loaded: no pool of ours can be older.
+const int kRegistered = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+#endif
+
+}  // namespace
+
+int usable_threads(int64_t wanted) {
+  return in_forked_child ? 1 : static_cast<int>(std::clamp<int64_t>(wanted, 1, 1024));
+}
+
+}  // namespace fused_attn

@@ -1,0 +1,1 @@
+"""The operations: one folder each, the same file names in all."""

@@ -1,0 +1,290 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...runtime import checks
+from .. import dispatch
+from . import BACKENDS, call
+from .call import Scalars, last_backend
+from .problem import Causal, Operands, Weights
+
+__all__ = [
+    "attention",
+    "attention_backends",
+    "attention_varlen",
+    "explain",
+    "last_backend",
+    "merge_attention",
+]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_rng: Tensor | None = None,
+    return_lse: bool = False,
+    return_weights: Weights = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:
+    """softmax(scale * q k^T + ...) v with every mask, fused (Vaswani et al. 2017, equation 1).
+
+    Every operand may be combined with every other. In plain PyTorch::
+
+        s = scale * q @ k.transpose(-2, -1)                          # (B, H, Lq, Lk), float32
+        s = softcap * tanh(s / softcap)                              # if softcap
+        s = s - alibi_slopes[:, None, None] * abs(i + Lk - Lq - j)   # if alibi_slopes
+        s = s + bias                                                 # if bias
+        s = where(visible, s, -inf)
+        out = dropout(softmax(s, -1), dropout_p) @ v                 # 0 where a row sees no key
+
+    A query at position i sees the key at position j iff all of these hold, with
+    d = i - j if `causal` is True or "upper_left", else d = i + Lk - Lq - j:
+
+    * `causal`: d >= 0. "upper_left" (or True) aligns the first query with the first key, as
+      torch's `is_causal` does; "lower_right" the last with the last, as decoding wants.
+    * `window` (left, right): -right <= d <= left; -1 lifts a limit.
+    * `key_padding_mask`: `key_padding_mask[b, j]`.
+    * `key_lengths`: j < `key_lengths[b]`. A padding mask by length: it moves no diagonal.
+    * `mask`: `mask[b, h, i, j]`.
+    * `bias`: `bias[b, h, i, j]` is not -inf.
+
+    NaN or infinity in a key or value that no query of its batch element sees has no effect.
+
+    Args:
+        q: (B, H, Lq, D), float32, float16, bfloat16 or float64; any strides.
+        k: (B, Hkv, Lk, D); H must be a multiple of Hkv. Query head h reads head h // (H // Hkv).
+        v: (B, Hkv, Lk, Dv).
+        key_padding_mask: (B, Lk) bool, True = visible.
+        key_lengths: (B,) int64.
+        mask: bool, True = visible, broadcastable to (B, H, Lq, Lk). Nothing is expanded.
+        bias: float32 or q's dtype, broadcastable to (B, H, Lq, Lk); its gradient has its shape.
+        alibi_slopes: (H,) float32, the m of Press et al. 2022.
+        softcap: positive; 0 or None for none.
+        scale: finite; 1/sqrt(D) if None.
+        dropout_p: probability in [0, 1] of dropping an attention probability; the kept ones are
+            divided by 1 - dropout_p. Applied whenever it is not 0.
+        dropout_rng: (2,) int64, seed and offset of the dropout. One pair gives the same mask on
+            every backend. Drawn from torch's generator if None.
+        return_lse: return the logsumexp of each row of scores as well: natural logarithm, float32
+            (float64 for float64), (B, H, Lq), -inf for a row that sees no key; differentiable.
+        return_weights: return the attention probabilities after dropout as well: "per_head"
+            (B, H, Lq, Lk) or "average" over heads (B, 1, Lq, Lk); differentiable.
+        out: write the output here instead of into a new tensor; no gradient may be wanted.
+        backend: name of the backend that must run the call; chosen if None.
+
+    Returns:
+        out (B, H, Lq, Dv), new and contiguous; or a tuple of out and then lse and weights, those
+        that were asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        UnsupportedError: no backend (or not the one asked for) can run the call.
+    """
+    operands = Operands(
+        q,
+        k,
+        v,
+        None if bias is None else _four_dimensional("bias", bias),
+        None if mask is None else _four_dimensional("mask", mask),
+        key_padding_mask,
+        key_lengths,
+        alibi_slopes,
+        None,
+        None,
+        dropout_rng if dropout_p else None,
+    )
+    scalars = Scalars(
+        causal, window, softcap, scale, dropout_p, return_weights, backend, None, None, return_lse
+    )
+    if out is not None:
+        _check_out(out, q, k, v, bias)
+    result, lse, weights = call.run(operands, scalars, out)
+    if not return_lse and return_weights is None:
+        return result
+    extras = (lse,) if return_lse else ()
+    return (result, *extras) if return_weights is None else (result, *extras, weights)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_rng: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of sequences of unequal length, packed one after the other without padding.
+
+    Sequence n owns the rows `cu_seqlens_q[n] : cu_seqlens_q[n + 1]` of q and likewise of k and v.
+    In plain PyTorch::
+
+        for n in range(N):
+            rows_q = slice(cu_seqlens_q[n], cu_seqlens_q[n + 1])
+            rows_k = slice(cu_seqlens_k[n], cu_seqlens_k[n + 1])
+            out[rows_q] = attention(q[rows_q], k[rows_k], v[rows_k])    # heads moved to the front
+
+    Rows past the last sequence get output 0 and lse -inf, and are never read.
+
+    Args:
+        q: (Tq, H, D). k: (Tk, Hkv, D). v: (Tk, Hkv, Dv). Any strides.
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) int32, cumulative lengths, starting at 0.
+        max_seqlen_q, max_seqlen_k: at least the longest length; numbers, so that nothing has to be
+            read back from a device.
+        causal, window, alibi_slopes, softcap, scale, dropout_p, dropout_rng, backend: as in
+            `attention`; positions count from the start of each sequence.
+        return_lse: return the logsumexp of each row, (H, Tq), as well.
+
+    Returns:
+        out (Tq, H, Dv), or (out, lse).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        UnsupportedError: no backend (or not the one asked for) can run the call.
+
+    Shape legend: N sequences, Tq and Tk rows in all, H and Hkv heads, D and Dv head sizes.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.expect_rank(name, tensor, 3, "(T, heads, head size)")
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.expect_tensor(name, tensor)
+    operands = Operands(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        rng=dropout_rng if dropout_p else None,
+    )
+    scalars = Scalars(
+        causal,
+        window,
+        softcap,
+        scale,
+        dropout_p,
+        None,
+        backend,
+        max_seqlen_q,
+        max_seqlen_k,
+        return_lse,
+        True,
+    )
+    out, lse, _ = call.run(operands, scalars)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse and lse is not None else out
+
+
+def merge_attention(
+    out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Join the attention of the same queries over two disjoint sets of keys.
+
+    In plain PyTorch, exactly as it is computed::
+
+        lse = logaddexp(lse1, lse2)
+        out = out1 * exp(lse1 - lse)[..., None] + out2 * exp(lse2 - lse)[..., None]
+
+    Rows that see no key in either set stay output 0, lse -inf. Differentiable.
+
+    Args:
+        out1, out2: (..., L, Dv).
+        lse1, lse2: (..., L), natural logarithm, as `attention(..., return_lse=True)` gives them.
+
+    Returns:
+        out (..., L, Dv) in out1's dtype and lse (..., L).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    checks.expect_tensor("out1", out1)
+    checks.expect_shape("out2", out2, tuple(out1.shape), "that of `out1`")
+    for name, lse in (("lse1", lse1), ("lse2", lse2)):
+        checks.expect_shape(name, lse, tuple(out1.shape[:-1]), "out1.shape[:-1]")
+        checks.expect_dtype(name, lse, (torch.float32, torch.float64))
+    # logaddexp by hand: torch's has NaN gradients where both sides are -inf.
+    peak = torch.maximum(lse1, lse2).detach()
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    weight1, weight2 = torch.exp(lse1 - peak), torch.exp(lse2 - peak)
+    total = weight1 + weight2
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -torch.inf, peak + torch.log(total))
+    out = out1 * (weight1 / total)[..., None] + out2 * (weight2 / total)[..., None]
+    return out.to(out1.dtype), lse
+
+
+def attention_backends() -> tuple[str, ...]:
+    """Names of the attention backends, the preferred one first."""
+    return tuple(backend.NAME for backend in BACKENDS)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Explanation:
+    """Which backend would run `attention(q, k, v, **arguments)`, and why each other one would not.
+
+    Checks the call as `attention` does and runs nothing. Print the result, or read its `chosen` and
+    `reasons`.
+
+    Raises:
+        TypeError, ValueError: as `attention`.
+    """
+    inner = {"weights", "rng", "cu_seqlens_q", "cu_seqlens_k", "need_lse", "token_major"}
+    known = {"dropout_rng", "return_lse", "return_weights", "out"}
+    known |= {*Operands._fields, *Scalars._fields} - inner
+    for name in arguments:
+        if name not in known:
+            raise TypeError(f"`explain` got an unexpected argument `{name}`")
+    for name in ("bias", "mask"):
+        if arguments.get(name) is not None:
+            arguments[name] = _four_dimensional(name, arguments[name])
+    arguments["weights"] = arguments.pop("return_weights", None)
+    arguments["rng"] = arguments.pop("dropout_rng", None)
+    operands = Operands(q, k, v, **{name: arguments.get(name) for name in Operands._fields[3:]})
+    scalars = Scalars(**{n: arguments[n] for n in Scalars._fields if n in arguments})
+    return dispatch.explain(BACKENDS, call.problem_of(operands, scalars), scalars.backend)
+
+
+def _four_dimensional(name: str, tensor: Tensor) -> Tensor:
+    """A view with leading dimensions of 1; a rank above 4 stays for the checks to refuse."""
+    checks.expect_tensor(name, tensor)
+    missing = 4 - tensor.dim()
+    return tensor[(None,) * missing] if missing > 0 else tensor
+
+
+def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    checks.expect_tensor("out", out)
+    for name, tensor in (("q", q), ("v", v)):
+        checks.expect_rank(name, tensor, 4, "(B, heads, L, head size)")
+    checks.expect_shape("out", out, (*q.shape[:3], v.shape[3]), "(B, H, Lq, Dv)")
+    checks.expect_dtype("out", out, (q.dtype,))
+    checks.expect_device("out", out, q.device)
+    wanted = any(getattr(x, "requires_grad", False) for x in (q, k, v, bias))
+    checks.expect_no_gradient("out", out, wanted)

@@ -1,0 +1,136 @@
+"""The path of one attention call: check it, choose its backend, run it.
+
+What must be checked, and who can run it, depends on shapes, dtypes and flags only. Both are worked
+out once per signature and remembered, so that a repeated call costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...runtime import autocast, checks, higher_order, philox
+from .. import dispatch
+from ..dispatch import FORMULA, KERNEL
+from . import BACKENDS, fused, reference
+from . import fast_path as bare
+from .problem import WEIGHTS, AttentionProblem, Operands, describe, make_options
+
+
+class Scalars(NamedTuple):
+    """The scalars of a call as the user gave them."""
+
+    causal: Any = False
+    window: Any = None
+    softcap: Any = None
+    scale: Any = None
+    dropout_p: Any = 0.0
+    weights: Any = None
+    backend: str | None = None
+    max_seqlen_q: int | None = None  # packed problems only
+    max_seqlen_k: int | None = None
+    need_lse: bool = False
+    token_major: bool = False  # lay `out` out as (B, Lq, H, Dv); its shape stays (B, H, Lq, Dv)
+
+
+_plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
+_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+def last_backend() -> str | None:
+    """Name of the backend that ran the latest eager attention call of this process, or None."""
+    plan = _plans.latest
+    return None if plan is None else plan.settings.backend
+
+
+def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fused.Result:
+    """out, lse and weights of a call; the last two None unless they are asked for.
+
+    Args:
+        out: the tensor to write the output to; a new one if None.
+    """
+    if _autocast_enabled():
+        operands = _autocast(operands)
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.q, "q")
+        operands = operands._replace(rng=rng)
+    plan = _plans.get(_make_plan, operands, scalars)
+    if plan.bare and out is None:
+        if not plan.needs_grad:
+            return bare.run(operands, plan), None, None
+        # By number: unpacking or names would take longer.
+        return bare.apply(operands[0], operands[1], operands[2], operands, plan), None, None
+    if plan.route is not FORMULA:
+        result, lse, weights = fused.attention(operands, plan, out)
+    else:
+        result, lse, weights = reference.forward(operands, plan.options, plan.settings.weights)
+    if out is not None and result is not out:
+        result = out.copy_(result)
+    return result, lse if scalars.need_lse else None, weights
+
+
+def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
+    """The checked description of a call.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    q, k = operands.q, operands.k
+    for name, operand in zip(("q", "k", "v"), operands[:3], strict=True):
+        checks.expect_rank(name, operand, 4, "(B, heads, L, head size)")
+    if not (scalars.weights is None or isinstance(scalars.weights, str)) or (
+        scalars.weights not in WEIGHTS
+    ):
+        raise ValueError(
+            "`return_weights` must be None, 'average' or 'per_head', "
+            f"got {checks.type_name(scalars.weights)}"
+        )
+    packed = operands.cu_seqlens_q is not None
+    options = make_options(
+        max_seqlen_q=_max_seqlen("max_seqlen_q", scalars.max_seqlen_q) if packed else q.shape[2],
+        max_seqlen_k=_max_seqlen("max_seqlen_k", scalars.max_seqlen_k) if packed else k.shape[2],
+        head_dim=q.shape[3],
+        causal=scalars.causal,
+        window=scalars.window,
+        scale=scalars.scale,
+        softcap=scalars.softcap,
+        dropout_p=scalars.dropout_p,
+    )
+    needs_grad = higher_order.derivative_wanted(operands[:4])
+    return describe(operands, options, WEIGHTS[scalars.weights], needs_grad)
+
+
+def _max_seqlen(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
+        raise ValueError(f"`{name}` must be an integer >= 0, got {checks.type_name(value)}")
+    return value
+
+
+def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
+    problem = problem_of(operands, scalars)
+    needs_grad = problem.requires_grad
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
+    route = dispatch.route(operands, backend is reference)
+    is_bare = route is KERNEL and bare.can_run(operands, settings, needs_grad)
+    keeps = is_bare and needs_grad and not bare.computes_again(backend, problem)
+    lse_like = bare.lse_like(operands.q) if keeps else None
+    return fused.Plan(problem.options, settings, backend, needs_grad, route, is_bare, lse_like)
+
+
+def _autocast(operands: Operands) -> Operands:
+    """q, k and v in the autocast dtype, as torch does for its own attention."""
+    q = operands.q
+    if not isinstance(q, Tensor) or not autocast.enabled(q.device):
+        return operands
+    if q.dtype == torch.float64 or not q.is_floating_point():
+        return operands
+    dtype = torch.get_autocast_dtype(q.device.type)
+    bias = operands.bias
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    return operands._replace(
+        q=q.to(dtype), k=operands.k.to(dtype), v=operands.v.to(dtype), bias=bias
+    )

@@ -1,0 +1,212 @@
+"""Attention in plain PyTorch: the definition that every kernel is tested against.
+
+It runs everywhere and differentiates to any order. Memory is O(H Lq Lk) a batch element.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...runtime import philox
+from .problem import AVERAGE, LOWER_RIGHT, NO_WEIGHTS, NONE, AttentionProblem, Operands, Options
+
+NAME = "reference"
+
+
+def why_not(problem: AttentionProblem) -> list[str]:
+    return []
+
+
+def forward(
+    operands: Operands,
+    options: Options,
+    weights: int = NO_WEIGHTS,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, lse and, where asked for, weights.
+
+    Vaswani et al. 2017, equation 1, with the score of `fused_attn.attention`. Scores and softmax
+    are float32 (float64 for float64), or `compute_dtype`: what plain PyTorch does in half precision
+    is the yardstick of the tests. A row that sees no key gives output 0, weights 0, lse -inf.
+
+    Returns:
+        out (B, H, Lq, Dv) in q's dtype, lse (B, H, Lq), weights (B, H, Lq, Lk), averaged
+        (B, 1, Lq, Lk), or None. Packed operands give packed results.
+    """
+    if compute_dtype is None:
+        compute_dtype = torch.float64 if operands.q.dtype == torch.float64 else torch.float32
+    if operands.cu_seqlens_q is not None:
+        return _forward_packed(operands, options, compute_dtype)
+    shift = operands.k.shape[2] - operands.q.shape[2]
+    return _forward_dense(operands, options, weights, shift, compute_dtype)
+
+
+def _forward_dense(
+    operands: Operands,
+    options: Options,
+    weights: int,
+    shift: int | Tensor,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v = operands.q, operands.k, operands.v
+    visible = _visible(operands, options, shift)
+    if visible is not None:
+        # A key that no query sees may hold NaN, and 0 * NaN is NaN: take it out first.
+        seen = visible.expand(q.shape[0], -1, -1, -1).flatten(1, 2).any(dim=1)
+        seen = seen[:, None, :, None]
+        k, v = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0)
+    group = q.shape[1] // k.shape[1]
+    k = k.to(compute).repeat_interleave(group, dim=1)
+    v = v.to(compute).repeat_interleave(group, dim=1)
+    s = _scores(q.to(compute), k, operands, options, shift)
+    if visible is not None:
+        s = s.masked_fill(~visible, -torch.inf)
+    p, lse = _softmax(s)
+    p = _dropout(p, operands.rng, options.dropout_p)
+    out = (p @ v).to(q.dtype)
+    if compute in (torch.float16, torch.bfloat16):
+        lse = lse.float()
+    if weights == NO_WEIGHTS:
+        return out, lse, None
+    if weights == AVERAGE:
+        p = p.mean(dim=1, keepdim=True)
+    return out, lse, p.to(q.dtype)
+
+
+def _scores(
+    q: Tensor, k: Tensor, operands: Operands, options: Options, shift: int | Tensor
+) -> Tensor:
+    s = options.scale * (q @ k.transpose(-2, -1))
+    if options.softcap:
+        s = options.softcap * torch.tanh(s / options.softcap)
+    if operands.alibi_slopes is not None:
+        distance = _diagonal(q.shape[2], k.shape[2], shift, q.device).abs()
+        s = s - operands.alibi_slopes[:, None, None].to(s.dtype) * distance
+    if operands.bias is not None:
+        s = s + operands.bias.to(s.dtype)
+    return s
+
+
+def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(s) over the last dimension and its logsumexp; 0 and -inf where all of s is -inf."""
+    if s.shape[-1] == 0:
+        return s, s.new_full(s.shape[:-1], -torch.inf)
+    peak = s.detach().amax(dim=-1, keepdim=True)
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    e = torch.exp(s - peak)
+    total = e.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -torch.inf, peak + torch.log(total))
+    return e / total, lse.squeeze(-1)
+
+
+def _dropout(p: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
+    if rng is None or dropout_p == 0.0:
+        return p
+    if dropout_p == 1.0:
+        return torch.zeros_like(p) * p
+    return torch.where(keep_mask(rng, dropout_p, p.shape), p / (1.0 - dropout_p), 0.0)
+
+
+def keep_mask(rng: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:
+    """Which attention probabilities survive the dropout: bool of `shape` (B, H, Lq, Lk)."""
+    batch, num_heads, seqlen_q, seqlen_k = shape
+    device = rng.device
+    row = torch.arange(seqlen_q, device=device)[:, None]
+    head = torch.arange(batch * num_heads, device=device)[:, None, None]
+    quad = torch.arange((seqlen_k + 3) // 4, device=device)
+    offset = rng[1] & 0xFFFFFFFF
+    drawn = philox.words((quad, row, head, offset), rng[0]).flatten(-2)
+    drawn = drawn[..., :seqlen_k].reshape(batch, num_heads, seqlen_q, seqlen_k)
+    return drawn >= philox.threshold(dropout_p)
+
+
+def _diagonal(seqlen_q: int, seqlen_k: int, shift: int | Tensor, device: torch.device) -> Tensor:
+    """I + shift - j, broadcastable to (B, H, Lq, Lk)."""
+    row = torch.arange(seqlen_q, device=device)[:, None]
+    return row + shift - torch.arange(seqlen_k, device=device)
+
+
+def _visible(operands: Operands, options: Options, shift: int | Tensor) -> Tensor | None:
+    """Which (query, key) pairs may meet: bool, broadcastable to (B, H, Lq, Lk), or None for all."""
+    seqlen_q, seqlen_k = operands.q.shape[2], operands.k.shape[2]
+    device = operands.q.device
+    terms = []
+    if options.causal != NONE or options.window_left >= 0 or options.window_right >= 0:
+        lower_right = options.causal in (NONE, LOWER_RIGHT)
+        distance = _diagonal(seqlen_q, seqlen_k, shift if lower_right else 0, device)
+        if options.causal != NONE:
+            terms.append(distance >= 0)
+        if options.window_left >= 0:
+            terms.append(distance <= options.window_left)
+        if options.window_right >= 0:
+            terms.append(-distance <= options.window_right)
+    if operands.key_padding_mask is not None:
+        terms.append(operands.key_padding_mask[:, None, None, :])
+    if operands.key_lengths is not None:
+        position = torch.arange(seqlen_k, device=device)
+        terms.append((position < operands.key_lengths[:, None])[:, None, None, :])
+    if operands.mask is not None:
+        terms.append(operands.mask)
+    if operands.bias is not None:
+        terms.append(operands.bias != -torch.inf)
+    if not terms:
+        return None
+    visible = terms[0]
+    for term in terms[1:]:
+        visible = visible & term
+    # All four dimensions, the last two in full: callers reduce over them.
+    visible = visible.expand(*visible.shape[:-2], seqlen_q, seqlen_k)
+    return visible[(None,) * (4 - visible.dim())]
+
+
+def _forward_packed(
+    operands: Operands, options: Options, compute: torch.dtype
+) -> tuple[Tensor, Tensor, None]:
+    """Spread the sequences over a padded batch, run the dense formula, gather what is real."""
+    assert operands.cu_seqlens_q is not None
+    assert operands.cu_seqlens_k is not None
+    rows_q, lengths_q = _padded_rows(operands.cu_seqlens_q, options.max_seqlen_q)
+    rows_k, lengths_k = _padded_rows(operands.cu_seqlens_k, options.max_seqlen_k)
+    dense = Operands(
+        q=_spread(operands.q, rows_q),
+        k=_spread(operands.k, rows_k),
+        v=_spread(operands.v, rows_k),
+        key_lengths=lengths_k,
+        alibi_slopes=operands.alibi_slopes,
+        rng=operands.rng,
+    )
+    shift = (lengths_k - lengths_q)[:, None, None, None]
+    out, lse, _ = _forward_dense(dense, options, NO_WEIGHTS, shift, compute)
+    total = operands.q.shape[2]
+    row = torch.arange(total, device=operands.q.device)
+    sequence = torch.bucketize(row, operands.cu_seqlens_q[1:].long(), right=True)
+    # Rows past the last sequence belong to nobody: they see no key.
+    owned = sequence < lengths_q.shape[0]
+    if lengths_q.shape[0] == 0 or options.max_seqlen_q == 0:
+        empty = operands.q.new_zeros(1, operands.q.shape[1], total, operands.v.shape[3])
+        return empty, lse.new_full((1, operands.q.shape[1], total), -torch.inf), None
+    sequence = sequence.clamp(max=lengths_q.shape[0] - 1)
+    local = (row - operands.cu_seqlens_q[sequence].long()).clamp(0, options.max_seqlen_q - 1)
+    out = torch.where(owned[:, None, None], out[sequence, :, local], 0.0)
+    lse = torch.where(owned[:, None], lse[sequence, :, local], -torch.inf)
+    return out.transpose(0, 1)[None], lse.transpose(0, 1)[None], None
+
+
+def _padded_rows(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Row of the packed tensor for each (sequence, position), and each sequence's length."""
+    start = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - start
+    position = torch.arange(max_seqlen, device=cu_seqlens.device)
+    last = (lengths - 1).clamp(min=0)
+    return start[:, None] + torch.minimum(position, last[:, None]), lengths
+
+
+def _spread(packed: Tensor, rows: Tensor) -> Tensor:
+    """(1, H, T, D) and rows (B, L) -> (B, H, L, D)."""
+    tokens = packed[0].transpose(0, 1)
+    if tokens.shape[0] == 0:
+        return packed.new_zeros(rows.shape[0], packed.shape[1], rows.shape[1], packed.shape[3])
+    return tokens[rows.clamp(max=tokens.shape[0] - 1)].transpose(1, 2)

@@ -1,0 +1,106 @@
+"""Triton kernels for GPUs (`forward.py`, `backward.py`, ...)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....runtime.triton import device as triton_device
+from ..problem import NO_WEIGHTS, AttentionProblem, Operands, Options
+from . import config
+
+NAME = "triton"
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(problem: AttentionProblem) -> list[str]:
+    reasons = triton_device.why_not(problem.device)
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"has no kernels for {problem.dtype}")
+    if problem.dtype == torch.bfloat16 and triton_device.interpreted():
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    for name in ("head_dim", "head_dim_v"):
+        size = getattr(problem, name)
+        if size > MAX_HEAD_DIM:
+            reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
+    if not reasons:
+        reasons += config.why_not(*_wanted(problem))
+    return reasons
+
+
+def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], int]:
+    """What decides the tiles of a call, the kernels that it runs, and the rows of decoding."""
+    heavy = ("bias", "mask", "key_padding_mask", "rng")
+    kind = config.Kind(
+        max(problem.head_dim, problem.head_dim_v),
+        problem.dtype.itemsize,
+        triton_device.arch(problem.device),
+        sum(name in problem.operands for name in heavy) + (problem.options.softcap > 0),
+        triton_device.shared_memory(problem.device),
+    )
+    kernels = ["forward"]
+    sizes = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        # Whichever it will be: a comparison would bind the graph that is traced to these sizes.
+        rows = config.MAX_DECODE_ROWS
+        kernels.append("decode")
+    else:
+        rows = problem.seqlen_q * (problem.num_heads // problem.num_heads_kv)
+        planes = problem.num_heads_kv * problem.batch
+        multiprocessors = triton_device.multiprocessors(problem.device)
+        if config.decode_splits(rows, problem.seqlen_k, planes, multiprocessors) > 1:
+            kernels = ["decode"]
+    if problem.requires_grad:
+        kernels += ["dkdv", "dq"]
+    if problem.bias_shape is not None and problem.requires_grad:
+        kernels.append("bias")
+    if problem.weights != NO_WEIGHTS:
+        kernels.append("weights")
+    return kind, tuple(kernels), rows
+
+
+def only_by_name() -> bool:
+    """The interpreter is for tests: it is orders of magnitude slower than plain PyTorch."""
+    return triton_device.interpreted()
+
+
+def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
+    _launchers().forward(operands, options, out, lse)
+
+
+def forward_with_weights(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    average: bool,
+) -> None:
+    forward(operands, options, out, lse)
+    _launchers().weights(operands, options, lse, weights, average)
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    _launchers().backward(operands, options, out, lse, dout, dlse, dweights, (dq, dk, dv, dbias))
+
+
+def _launchers() -> Any:
+    from . import launch  # imports Triton
+
+    return launch

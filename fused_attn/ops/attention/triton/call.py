@@ -1,0 +1,284 @@
+"""What the kernels of one call share: its tensors as they see them, its scalars, its tiles."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ....runtime import philox
+from ....runtime.triton import device as triton_device
+from ....runtime.triton import tuning
+from ..problem import LOWER_RIGHT, NONE, Operands, Options
+from . import config
+from .padding import key_ranges
+from .primitives import Scalars, Sizes, Terms, View, Visits
+from .tiles import Tile
+from .visits import MaskCells, mask_cells, own_sizes, visits
+
+# Matrix products that a pass makes of each score.
+FORWARD_PRODUCTS, WEIGHTS_PRODUCTS, BACKWARD_PRODUCTS = 2, 1, 7
+_UNLIMITED = 1 << 30
+
+triton_device.tiles_depend_on(Path(__file__).parent)
+
+
+class Config:
+    """The compile-time numbers of a kernel, as the attributes of one constant."""
+
+    def __init__(self, **values: Any) -> None:
+        self._text = ", ".join(f"{name}={value}" for name, value in values.items())
+        for name, value in values.items():
+            setattr(self, name, tl.constexpr(value))
+
+    def __repr__(self) -> str:
+        return f"Config({self._text})"
+
+
+def view_of(tensor: Tensor | None) -> View | None:
+    if tensor is None:
+        return None
+    if tensor.dtype == torch.bool:
+        tensor = tensor.view(torch.uint8)
+    return View(tensor, tensor.stride())
+
+
+def broadcast_view(tensor: Tensor | None) -> View | None:
+    """A view that takes any index in a dimension of size 1."""
+    view = view_of(tensor)
+    if tensor is None or view is None:
+        return None
+    strides = zip(tensor.shape, view.strides, strict=True)
+    return View(view.ptr, tuple([0 if size == 1 else stride for size, stride in strides]))
+
+
+_NO_TERMS = Terms(*[None] * (len(Terms._fields)))
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _terms(operands: Operands) -> Terms:
+    if not [x for x in operands[3:] if x is not None]:
+        return _NO_TERMS
+    return Terms(
+        bias=broadcast_view(operands.bias),
+        mask=broadcast_view(operands.mask),
+        padding=view_of(operands.key_padding_mask),
+        key_ranges=key_ranges(operands.key_padding_mask),
+        key_lengths=view_of(operands.key_lengths),
+        alibi_slopes=view_of(operands.alibi_slopes),
+        cu_seqlens_q=_dense(operands.cu_seqlens_q),
+        cu_seqlens_k=_dense(operands.cu_seqlens_k),
+        rng=operands.rng,
+    )
+
+
+class Plan:
+    """What follows from sizes, dtypes and options alone: worked out once for equal calls."""
+
+    def __init__(
+        self,
+        options: Options,
+        shapes: tuple[tuple[int, ...], ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        given: tuple[bool, ...],
+        sequences: int | None,
+        precision: str,
+        arch: int,
+    ) -> None:
+        (batch, num_heads, seqlen_q, head_dim), (_, num_heads_kv, seqlen_k, _), v_shape = shapes
+        bias, mask, padding, alibi, rng, dweights = given
+        self.kind = config.Kind(
+            max(head_dim, v_shape[3]),
+            dtype.itemsize,
+            arch,
+            bias + mask + padding + rng + dweights + (options.softcap > 0),
+            triton_device.shared_memory(device),
+        )
+        self.packed = sequences is not None
+        self.batch = batch if sequences is None else sequences
+        self.num_heads, self.num_heads_kv = num_heads, num_heads_kv
+        self.seqlen_q = options.max_seqlen_q if self.packed else seqlen_q
+        self.seqlen_k = options.max_seqlen_k if self.packed else seqlen_k
+        self.sizes = Sizes(num_heads, num_heads // num_heads_kv, seqlen_q, seqlen_k)
+        self.scalars = _scalars(options)
+        band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
+        self.name = self.kind.name(band)
+        self.configs: dict[Tile, Config] = {}
+        self.constants = {
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": v_shape[3],
+            "BLOCK_D": config.padded_size(head_dim),
+            "BLOCK_DV": config.padded_size(v_shape[3]),
+            "BAND": band,
+            "SOFTCAP": options.softcap > 0,
+            # The short path scales after the maximum, which takes a positive scale.
+            "MODIFIED": options.softcap > 0 or options.scale <= 0 or bias or mask or alibi,
+            "PRECISION": precision,
+        }
+        multiprocessors = triton_device.multiprocessors(device)
+        self.decode_rows = self.seqlen_q * self.sizes.group
+        self.splits = config.decode_splits(
+            self.decode_rows, self.seqlen_k, num_heads_kv * self.batch, multiprocessors
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(*what: Any) -> Plan:
+    return Plan(*what)
+
+
+@functools.cache  # one object a configuration: Triton looks kernels up by it
+def _config(tile: Tile, constants: tuple[tuple[str, Any], ...]) -> Config:
+    block_m, block_n, _, _, chunk = tile
+    return Config(BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk, **dict(constants))
+
+
+class Call:
+    """What all kernels of one call share."""
+
+    def __init__(
+        self,
+        operands: Operands,
+        options: Options,
+        products: int,
+        dweights: Tensor | None = None,
+    ) -> None:
+        q, k, v, bias, mask, padding, _, alibi, cu_seqlens_q, _, rng = operands
+        self.operands = operands
+        given = (
+            bias is not None, mask is not None, padding is not None, alibi is not None,
+            rng is not None, dweights is not None,
+        )  # fmt: skip
+        self.plan = _plan(
+            options,
+            (q.shape, k.shape, v.shape),
+            q.dtype,
+            q.device,
+            given,
+            None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+            precision(q.dtype, triton_device.arch(q.device)),
+            triton_device.arch(q.device),
+        )
+        self.terms = _terms(operands)
+        self._products = products
+        self._mask_cells: MaskCells | None = None
+        self._visits: dict[tuple[int, int, bool], Visits] = {}
+
+    def config(self, tile: Tile, **more: Any) -> Config:
+        """Compile-time constants of a kernel of this call."""
+        found = None if more else self.plan.configs.get(tile)
+        if found is None:
+            found = _config(tile, (*self.plan.constants.items(), *more.items()))
+            if not more:
+                self.plan.configs[tile] = found
+        return found
+
+    def launch_best(self, kernel: str, run: Callable[[Tile], None]) -> None:
+        """Run a kernel with the tile that is known to be best, or that a trial shows to be.
+
+        Args:
+            kernel: "forward", "dkdv", "dq" or "decode".
+            run: launches it with a tile; may be called several times.
+        """
+        plan = self.plan
+        if kernel == "decode":
+            candidates = config.decode_candidates(plan.decode_rows, plan.kind)
+            problem = (kernel, f"{plan.name}, {candidates[0].block_m} rows")
+        else:
+            candidates = config.candidates(kernel, plan.kind)
+            problem = (kernel, plan.name)
+        tuning.launch_best(self.operands.q.device, problem, candidates, run)
+
+    def terms_of(self, tile: Tile, of_keys: bool = False) -> Terms:
+        """The optional operands of a kernel, with the tiles to visit where that pays.
+
+        Args:
+            of_keys: a program of the kernel owns keys and walks over queries.
+        """
+        return self._terms_with_lists(tile, self._products, of_keys)
+
+    def decode_terms_of(self, tile: Tile) -> Terms:
+        """As `terms_of`; heads that share a tile have one list if they have one mask."""
+        mask, plan = self.operands.mask, self.plan
+        if mask is not None and plan.sizes.group > 1 and own_sizes(mask)[1] > 1:
+            return self.terms
+        products = config.decode_products(plan.kind, plan.decode_rows)
+        return self._terms_with_lists(tile, products, False)
+
+    def _terms_with_lists(self, tile: Tile, products: float, of_keys: bool) -> Terms:
+        mask, plan = self.operands.mask, self.plan
+        if mask is None:
+            return self.terms
+        scores = plan.batch * plan.num_heads * plan.seqlen_q * plan.seqlen_k
+        if not config.lists_pay(plan.kind, math.prod(own_sizes(mask)), scores, products):
+            return self.terms
+        if self._mask_cells is None:
+            self._mask_cells = mask_cells(mask, plan.seqlen_q, plan.seqlen_k)
+        key = (tile.block_m, tile.block_n, of_keys)
+        if key not in self._visits:
+            self._visits[key] = visits(self._mask_cells, *key)
+        return self.terms._replace(visits=self._visits[key])
+
+    def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:
+        """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
+        plan = self.plan
+        long_enough = min(plan.seqlen_q, plan.seqlen_k) >= config.DESCRIPTOR_SEQLEN
+        if not (long_enough and config.has_descriptors(plan.kind.arch, plan.kind.itemsize)):
+            return (None,) * len(tensors)
+        if not all(_can_describe(tensor) for tensor, _ in tensors):
+            return (None,) * len(tensors)
+        return tuple([_descriptor(tensor, rows) for tensor, rows in tensors])
+
+
+def _can_describe(tensor: Tensor) -> bool:
+    """What the hardware asks of a tensor that it copies tiles of: multiples of 16 bytes."""
+    *outer, inner = tensor.stride()
+    size = tensor.element_size()
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in outer)
+    return inner == 1 and aligned and tensor.data_ptr() % 16 == 0
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    block = [1, 1, rows, config.padded_size(tensor.shape[3])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _scalars(options: Options) -> Scalars:
+    left = options.window_left if options.window_left >= 0 else _UNLIMITED
+    right = options.window_right if options.window_right >= 0 else _UNLIMITED
+    if options.causal != NONE:
+        right = 0
+    drop_all = options.dropout_p >= 1.0
+    threshold = 0 if drop_all else philox.threshold(options.dropout_p)
+    return Scalars(
+        scale=options.scale,
+        softcap=options.softcap,
+        left=min(left, _UNLIMITED),
+        right=min(right, _UNLIMITED),
+        lower_right=int(options.causal in (NONE, LOWER_RIGHT)),
+        threshold=threshold - (1 << 32 if threshold >= 1 << 31 else 0),
+        keep_scale=0.0 if drop_all else 1.0 / (1.0 - options.dropout_p),
+    )
+
+
+def precision(dtype: torch.dtype, arch: int) -> str:
+    """How float32 matrices are multiplied: by torch's own setting for CUDA.
+
+    Where nothing is set this is 3xTF32, as in torch's memory-efficient attention: nearly float32's
+    accuracy on the tensor cores. AMD's matrix units take float32 as it is.
+    """
+    if dtype != torch.float32 or arch == triton_device.AMD:
+        return "ieee"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    return {"tf32": "tf32", "ieee": "ieee"}.get(setting, "tf32x3")

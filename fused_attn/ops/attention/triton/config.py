@@ -1,0 +1,197 @@
+"""Tile sizes: a pure function of the problem, unless somebody asks for a trial (`tuning.py`)."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from ....runtime.triton.device import AMD, INTERPRETER
+from . import tiles
+from .tiles import Tile
+
+
+class Kind(NamedTuple):
+    """What of a call decides the tiles."""
+
+    head_dim: int  # the larger one
+    itemsize: int
+    arch: int
+    pressure: int  # optional operands that every tile of scores has to load or draw
+    shared_memory: int  # bytes that one program may use
+
+    def name(self, band: bool) -> str:
+        """The class of problems that share a line of the table, for people and for files."""
+        size = max(64, padded_size(self.head_dim))
+        pressure = ("plain", "one operand", "several operands")[min(self.pressure, 2)]
+        return f"head {size}, {self.itemsize} bytes, {pressure}{', band' * band}"
+
+
+# Queries, of all heads of a group together, up to which keys are split among programs.
+MAX_DECODE_ROWS = 32
+MAX_SPLITS = 64
+
+# Below this length a descriptor costs more to make than it saves.
+DESCRIPTOR_SEQLEN = 512
+
+# Every NVIDIA GPU from compute capability 8.0 on has it, and all tables but Hopper's keep to it.
+ENOUGH_SHARED_MEMORY = 99 << 10
+
+# Programs that keep a GPU busy: about two on each multiprocessor.
+ENOUGH_PROGRAMS = 256
+
+
+def padded_size(head_dim: int) -> int:
+    """Head size as the kernels see it: a power of two that the matrix units take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+# 16-bit operations in the time that memory takes for a byte, about, from A100 to B200.
+OPERATIONS_PER_BYTE = 150
+# Below this many operations a call is over before two more kernels are launched.
+LISTED_OPERATIONS = 1 << 32
+
+
+def lists_pay(kind: Kind, mask_elements: int, scores: int, products: float) -> bool:
+    """Whether to read a mask beforehand, so that tiles that it hides are not visited.
+
+    It does where reading it once costs at most a quarter of the call's matrix products, which is
+    what a mask costs that hides no tile: where several heads share it, in the backward, and in
+    decoding.
+
+    Args:
+        mask_elements: what it holds, without what it is broadcast over.
+        scores: elements of the scores of the call.
+        products: matrix products that the kernels make of them.
+    """
+    if kind.arch == INTERPRETER:  # tests meet both
+        return 2 * mask_elements <= scores
+    operations = 2 * products * padded_size(kind.head_dim) * scores
+    if operations < LISTED_OPERATIONS:
+        return False
+    return 4 * mask_elements * OPERATIONS_PER_BYTE <= operations
+
+
+def decode_products(kind: Kind, rows: int) -> float:
+    """Products of each score that take the time in which decoding reads keys and values."""
+    return OPERATIONS_PER_BYTE * kind.itemsize / rows
+
+
+@functools.cache
+def candidates(kernel: str, kind: Kind) -> tuple[Tile, ...]:
+    """Tiles of "forward", "dkdv", "dq", "bias" or "weights" that fit; the first is the default."""
+    if kind.arch == INTERPRETER:
+        return tiles.INTERPRETED[kernel]
+    table, limit = _table(kernel, kind)
+    lines = table[kernel][max(64, padded_size(kind.head_dim))]
+    line = lines[min(kind.pressure, len(lines) - 1)]
+    return _fitting(kernel, [Tile(*numbers) for numbers in line], kind, limit)
+
+
+def _table(kernel: str, kind: Kind) -> tuple[dict[str, tiles.Table], int]:
+    """Where a kernel's tiles are found, and the shared memory that they keep to."""
+    if kind.itemsize == 4:
+        return tiles.FLOAT32, ENOUGH_SHARED_MEMORY
+    if kernel in tiles.SHARED:
+        return tiles.SHARED, ENOUGH_SHARED_MEMORY
+    if 90 <= kind.arch < 120:
+        table = tiles.HOPPER if kind.arch < 100 else tiles.BLACKWELL
+        return table, 227 << 10
+    return tiles.AMPERE, ENOUGH_SHARED_MEMORY
+
+
+def _fitting(kernel: str, known: list[Tile], kind: Kind, limit: int) -> tuple[Tile, ...]:
+    """Those that fit in shared memory, with fewer stages where it takes that; else the first.
+
+    Args:
+        limit: with so much of it the compiler has been seen to fit them all.
+    """
+    if kind.shared_memory >= limit:
+        return tuple(known)
+    fit = []
+    for tile in known:
+        while tile.stages > 1 and shared_bytes(kernel, tile, kind) > kind.shared_memory:
+            tile = tile._replace(stages=tile.stages - 1)
+        if shared_bytes(kernel, tile, kind) <= kind.shared_memory:
+            fit.append(tile)
+    return tuple(dict.fromkeys(fit)) or (tile,)
+
+
+def tile(kernel: str, kind: Kind) -> Tile:
+    """The default, a pure function of the problem."""
+    return candidates(kernel, kind)[0]
+
+
+def shared_bytes(kernel: str, tile: Tile, kind: Kind) -> int:
+    """Shared memory that a kernel takes at most, about; the exact number only its compiler knows.
+
+    What stays, what streams by in stages, the operands of a tile of scores, and a quarter for what
+    the compiler moves through it to change layouts. For AMD the compiler keeps the first of the
+    stages and what stays in registers.
+    """
+    size = padded_size(kind.head_dim)
+    own, other = tile.block_m, tile.block_n
+    if kernel == "dkdv":
+        own, other = other, own
+    if kind.arch == AMD:
+        return 4 * max(tile.stages - 1, 1) * other * min(size, 2 * tile.chunk) * kind.itemsize
+    stays = 2 * own if kernel in ("dkdv", "dq") else own
+    tensors = (stays + tile.stages * 2 * other) * size * kind.itemsize
+    if size > tile.chunk:  # chunks of both sides, and tiles of one whole
+        tensors = ((own + other) * tile.chunk + 2 * other * size) * kind.itemsize
+    operands = tile.stages * own * other * 2 * min(kind.pressure, 2)
+    return (tensors + operands) * 5 // 4
+
+
+def why_not(kind: Kind, kernels: tuple[str, ...], decode_rows: int = 0) -> list[str]:
+    """Reasons why one of `kernels` does not fit on this device.
+
+    Args:
+        kernels: "forward", "dkdv", "dq", "bias", "weights" or "decode".
+        decode_rows: queries that share a tile in decoding.
+    """
+    reasons: list[str] = []
+    for kernel in kernels if kind.arch != INTERPRETER else ():
+        if kernel == "decode":
+            best, limit = decode_candidates(decode_rows, kind)[0], ENOUGH_SHARED_MEMORY
+        else:
+            best, limit = tile(kernel, kind), _table(kernel, kind)[1]
+        wanted = shared_bytes(kernel, best, kind)
+        if kind.shared_memory < min(wanted, limit):
+            reasons.append(
+                f"the {kernel} kernel needs {wanted} bytes of shared memory at head size "
+                f"{kind.head_dim}, this device has {kind.shared_memory}"
+            )
+    return reasons
+
+
+def has_descriptors(arch: int, itemsize: int) -> bool:
+    """Whether tiles are copied by tensor descriptors: data-centre GPUs from Hopper on, 16 bits."""
+    return 90 <= arch < 120 and itemsize == 2
+
+
+@functools.cache
+def decode_candidates(rows: int, kind: Kind) -> tuple[Tile, ...]:
+    """Tiles of the decoding kernel for `rows` queries of all heads of a group, default first."""
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    lines = tiles.DECODE[kind.itemsize][max(64, padded_size(kind.head_dim))]
+    known = [Tile(block_m, *line) for line in lines]
+    if kind.arch == INTERPRETER:
+        return (known[0],)
+    return _fitting("decode", known, kind, ENOUGH_SHARED_MEMORY)
+
+
+def decode_splits(rows: int, seqlen_k: int, planes: int, multiprocessors: int) -> int:
+    """Splits of the keys where `planes` key heads have `rows` queries each; 1 for no decoding.
+
+    Enough for two programs on each multiprocessor, but none shorter than 256 keys.
+    """
+    if rows > MAX_DECODE_ROWS or planes == 0:
+        return 1
+    wanted = -(-2 * multiprocessors // planes)
+    return max(1, min(wanted, seqlen_k // 256, MAX_SPLITS))
+
+
+def delta_rows(head_dim: int) -> int:
+    """Rows of a program of the delta kernel: about 4096 elements, fewer of the longest."""
+    size = padded_size(head_dim)
+    return 4096 // size if size <= 64 else 2048 // size

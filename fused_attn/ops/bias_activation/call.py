@@ -1,0 +1,99 @@
+"""The path of one call: check it, choose its backend, run it.
+
+What must be checked, and who can run it, depends on shapes, dtypes and flags only. Both are worked
+out once per signature and remembered, so that a repeated call costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...runtime import checks, higher_order, philox
+from .. import dispatch
+from ..dispatch import FORMULA, Route
+from . import BACKENDS, fused, reference
+from .problem import (
+    BiasActivationProblem,
+    Operands,
+    Options,
+    describe,
+    make_options,
+    result_dtype,
+    result_shape,
+)
+
+
+class Plan(NamedTuple):
+    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
+
+    options: Options
+    backend: ModuleType
+    needs_grad: bool
+    route: Route
+
+
+class Scalars(NamedTuple):
+    """The scalars of a call as the user gave them."""
+
+    activation: Any
+    gated: Any = False
+    dropout_p: Any = 0.0
+    backend: str | None = None
+
+
+_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+
+
+def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tensor:
+    """y; written to `out`, or new if None."""
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
+        operands = operands._replace(rng=rng)
+    plan = _plans.get(_make_plan, operands, scalars)
+    if out is not None:
+        _check_out(out, operands, plan)
+    if plan.route is not FORMULA:
+        y = fused.bias_activation(
+            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route, out
+        )
+    else:
+        y = reference.forward(operands, plan.options)
+    return y if out is None or y is out else out.copy_(y)
+
+
+def problem_of(operands: Operands, scalars: Scalars) -> BiasActivationProblem:
+    """The checked description of a call.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    options = make_options(
+        activation=scalars.activation, gated=scalars.gated, dropout_p=scalars.dropout_p
+    )
+    needs_grad = higher_order.derivative_wanted(operands[:2])
+    return describe(operands, options, needs_grad)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation: str) -> bool:
+    """True if another backend than the reference runs calls with x and bias like these."""
+    options = make_options(activation=activation, gated=False, dropout_p=0.0)
+    problem = BiasActivationProblem(device, dtype, (1, width), width, options, dtype, dtype, True)
+    return dispatch.select(BACKENDS, problem) is not reference
+
+
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    route = dispatch.route(operands, backend is reference)
+    return Plan(problem.options, backend, problem.requires_grad, route)
+
+
+def _check_out(out: Tensor, operands: Operands, plan: Plan) -> None:
+    checks.expect_shape("out", out, result_shape(operands, plan.options), "of the result")
+    checks.expect_dtype("out", out, (result_dtype(operands),))
+    checks.expect_device("out", out, operands.x.device)
+    checks.expect_no_gradient("out", out, plan.needs_grad)

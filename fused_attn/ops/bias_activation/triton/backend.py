@@ -1,0 +1,44 @@
+"""Triton kernels for GPUs (`kernels.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....runtime.triton import device as triton_device
+from ..problem import BiasActivationProblem, Operands, Options
+
+NAME = "triton"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(problem: BiasActivationProblem) -> list[str]:
+    reasons = triton_device.why_not(problem.device)
+    for dtype in dict.fromkeys((problem.dtype, problem.x_dtype, problem.bias_dtype)):
+        if dtype is not None and dtype not in _DTYPES:
+            reasons.append(f"has no kernels for {dtype}")
+    return reasons
+
+
+def only_by_name() -> bool:
+    """The interpreter is for tests: it is orders of magnitude slower than plain PyTorch."""
+    return triton_device.interpreted()
+
+
+def forward(operands: Operands, options: Options, y: Tensor) -> None:
+    _launchers().forward(operands, options, y)
+
+
+def backward(
+    operands: Operands, options: Options, dy: Tensor, dx: Tensor | None, dbias: Tensor | None
+) -> None:
+    _launchers().backward(operands, options, dy, dx, dbias)
+
+
+def _launchers() -> Any:
+    from . import launch  # imports Triton
+
+    return launch

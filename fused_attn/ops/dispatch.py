@@ -1,0 +1,247 @@
+"""Choosing a backend: ask each one, in order, why it cannot run a problem; take the first that can.
+
+A backend is a module of its operation's folder. It states its `NAME` and answers `why_not(problem)`
+with a list of reasons; an empty list means yes. The folder's ordered `BACKENDS` tuple is at once
+the registration and the policy.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..runtime import higher_order, native
+
+
+class Backend(Protocol):
+    """What every backend module of every operation provides; the operation adds its functions.
+
+    A backend that should not be taken unless it is asked for by name, though it could run, says so
+    by an optional function `only_by_name() -> bool`.
+    """
+
+    NAME: str
+
+    def why_not(self, problem: Any) -> list[str]:
+        """Reasons why `problem` cannot run here; empty if it can."""
+        ...
+
+
+BackendT = TypeVar("BackendT", bound=Backend)
+
+
+class UnsupportedError(NotImplementedError):
+    """No backend (or not the one asked for by name) can run a problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a problem, and why the ones before it do not.
+
+    Attributes:
+        problem: the description of the call.
+        chosen: name of the backend that runs it, or None.
+        reasons: (backend name, its reasons) in order of preference; no reasons means that it can.
+    """
+
+    problem: Any
+    chosen: str | None
+    reasons: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        for name, reasons in self.reasons:
+            if name == self.chosen:
+                verdict = "runs this"
+            else:
+                verdict = "; ".join(reasons) if reasons else "could run this, a better one is there"
+            lines.append(f"  {name:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def find(backends: Sequence[BackendT], name: str) -> BackendT:
+    """The backend called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists those that exist.
+    """
+    for backend in backends:
+        if name == backend.NAME:
+            return backend
+    known = ", ".join(repr(backend.NAME) for backend in backends)
+    raise ValueError(f"`backend` must be one of {known}, got {name!r}")
+
+
+def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> BackendT:
+    """First backend of `backends` that can run `problem`, or the one called `name` and no other.
+
+    Raises:
+        ValueError: no backend is called `name`.
+        UnsupportedError: the backends asked cannot run `problem`.
+    """
+    candidates: Iterable[BackendT] = backends if name is None else (find(backends, name),)
+    refusals = []
+    for backend in candidates:
+        reasons = backend.why_not(problem)
+        if not reasons and name is None and only_by_name(backend):
+            reasons = [_BY_NAME]
+        if not reasons:
+            return backend
+        refusals.append((backend.NAME, reasons))
+    lines = [f"no backend can run {problem}"]
+    lines += [f"  {backend}: {reason}" for backend, reasons in refusals for reason in reasons]
+    raise UnsupportedError("\n".join(lines))
+
+
+def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
+    """What `select` would do with `problem`, and every backend's reasons; runs nothing."""
+    reasons = tuple((backend.NAME, tuple(backend.why_not(problem))) for backend in backends)
+    asked = {b.NAME for b in backends if not only_by_name(b)} if name is None else {name}
+    able = [backend for backend, why in reasons if not why and backend in asked]
+    if name is not None:
+        find(backends, name)
+    return Explanation(problem, able[0] if able else None, reasons)
+
+
+_BY_NAME = "could run this, but only when it is asked for by name"
+
+
+def only_by_name(backend: Backend) -> bool:
+    """True if `backend` is not to be taken unless it is asked for."""
+    return getattr(backend, "only_by_name", lambda: False)()
+
+
+class Route(enum.Enum):
+    """How the backend that was chosen comes to its work."""
+
+    KERNEL = "called directly"
+    OPERATOR = "through an operator of torch's, for those who trace or watch"
+    FORMULA = "the reference's formula, which everyone can look into"
+
+
+KERNEL, OPERATOR, FORMULA = Route
+
+
+def route(operands: Iterable[Any], formula: bool) -> Route:
+    """How a call with these operands gets to its backend, under the present circumstances.
+
+    Args:
+        formula: the backend is the reference.
+    """
+    if formula or higher_order.needs_formula():
+        return FORMULA
+    return OPERATOR if is_traced() or not is_plain(operands) else KERNEL
+
+
+PlanT = TypeVar("PlanT")
+OperandsT = TypeVar("OperandsT", bound=tuple[Any, ...])
+ScalarsT = TypeVar("ScalarsT", bound=tuple[Any, ...])
+
+
+class PlanCache(Generic[PlanT]):
+    """Remembers what a call comes to, so that a repeated call costs one look-up.
+
+    What must be checked, who can run it and by which route depends on the classes, shapes, dtypes
+    and devices of the tensors, on whether gradients are wanted, and on scalars only, as long as
+    nobody transforms, traces or watches operators. Where somebody does, every call is looked at by
+    itself. A plan that cannot be made (the call is wrong) is not kept.
+    """
+
+    _MAX_PLANS = 4096
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, PlanT] = {}
+        self.latest: PlanT | None = None  # of the latest eager call
+        _caches.append(self._plans)
+
+    def get(
+        self,
+        make_plan: Callable[[OperandsT, ScalarsT], PlanT],
+        operands: OperandsT,
+        scalars: ScalarsT,
+    ) -> PlanT:
+        """`make_plan(operands, scalars)`, which is called the first time only."""
+        if is_compiling():
+            return make_plan(operands, scalars)
+        key = _call_key()(operands, scalars)
+        plan = None if key is None else self._plans.get(key)
+        if plan is None:
+            plan = make_plan(operands, scalars)
+            if key is not None:
+                if len(self._plans) >= self._MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
+        self.latest = plan
+        return plan
+
+
+_caches: list[dict[Hashable, Any]] = []
+
+
+def forget_plans() -> None:
+    """Empty every `PlanCache`: what they say no longer holds."""
+    for plans in _caches:
+        plans.clear()
+
+
+def _call_key_in_python(operands: tuple[Any, ...], scalars: tuple[Any, ...]) -> Hashable | None:
+    if not is_plain(operands) or is_traced():
+        return None
+    if higher_order.needs_formula() or higher_order.forward_mode():
+        return None
+    if not all(higher_order.is_alive(x) for x in operands if x is not None):
+        return None
+    grad = torch.is_grad_enabled()
+    tensors = tuple(
+        None if x is None else (type(x), x.shape, x.dtype, x.device, grad and x.requires_grad)
+        for x in operands
+    )
+    try:
+        hash(scalars)
+    except TypeError:
+        return None
+    return tensors, scalars
+
+
+@functools.cache
+def _call_key() -> Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable | None]:
+    """What makes the key of a call, or None for one that must be looked at by itself."""
+    return native.module().call_key if native.why_not() is None else _call_key_in_python
+
+
+def backward_is_plain(dout: Tensor) -> bool:
+    """True if a backward that is given `dout` may call a kernel without looking further.
+
+    Where it says False, `higher_order.backward_needs_formula` and `is_traced` know more.
+    """
+    return not is_compiling() and _backward_is_plain()(dout)
+
+
+def _backward_is_plain_in_python(dout: Tensor) -> bool:
+    return (
+        is_plain((dout,)) and not higher_order.backward_needs_formula((dout,)) and not is_traced()
+    )
+
+
+@functools.cache
+def _backward_is_plain() -> Callable[[Tensor], bool]:
+    compiled = native.why_not() is None
+    return native.module().backward_is_plain if compiled else _backward_is_plain_in_python
+
+
+def is_plain(operands: Iterable[Any]) -> bool:
+    """True if all are torch's own tensors: no subclass that would want to see the operators."""
+    plain = (Tensor, torch.nn.Parameter)
+    return all(type(x) in plain for x in operands if x is not None)
+
+
+def is_traced() -> bool:
+    """True while somebody compiles, exports or watches operators: they must see the operators."""
+    return is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -1,0 +1,78 @@
+"""The path of one call: check it, choose its backend, run it.
+
+What must be checked, and who can run it, depends on shapes, dtypes and flags only. Both are worked
+out once per signature and remembered, so that a repeated call costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...runtime import higher_order, philox
+from .. import dispatch
+from ..dispatch import FORMULA, Route
+from . import BACKENDS, fused, reference
+from .problem import EmbeddingProblem, Operands, Options, check_weight, describe, make_options
+
+
+class Plan(NamedTuple):
+    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
+
+    options: Options
+    backend: ModuleType
+    needs_grad: bool
+    route: Route
+
+
+class Scalars(NamedTuple):
+    """The scalars of a call as the user gave them."""
+
+    scale: Any = 1.0
+    offset: Any = 0
+    padding_idx: Any = None
+    dropout_p: Any = 0.0
+    backend: str | None = None
+
+
+_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+
+
+def run(operands: Operands, scalars: Scalars) -> Tensor:
+    """y, new."""
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.weight, "weight")
+        operands = operands._replace(rng=rng)
+    plan = _plans.get(_make_plan, operands, scalars)
+    if plan.route is not FORMULA:
+        return fused.embedding(
+            operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route
+        )
+    return reference.forward(operands, plan.options)
+
+
+def problem_of(operands: Operands, scalars: Scalars) -> EmbeddingProblem:
+    """The checked description of a call.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_weight(operands.weight)
+    options = make_options(
+        scale=scalars.scale,
+        offset=scalars.offset,
+        padding_idx=scalars.padding_idx,
+        dropout_p=scalars.dropout_p,
+        num_tokens=operands.weight.shape[0],
+    )
+    needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
+    return describe(operands, options, needs_grad)
+
+
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    route = dispatch.route(operands, backend is reference)
+    return Plan(problem.options, backend, problem.requires_grad, route)

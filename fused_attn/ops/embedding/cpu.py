@@ -1,0 +1,42 @@
+"""C++ kernels for the CPU (`csrc/embedding/`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...runtime import native
+from .problem import EmbeddingProblem, Operands, Options
+
+NAME = "cpu"
+
+
+def why_not(problem: EmbeddingProblem) -> list[str]:
+    reasons = []
+    if problem.device.type != "cpu":
+        reasons.append(f"needs tensors on the CPU, these are on {problem.device}")
+    missing = native.why_not()
+    if missing is not None:
+        reasons.append(missing)
+    return reasons
+
+
+def forward(operands: Operands, options: Options, y: Tensor) -> None:
+    native.module().embedding_forward(*_dense(operands), y, *options, torch.get_num_threads())
+
+
+def backward(
+    operands: Operands, options: Options, dy: Tensor, dweight: Tensor | None, dtable: Tensor | None
+) -> None:
+    native.module().embedding_backward(
+        *_dense(operands), dy, dweight, dtable, *options, torch.get_num_threads()
+    )
+
+
+def _dense(operands: Operands) -> Operands:
+    """With contiguous indices: they are few next to the rows that they name."""
+    positions = operands.positions
+    return operands._replace(
+        tokens=operands.tokens.contiguous(),
+        positions=None if positions is None else positions.contiguous(),
+    )

@@ -1,0 +1,56 @@
+"""C++ kernels for the CPU (`csrc/layer_norm/cpu*`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...runtime import native
+from .problem import LayerNormProblem, Operands, Options
+
+NAME = "cpu"
+
+
+def why_not(problem: LayerNormProblem) -> list[str]:
+    reasons = []
+    if problem.device.type != "cpu":
+        reasons.append(f"needs tensors on the CPU, these are on {problem.device}")
+    missing = native.why_not()
+    if missing is not None:
+        reasons.append(missing)
+    return reasons
+
+
+def forward(
+    operands: Operands,
+    options: Options,
+    y: Tensor,
+    h: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    native.module().layer_norm_forward(
+        *operands, y, h, mean, rstd, *options, torch.get_num_threads()
+    )
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    summed: bool,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    native.module().layer_norm_backward(
+        *operands,
+        *(summed, mean, rstd, dy, dh),
+        *(dx, dresidual, dweight, dbias),
+        *options,
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,74 @@
+"""The norms in plain PyTorch: the definition that every kernel is tested against.
+
+It runs everywhere and differentiates to any order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...runtime import philox
+from .problem import LayerNormProblem, Operands, Options, compute_dtype, sum_dtype
+
+NAME = "reference"
+
+
+def why_not(problem: LayerNormProblem) -> list[str]:
+    return []
+
+
+def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """Y = norm(h) * weight + bias, and h = dropout(x) + residual, both in `sum_dtype(operands)`.
+
+    h is rounded to that dtype before it is normalised, so y is the same whether h is asked for or
+    not, and the same as that of a separate add and norm. Ba, Kiros, Hinton 2016, equation 4;
+    Zhang, Sennrich 2019, equation 4.
+    """
+    h = add(operands, options)
+    return normalize(h, operands.weight, operands.bias, options).contiguous(), h.contiguous()
+
+
+def add(operands: Operands, options: Options) -> Tensor:
+    """H = dropout(x) + residual, rounded once."""
+    x, residual = operands.x, operands.residual
+    if residual is None and operands.rng is None:
+        return x
+    dtype = sum_dtype(operands)
+    h = x.to(compute_dtype(dtype))
+    if operands.rng is not None:
+        h = dropout(h, operands.rng, options)
+    if residual is not None:
+        h = h + residual.to(h.dtype)
+    return h.to(dtype)
+
+
+def normalize(h: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    """The norm itself; statistics and arithmetic in float32 (float64 for float64)."""
+    dims = tuple(range(-options.dims, 0))
+    z = h.to(compute_dtype(h.dtype))
+    if not options.rms:
+        z = z - z.mean(dims, keepdim=True)
+    y = z * torch.rsqrt((z * z).mean(dims, keepdim=True) + options.eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(h.dtype)
+
+
+def dropout(x: Tensor, rng: Tensor, options: Options) -> Tensor:
+    """X / (1 - p) where it is kept, else 0."""
+    if options.dropout_p == 1.0:
+        return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+    keep = keep_mask(rng, options, x.shape)
+    return torch.where(keep, x / (1.0 - options.dropout_p), 0.0)
+
+
+def keep_mask(rng: Tensor, options: Options, shape: torch.Size) -> Tensor:
+    """Which elements of x survive the dropout: bool of `shape`."""
+    rows = math.prod(shape[: len(shape) - options.dims])
+    width = math.prod(shape[len(shape) - options.dims :])
+    return philox.kept_in_rows(rng, options.dropout_p, rows, width).reshape(shape)

@@ -1,0 +1,64 @@
+"""Triton kernels for GPUs (`forward.py`, `backward.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....runtime.triton import device as triton_device
+from ..problem import LayerNormProblem, Operands, Options
+
+NAME = "triton"
+
+MAX_WIDTH = 65536
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(problem: LayerNormProblem) -> list[str]:
+    reasons = triton_device.why_not(problem.device)
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"has no kernels for {problem.dtype}")
+    if problem.width > MAX_WIDTH:
+        reasons.append(f"serves rows of up to {MAX_WIDTH} elements, got width={problem.width}")
+    return reasons
+
+
+def only_by_name() -> bool:
+    """The interpreter is for tests: it is orders of magnitude slower than plain PyTorch."""
+    return triton_device.interpreted()
+
+
+def forward(
+    operands: Operands,
+    options: Options,
+    y: Tensor,
+    h: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    _launchers().forward(operands, options, y, h, mean, rstd)
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    summed: bool,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    grads = (dx, dresidual, dweight, dbias)
+    _launchers().backward(operands, options, summed, mean, rstd, dy, dh, grads)
+
+
+def _launchers() -> Any:
+    from . import launch  # imports Triton
+
+    return launch

@@ -1,0 +1,1 @@
+"""What every operation stands on: the compiled module, devices, checks, random numbers."""

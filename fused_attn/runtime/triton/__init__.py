@@ -1,0 +1,1 @@
+"""Triton: launching, rows of a matrix, the choice of tiles."""

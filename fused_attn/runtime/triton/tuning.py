@@ -1,0 +1,241 @@
+"""Which tiles are fastest here: tried on request only, remembered, kept on disk.
+
+Without a trial every kernel runs with the default tiles of its backend, a pure function of the
+problem. `trying` runs the few candidates that the backend ships and takes the
+fastest of each class of problems. The choice is written to a file of its own for each GPU, version
+of Triton and state of the kernels' sources, in $XDG_CACHE_HOME/fused_attn (~/.cache/fused_attn);
+files of that kind may be shipped in `fused_attn/tuned`, and the user's file wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import device as triton_device
+
+SHIPPED = Path(__file__).parents[2] / "tuned"
+_FORMAT = 1
+_MODES = ("off", "read", "on")
+
+Problem = tuple[str, str]  # kernel and class of problems
+Timer = Callable[[Callable[[], None]], float]
+
+
+class Trial(NamedTuple):
+    """What came of trying the candidates of one kernel for one class of problems."""
+
+    chosen: tuple[int, ...]
+    milliseconds: dict[tuple[int, ...], float]  # of the candidates that ran
+    failed: dict[tuple[int, ...], str]  # of the others, why
+
+
+# Files are read when a machine is first asked for.
+_known: dict[triton_device.Machine, dict[Problem, tuple[int, ...]]] = {}
+_chosen: dict[tuple[torch.device, Problem], Any] = {}  # what launches look up
+_trials: _Trials | None = None
+
+
+class _Trials:
+    """A stretch of time in which candidates are tried."""
+
+    def __init__(self, timer: Timer, again: bool) -> None:
+        self.timer, self.again = timer, again
+        self.found: dict[str, Trial] = {}
+
+
+def mode() -> str:
+    """FUSED_ATTN_TUNING: "off" (defaults only), "read" (what was found before), "on" (try too)."""
+    value = os.environ.get("FUSED_ATTN_TUNING", "read")
+    if value not in _MODES:
+        raise ValueError(f"FUSED_ATTN_TUNING must be one of {', '.join(_MODES)}, got {value!r}")
+    return value
+
+
+@contextlib.contextmanager
+def trying(timer: Timer | None, again: bool) -> Iterator[dict[str, Trial]]:
+    """Within this, launches try the candidates of classes that nothing is known about yet.
+
+    Args:
+        again: try those of known classes too.
+
+    Yields:
+        What has been tried, by kernel and class.
+    """
+    trials = _Trials(timer or _milliseconds, again)
+    global _trials
+    before, _trials = _trials, trials
+    try:
+        yield trials.found
+    finally:
+        _trials = before
+
+
+def launch_best(
+    device: torch.device,
+    problem: Problem,
+    candidates: Sequence[Any],
+    run: Callable[[Any], None],
+) -> None:
+    """For backends: launch a kernel with the best tile that is known, after a trial if one is due.
+
+    Args:
+        problem: kernel and class of problems.
+        candidates: named tuples of integers; the first is the default.
+        run: launches the kernel; it is called several times in a trial.
+    """
+    compiling = triton_device.compiling()
+    if compiling is not None and compiling.candidate is not None:
+        run(candidates[min(compiling.candidate, len(candidates) - 1)])
+        return
+    tile = _chosen.get((device, problem)) if _trials is None else None
+    if tile not in candidates:  # not looked up yet, or none of what fits this call
+        tile = _choose(device, problem, candidates, run, may_try=compiling is None)
+    run(tile)
+
+
+def forget() -> None:
+    """Forget what this process knows: files and FUSED_ATTN_TUNING are read anew."""
+    _chosen.clear()
+    _known.clear()
+
+
+def _choose(
+    device: torch.device,
+    problem: Problem,
+    candidates: Sequence[Any],
+    run: Callable[[Any], None],
+    may_try: bool,
+) -> Any:
+    how = mode()
+    trials = _trials
+    if trials is None and how == "on":
+        trials = _Trials(_milliseconds, again=False)
+    if len(candidates) == 1 or (how == "off" and trials is None):
+        _chosen[device, problem] = candidates[0]
+        return candidates[0]
+    machine = triton_device.machine(device)
+    if machine not in _known:
+        _known[machine] = {} if how == "off" else _read(machine)
+    found = [tile for tile in candidates if tuple(tile) == _known[machine].get(problem)]
+    if problem in _known[machine] and not found:
+        stale = _known[machine].pop(problem)
+        warnings.warn(f"{stale} is no tile for {': '.join(problem)}: ignored", stacklevel=2)
+    due = trials is not None and (trials.again or not found)
+    if trials is not None and due and may_try and not capturing():
+        trial = _try(trials, candidates, run)
+        trials.found[": ".join(problem)] = trial
+        if trial.milliseconds:
+            found = [tile for tile in candidates if tuple(tile) == trial.chosen]
+            _known[machine][problem] = trial.chosen
+            if how != "off":
+                _write(machine, problem, trial.chosen)
+        due = False
+    best = found[0] if found else candidates[0]
+    if not due:
+        _chosen[device, problem] = best
+    return best
+
+
+def _try(trials: _Trials, candidates: Sequence[Any], run: Callable[[Any], None]) -> Trial:
+    milliseconds: dict[tuple[int, ...], float] = {}
+    failed: dict[tuple[int, ...], str] = {}
+    for tile in candidates:
+        try:
+            milliseconds[tuple(tile)] = trials.timer(functools.partial(run, tile))
+        except Exception as error:  # whatever the compiler or the driver has against this one
+            failed[tuple(tile)] = f"{type(error).__name__}: {error}"
+    best = min(milliseconds, key=milliseconds.__getitem__, default=tuple(candidates[0]))
+    return Trial(best, milliseconds, failed)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: then nothing can be timed."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Of one launch on the current stream: the median of 20, the first ones left out."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def user_folder() -> Path:
+    """Where choices are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fused_attn"
+
+
+def _read(machine: triton_device.Machine) -> dict[Problem, tuple[int, ...]]:
+    known: dict[Problem, tuple[int, ...]] = {}
+    for folder in (SHIPPED, user_folder()):  # the user's come last and win
+        path = folder / machine.file_name()
+        if path.exists():
+            try:
+                known.update(_parse(path, machine))
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path} is ignored: {error}", stacklevel=2)
+    return known
+
+
+def _parse(path: Path, machine: triton_device.Machine) -> dict[Problem, tuple[int, ...]]:
+    """The choices in a file.
+
+    Raises:
+        ValueError: it is broken, or of another machine.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"it is no file of choices in format {_FORMAT}")
+    if content.get("machine") != machine._asdict():
+        raise ValueError(f"it is for {content.get('machine')}, this is {machine._asdict()}")
+    choices: dict[Problem, tuple[int, ...]] = {}
+    rows = content.get("choices")
+    if not isinstance(rows, list):
+        raise ValueError("it holds no list of choices")
+    for row in rows:
+        match row:
+            case [str(kernel), str(name), [*tile]] if all(type(x) is int for x in tile):
+                choices[kernel, name] = tuple(tile)
+            case _:
+                raise ValueError(f"{row!r} is no choice")
+    return choices
+
+
+def _write(machine: triton_device.Machine, problem: Problem, tile: tuple[int, ...]) -> None:
+    """Add a choice to the user's file; another process sees the old file or the new one."""
+    path = user_folder() / machine.file_name()
+    choices: dict[Problem, tuple[int, ...]] = {}
+    with contextlib.suppress(OSError, ValueError):  # a broken one is written anew
+        choices = _parse(path, machine)
+    choices[problem] = tile
+    rows = [[*each, list(best)] for each, best in sorted(choices.items())]
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    header = json.dumps({"format": _FORMAT, "machine": machine._asdict()})[:-1]
+    text = f'{header}, "choices": [\n  {lines}\n]}}\n'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"the choice of tiles cannot be kept in {path}: {error}", stacklevel=2)

@@ -1,0 +1,86 @@
+"""`python -m benchmarks.gpu.ptxas`, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compiler import ptxas
+from benchmarks.compiler.ptxas import Outcome
+
+RIGHT = Outcome("", "12 registers")
+
+
+def test_what_both_agree_on_is_not_listed() -> None:
+    assert ptxas.compare({"a": RIGHT}, {"a": RIGHT}) == ([], True)
+
+
+def test_other_registers_are_listed_and_no_fault() -> None:
+    lines, right = ptxas.compare({"a": RIGHT}, {"a": Outcome("", "14 registers")})
+    assert lines == ["a: own: 12 registers; other: 14 registers"]
+    assert right
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_wrong_under_one_only_is_a_fault(swapped: bool) -> None:
+    sides = [{"a": RIGHT}, {"a": Outcome("AssertionError: dq", "")}]
+    [line], right = ptxas.compare(*(reversed(sides) if swapped else sides))
+    assert "AssertionError: dq" in line
+    assert "right" in line
+    assert not right
+
+
+def test_what_is_wrong_under_both_or_missing_is_a_fault() -> None:
+    wrong = Outcome("AssertionError: dq", "")
+    assert ptxas.compare({"a": wrong}, {"a": wrong}) == (["a: both: AssertionError: dq"], False)
+    assert ptxas.compare({"a": RIGHT}, {}) == (["a: only under the own"], False)
+    assert ptxas.compare({}, {"a": RIGHT}) == (["a: only under the other"], False)
+
+
+def test_each_side_has_its_compiler_and_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/somewhere/ptxas")
+    own = ptxas.environment(None, "/cache/1")
+    other = ptxas.environment(Path("/new/ptxas"), "/cache/2")
+    assert not set(ptxas.VARIABLES) & set(own)
+    assert [other[name] for name in ptxas.VARIABLES] == ["/new/ptxas"] * 2
+    assert own["TRITON_CACHE_DIR"] != other["TRITON_CACHE_DIR"]
+    assert own["PATH"] == os.environ["PATH"]
+
+
+def test_the_other_compiler_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    with pytest.raises(SystemExit, match="no ptxas at"):
+        ptxas.find_other(str(tmp_path / "nothing"))
+    tool = tmp_path / "ptxas"
+    tool.write_text("#!/bin/sh\necho Build 13.9\n")
+    tool.chmod(0o755)
+    assert ptxas.find_other(str(tool)) == tool
+    assert ptxas.version_of(tool) == "Build 13.9"
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
+    assert ptxas.find_other(None) == tool
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ptxas.find_other(None) == tool
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(ptxas, "TOOLKIT", str(tmp_path / "nowhere"))
+    assert ptxas.find_other(None) is None
+
+
+def test_without_another_compiler_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ptxas, "find_other", lambda asked: None)
+    assert ptxas.main([]) == 0
+    assert "nothing to compare" in capsys.readouterr().out
+
+
+def test_parity_cases_are_run_and_digested() -> None:
+    """In Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter")
+    found = dict(ptxas.cases("cpu", "below lanes"))
+    assert len(found) == 2, "float16 and float32; bfloat16 is not served here"
+    assert all(not outcome.fault and len(outcome.facts) == 16 for outcome in found.values())

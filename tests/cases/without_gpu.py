@@ -1,0 +1,89 @@
+"""GPU kernels where there is no GPU: Triton's in its interpreter, CUDA's on the emulated device.
+
+Both are slow stand-ins on CPU tensors, which a backend takes when it is asked for by name only.
+Import this before anything imports Triton or `fused_attn`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+# Of what takes long in Triton's interpreter and tells little that the other cases don't.
+INTERPRETED_SHARE_OF_FUZZ = 10
+NOT_INTERPRETED = re.compile(
+    r"test_opcheck\[(everything|weights|pre)|test_results_repeat_bit_for_bit\[.*everything"
+    r"|test_nan_in_a_key_that_nobody_sees.*float16|test_fullgraph_compile.*(True|packed)"
+)
+
+
+def arrange() -> None:
+    """Let the backends find their stand-ins."""
+    if torch.cuda.is_available():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    built = f"build/cmake-{sys.implementation.cache_tag}-*/csrc/emulator/_emulator*.so"
+    for emulator in sorted(ROOT.glob(built)):  # `make test` builds it
+        os.environ.setdefault("FUSED_ATTN_EMULATOR", str(emulator))
+
+
+def is_left_out(item: pytest.Item, interpreted: set[str]) -> bool:
+    """Most random cases, and the largest others, of backends that are interpreted."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if not interpreted.intersection(x for x in params.values() if isinstance(x, str)):
+        return False
+    seldom = params.get("fuzz_seed", 0) % INTERPRETED_SHARE_OF_FUZZ != 0
+    return seldom or NOT_INTERPRETED.match(item.name) is not None
+
+
+def import_kernels() -> None:
+    """Now, while the variable is set: it decides at a kernel's import what the kernel is.
+
+    Tests that pretend to a GPU unset it, and may be the first of their process.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        import triton  # noqa: F401
+    except Exception:  # no Triton, or one that fails to import: there are no kernels
+        return
+    for operation in ("attention", "layer_norm", "bias_activation"):
+        importlib.import_module(f"fused_attn.ops.{operation}.triton.launch")
+
+
+def make_interpreter_faster() -> None:
+    """Triton's interpreter patches its language anew in every call of a helper; once will do."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        from triton.runtime import interpreter
+    except Exception:  # no Triton, or one that fails to import: nothing to make faster
+        return
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    patch, core = interpreter._patch_lang, interpreter.tl.core
+    scopes: dict[bool, Any] = {}
+
+    class Whole:
+        """The scopes of one launch, undone together when it ends."""
+
+        def restore(self) -> None:
+            while scopes:
+                scopes.popitem()[1].restore()
+
+    def patch_once(function: Any) -> Any:
+        through_core = any(value is core for value in function.__globals__.values())
+        if through_core not in scopes:
+            scopes[through_core] = patch(function)
+        return Whole()
+
+    interpreter._patch_lang = patch_once

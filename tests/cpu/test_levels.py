@@ -1,0 +1,67 @@
+"""The CPU kernels at every instruction-set level that this machine has, forced one by one.
+
+The level is chosen when the compiled part is loaded, so each runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_attn.runtime import native
+
+ROOT = Path(__file__).parents[2]
+OPS = ROOT / "tests" / "ops"
+FILES = (
+    "attention/test_api.py",
+    "attention/test_semantics.py",
+    "bias_activation/test_api.py",
+    "embedding/test_api.py",
+    "layer_norm/test_api.py",
+)
+
+
+def levels_below_the_best() -> list[str]:
+    if native.why_not() is not None:
+        return []
+    available = native.module().available_cpu_levels()
+    return [level for level in available if level != native.module().cpu_level()]
+
+
+def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "FUSED_ATTN_CPU": level},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("level", levels_below_the_best())
+@pytest.mark.parametrize("file", FILES)
+def test_level_passes_the_suite(level: str, file: str) -> None:
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
+    done = run(level, *arguments, "-k", "cpu", str(OPS / file))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("level", levels_below_the_best())
+def test_level_is_the_one_that_was_forced(level: str) -> None:
+    code = "from fused_attn.runtime import native; print(native.module().cpu_level())"
+    assert run(level, "-c", code).stdout.strip() == level
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no compiled part")
+def test_an_unknown_level_is_an_error_that_lists_the_known_ones() -> None:
+    code = "from fused_attn.runtime import native; native.module().cpu_level()"
+    done = run("mmx", "-c", code)
+    assert done.returncode != 0
+    assert "FUSED_ATTN_CPU" in done.stderr
+    assert "portable" in done.stderr
