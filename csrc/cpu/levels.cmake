@@ -39,7 +39,7 @@ function(fused_attn_add_cpu_kernel target source)
     # An object library for each level: one file with four sets of flags cannot be in one target.
     set(object ${target}_${stem}_${level})
     add_library(${object} OBJECT ${source})
-    target_include_directories(${object} PRIVATE ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
+    target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
     target_compile_features(${object} PRIVATE cxx_std_17)
     target_compile_definitions(${object} PRIVATE
       FUSED_ATTN_LEVEL=${level} FUSED_ATTN_LEVEL_ID=${id})

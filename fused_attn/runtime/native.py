@@ -12,7 +12,7 @@ import torch  # noqa: F401
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    name = f"{__package__}._C"
+    name = f"{__package__.partition('.')[0]}._C"
     try:
         return importlib.import_module(name), None
     except ModuleNotFoundError as error:
