@@ -28,6 +28,7 @@ from .ops.attention.api import (
     last_backend,
     merge_attention,
 )
+from .ops.attention.backward import AttentionGradients, attention_backward
 from .ops.attention.sdpa import scaled_dot_product_attention
 from .ops.bias_activation.api import bias_activation
 from .ops.dispatch import UnsupportedError
@@ -36,6 +37,7 @@ from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_no
 from .prepare import autotune, autotuning, warmup
 
 __all__ = [
+    "AttentionGradients",
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
     "FusedFeedForward",
@@ -58,6 +60,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_backends",
+    "attention_backward",
     "attention_varlen",
     "autotune",
     "autotuning",

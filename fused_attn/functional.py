@@ -8,16 +8,19 @@ from .ops.attention.api import (
     last_backend,
     merge_attention,
 )
+from .ops.attention.backward import AttentionGradients, attention_backward
 from .ops.attention.sdpa import scaled_dot_product_attention
 from .ops.bias_activation.api import bias_activation
 from .ops.embedding.api import embedding
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
+    "AttentionGradients",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
     "attention_backends",
+    "attention_backward",
     "attention_varlen",
     "bias_activation",
     "embedding",

@@ -11,18 +11,7 @@ import torch
 
 from ._version import __version__
 from .ops import dispatch
-from .ops.attention import BACKENDS as ATTENTION_BACKENDS
-from .ops.attention import call as attention_call
-from .ops.attention.problem import Operands as AttentionOperands
-from .ops.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
-from .ops.bias_activation import call as bias_activation_call
-from .ops.bias_activation.problem import Operands as BiasActivationOperands
-from .ops.embedding import BACKENDS as EMBEDDING_BACKENDS
-from .ops.embedding import call as embedding_call
-from .ops.embedding.problem import Operands as EmbeddingOperands
-from .ops.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
-from .ops.layer_norm import call as layer_norm_call
-from .ops.layer_norm.problem import Operands as LayerNormOperands
+from .ops.operations import OPERATIONS
 from .runtime import native
 
 ENVIRONMENT = {
@@ -76,35 +65,18 @@ def _native() -> str:
 
 
 def _backends() -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sections = []
-    for operation, explanation in _explanations(device):
+    for operation in OPERATIONS:
+        smallest = operation.smallest(device, torch.float32)
+        explanation = dispatch.explain(operation.backends, smallest)
         rows = {
             name: "; ".join(reasons) if reasons else "available"
             for name, reasons in explanation.reasons
         }
-        sections.append(_table(f"{operation} backends for tensors on {device}", rows))
+        title = f"{operation.name} backends for tensors on {device.type}"
+        sections.append(_table(title, rows))
     return "\n\n".join(sections)
-
-
-def _explanations(device: str) -> list[tuple[str, dispatch.Explanation]]:
-    """What each operation says of the smallest problem on `device`."""
-    x = torch.zeros(1, 1, 1, 1, device=device)
-    attention = attention_call.problem_of(AttentionOperands(x, x, x), attention_call.Scalars())
-    norm_scalars = layer_norm_call.Scalars((1,), None, False)
-    norm = layer_norm_call.problem_of(LayerNormOperands(x), norm_scalars)
-    activation_scalars = bias_activation_call.Scalars("relu")
-    activation = bias_activation_call.problem_of(BiasActivationOperands(x), activation_scalars)
-    tokens, weight = torch.zeros(1, dtype=torch.int64, device=device), x.view(1, 1)
-    embedding = embedding_call.problem_of(
-        EmbeddingOperands(tokens, weight), embedding_call.Scalars()
-    )
-    return [
-        ("attention", dispatch.explain(ATTENTION_BACKENDS, attention)),
-        ("layer norm", dispatch.explain(LAYER_NORM_BACKENDS, norm)),
-        ("bias activation", dispatch.explain(BIAS_ACTIVATION_BACKENDS, activation)),
-        ("embedding", dispatch.explain(EMBEDDING_BACKENDS, embedding)),
-    ]
 
 
 def _environment() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch loads OpenMP. Threads that spin while they wait for each other take the cores from
 # the tests of the other processes: five times the time of the random cases, on two cores.
@@ -19,28 +20,15 @@ without_gpu.arrange()
 
 import fused_attn
 from fused_attn.ops import dispatch
-from fused_attn.ops.attention import BACKENDS as ATTENTION_BACKENDS
-from fused_attn.ops.bias_activation import BACKENDS as BIAS_ACTIVATION_BACKENDS
-from fused_attn.ops.bias_activation import call as bias_activation_call
-from fused_attn.ops.bias_activation.problem import Operands as BiasActivationOperands
-from fused_attn.ops.embedding import BACKENDS as EMBEDDING_BACKENDS
-from fused_attn.ops.embedding import call as embedding_call
-from fused_attn.ops.embedding.problem import Operands as EmbeddingOperands
-from fused_attn.ops.layer_norm import BACKENDS as LAYER_NORM_BACKENDS
-from fused_attn.ops.layer_norm import call as layer_norm_call
-from fused_attn.ops.layer_norm.problem import Operands as LayerNormOperands
+from fused_attn.ops.operations import OPERATIONS, Operation
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`<operation>_backend` runs over the operation's BACKENDS: a new one inherits every test."""
-    for fixture, backends in (
-        ("attention_backend", ATTENTION_BACKENDS),
-        ("layer_norm_backend", LAYER_NORM_BACKENDS),
-        ("bias_activation_backend", BIAS_ACTIVATION_BACKENDS),
-        ("embedding_backend", EMBEDDING_BACKENDS),
-    ):
+    for operation in OPERATIONS:
+        fixture = f"{operation.name}_backend"
         if fixture in metafunc.fixturenames:
-            names = [backend.NAME for backend in backends]
+            names = [backend.NAME for backend in operation.backends]
             metafunc.parametrize(fixture, names, indirect=True)
     if "fuzz_seed" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
@@ -55,7 +43,8 @@ LACKING_DTYPES = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreted = {
         backend.NAME
-        for backend in (*ATTENTION_BACKENDS, *LAYER_NORM_BACKENDS, *BIAS_ACTIVATION_BACKENDS)
+        for operation in OPERATIONS
+        for backend in operation.backends
         if dispatch.only_by_name(backend) and ".triton" in backend.__name__
     }
     dropped = {item for item in items if without_gpu.is_left_out(item, interpreted)}
@@ -80,36 +69,31 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@pytest.fixture
-def attention_backend(request: pytest.FixtureRequest) -> str:
-    """Name of a backend that can run here; its own reasons are the reasons to skip.
+def _backend_fixture(operation: Operation) -> Any:
+    """The fixture `<operation>_backend`: name of a backend that can run here.
 
     A test that is parametrised by `dtype` wants it to run that dtype, one that draws its dtype
-    any, others float32.
+    any, others float32. The backend's own reasons are the reasons to skip.
     """
-    refusals = []
-    for dtype in _dtypes_of(request):
-        x = torch.zeros(1, 1, 1, 1, dtype=dtype)
-        reasons = dict(fused_attn.explain(x, x, x).reasons)[request.param]
-        if not reasons:
-            return request.param
-        refusals += reasons
-    pytest.skip("; ".join(refusals))
+
+    @pytest.fixture(name=f"{operation.name}_backend")
+    def fixture(request: pytest.FixtureRequest) -> str:
+        [backend] = [b for b in operation.backends if request.param == b.NAME]
+        refusals = []
+        for dtype in _dtypes_of(request):
+            problem = operation.smallest(torch.device("cpu"), dtype)
+            reasons = dispatch.why_not(backend, problem)
+            if not reasons:
+                return request.param
+            refusals += reasons
+        pytest.skip("; ".join(refusals))
+
+    return fixture
 
 
-@pytest.fixture
-def layer_norm_backend(request: pytest.FixtureRequest) -> str:
-    """As `attention_backend`, for the norms."""
-    [backend] = [b for b in LAYER_NORM_BACKENDS if request.param == b.NAME]
-    refusals = []
-    for dtype in _dtypes_of(request):
-        operands = LayerNormOperands(torch.zeros(1, 1, dtype=dtype))
-        problem = layer_norm_call.problem_of(operands, layer_norm_call.Scalars(1, 1e-5, False))
-        reasons = backend.why_not(problem)
-        if not reasons:
-            return request.param
-        refusals += reasons
-    pytest.skip("; ".join(refusals))
+attention_backend, layer_norm_backend, bias_activation_backend, embedding_backend = (
+    _backend_fixture(operation) for operation in OPERATIONS
+)
 
 
 def _dtypes_of(request: pytest.FixtureRequest) -> tuple[torch.dtype, ...]:
@@ -124,32 +108,6 @@ def _dtypes_of(request: pytest.FixtureRequest) -> tuple[torch.dtype, ...]:
 def faster_interpreter() -> None:
     without_gpu.import_kernels()
     without_gpu.make_interpreter_faster()
-
-
-@pytest.fixture
-def bias_activation_backend(request: pytest.FixtureRequest) -> str:
-    """As `attention_backend`, for bias + activation."""
-    [backend] = [b for b in BIAS_ACTIVATION_BACKENDS if request.param == b.NAME]
-    refusals = []
-    for dtype in _dtypes_of(request):
-        operands = BiasActivationOperands(torch.zeros(1, 1, dtype=dtype))
-        problem = bias_activation_call.problem_of(operands, bias_activation_call.Scalars("relu"))
-        reasons = backend.why_not(problem)
-        if not reasons:
-            return request.param
-        refusals += reasons
-    pytest.skip("; ".join(refusals))
-
-
-@pytest.fixture
-def embedding_backend(request: pytest.FixtureRequest) -> str:
-    """As `attention_backend`, for the embedding."""
-    operands = EmbeddingOperands(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1))
-    problem = embedding_call.problem_of(operands, embedding_call.Scalars())
-    [backend] = [b for b in EMBEDDING_BACKENDS if request.param == b.NAME]
-    if reasons := backend.why_not(problem):
-        pytest.skip("; ".join(reasons))
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,13 @@ import torch
 from benchmarks.suites.cli import main as benchmarks
 from fused_attn import attention_backends, demo
 from fused_attn.__main__ import main
+from fused_attn.ops.operations import OPERATIONS
 
 
 def test_info_names_every_backend_and_why_it_is_missing(capsys: pytest.CaptureFixture) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    operations = ("layer norm backends", "bias activation backends")
+    operations = [f"{operation.name} backends" for operation in OPERATIONS]
     for name in ("versions", "compiled part", *operations, *attention_backends()):
         assert name in text
     assert torch.__version__ in text

@@ -53,6 +53,13 @@ class Arguments {
   int64_t integer() { return checked(PyLong_AsLongLong(take())); }
   double number() { return checked(PyFloat_AsDouble(take())); }
   bool boolean() { return checked(PyObject_IsTrue(take())) != 0; }
+  // The rest of the tuple that is being read: operands that no kernel here knows. Python's backends
+  // refuse them, so that there is nothing to read.
+  void end_of_tuple() {
+    while (item_ != items_end_) {
+      if (*item_++ != Py_None) throw py::type_error("an operand that these kernels do not know");
+    }
+  }
   void finish() const {
     if (item_ != items_end_ || next_ != end_) throw py::type_error("too many arguments");
   }
@@ -115,6 +122,7 @@ inline void read_operands(Arguments& args, Params& p) {
   p.cu_seqlens_q = args.numbers<int32_t>(cu_q, DType::kInt32);
   p.cu_seqlens_k = args.numbers<int32_t>(cu_k, DType::kInt32);
   p.rng = args.numbers<int64_t>("rng", DType::kInt64);
+  args.end_of_tuple();
 }
 
 // The values are the user's data, and a kernel that believed wrong ones would leave the tensors.

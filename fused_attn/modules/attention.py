@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops.attention import call
 from ..ops.attention.api import attention_varlen
 from ..ops.attention.call import Scalars
-from ..ops.attention.problem import Operands, Weights
+from ..ops.attention.problem import BLHD, Operands, Weights
 from ..runtime import autocast
 from . import attention_arguments as arguments
 from . import nested_attention
@@ -156,9 +156,9 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         scalars = Scalars(
             causal=masks.causal,
             dropout_p=self.dropout if self.training else 0.0,
-            weights=wanted,
+            return_weights=wanted,
             backend=self.backend,
-            token_major=True,
+            layout=BLHD,
         )
         operands = Operands(q, k, v, masks.bias, masks.mask, masks.key_padding_mask)
         out, _, weights = call.run(operands, scalars)
@@ -246,7 +246,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             causal=causal,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
-            token_major=True,
+            layout=BLHD,
         )
         out, _, _ = call.run(Operands(q, k, v, None, None, keep), scalars)
         return self.out_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.embed_dim))

@@ -1,14 +1,16 @@
 """Choosing a backend: ask each one, in order, why it cannot run a problem; take the first that can.
 
-A backend is a module of its operation's folder. It states its `NAME` and answers `why_not(problem)`
-with a list of reasons; an empty list means yes. The folder's ordered `BACKENDS` tuple is at once
-the registration and the policy.
+A backend is a module of its operation's folder. It states its `NAME`, the `OPERANDS` that it serves
+and those that it has `GRADIENTS` of, and answers `why_not(problem)` with a list of reasons; an
+empty list means yes. The folder's ordered `BACKENDS` tuple is at once the registration and the
+policy.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import importlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -28,10 +30,40 @@ class Backend(Protocol):
     """
 
     NAME: str
+    OPERANDS: frozenset[str]  # optional operands that its kernels take
+    GRADIENTS: frozenset[str]  # operands, optional or not, that its backward has gradients of
 
     def why_not(self, problem: Any) -> list[str]:
         """Reasons why `problem` cannot run here; empty if it can."""
         ...
+
+
+class Problem(Protocol):
+    """What the choice needs of every operation's problem."""
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the optional operands that the call brings."""
+        ...
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """Names of the operands of which a derivative is wanted."""
+        ...
+
+
+def why_not(backend: Backend, problem: Problem) -> list[str]:
+    """Every reason why `backend` cannot run `problem`: what it lacks, then what it says itself.
+
+    A new operand is thereby refused by all backends that do not name it yet.
+    """
+    unknown = [name for name in problem.operands if name not in backend.OPERANDS]
+    without = [name for name in problem.gradients if name not in backend.GRADIENTS]
+    return (
+        [f"has no kernels for `{name}`" for name in unknown]
+        + [f"has no gradient of `{name}`" for name in without if name not in unknown]
+        + backend.why_not(problem)
+    )
 
 
 BackendT = TypeVar("BackendT", bound=Backend)
@@ -79,6 +111,16 @@ def find(backends: Sequence[BackendT], name: str) -> BackendT:
     raise ValueError(f"`backend` must be one of {known}, got {name!r}")
 
 
+@functools.cache
+def named(package: str, name: str) -> Any:
+    """The backend called `name` of the operation in `package`.
+
+    Looked up at a call, not at import: the operation's tuple imports the backends, and those the
+    modules that ask.
+    """
+    return find(importlib.import_module(package).BACKENDS, name)
+
+
 def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> BackendT:
     """First backend of `backends` that can run `problem`, or the one called `name` and no other.
 
@@ -89,7 +131,7 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
     candidates: Iterable[BackendT] = backends if name is None else (find(backends, name),)
     refusals = []
     for backend in candidates:
-        reasons = backend.why_not(problem)
+        reasons = why_not(backend, problem)
         if not reasons and name is None and only_by_name(backend):
             reasons = [_BY_NAME]
         if not reasons:
@@ -102,7 +144,7 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
 
 def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
     """What `select` would do with `problem`, and every backend's reasons; runs nothing."""
-    reasons = tuple((backend.NAME, tuple(backend.why_not(problem))) for backend in backends)
+    reasons = tuple((backend.NAME, tuple(why_not(backend, problem))) for backend in backends)
     asked = {b.NAME for b in backends if not only_by_name(b)} if name is None else {name}
     able = [backend for backend, why in reasons if not why and backend in asked]
     if name is not None:
@@ -137,7 +179,9 @@ def route(operands: Iterable[Any], formula: bool) -> Route:
     """
     if formula or higher_order.needs_formula():
         return FORMULA
-    return OPERATOR if is_traced() or not is_plain(operands) else KERNEL
+    if not is_traced() and is_plain(operands):
+        return KERNEL
+    return FORMULA if higher_order.forward_mode() else OPERATOR  # operators have no such rule
 
 
 PlanT = TypeVar("PlanT")

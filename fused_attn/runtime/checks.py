@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ def type_name(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"
+
+
+def present(operands: Any) -> tuple[str, ...]:
+    """Names of the optional operands (fields of a named tuple with a default) that are there."""
+    optional = operands._field_defaults
+    return tuple(name for name in optional if getattr(operands, name) is not None)
 
 
 def expect_tensor(name: str, value: object) -> None:

@@ -97,6 +97,21 @@ def derivative_wanted(tensors: Iterable[Any]) -> bool:
     return False
 
 
+def wanted_of(operands: Any) -> tuple[str, ...]:
+    """Names of the operands (fields of a named tuple) of which a derivative is wanted."""
+    grad = torch.is_grad_enabled()
+    forward = forward_mode()
+    return tuple(
+        name
+        for name, x in zip(operands._fields, operands, strict=True)
+        if isinstance(x, Tensor) and ((grad and x.requires_grad) or (forward and _has_tangent(x)))
+    )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def backward_needs_formula(grad_outputs: Iterable[Tensor | None]) -> bool:
     """True where a backward must go through the formula, and not a kernel.
 
@@ -125,6 +140,11 @@ def needs_formula() -> bool:
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+# Dynamo's own stand-in for the stack is an object that is never None: it would find a transform in
+# every compiled function. The answer holds while a graph is traced, and Dynamo guards the stack.
+needs_formula._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_alive(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 
 # First: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
-import torch  # noqa: F401
+import torch
 
 
 @functools.cache
@@ -35,6 +35,17 @@ def why_not() -> str | None:
 # The compiler cannot trace an import. This is torch.compiler.assume_constant_result(why_not)
 # spelled out: calling that would load the compiler, and with it Triton.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not_on(device: torch.device) -> list[str]:
+    """Reasons why no C++ kernel can run on tensors on `device`."""
+    reasons = []
+    if device.type != "cpu":
+        reasons.append(f"needs tensors on the CPU, these are on {device}")
+    missing = why_not()
+    if missing is not None:
+        reasons.append(missing)
+    return reasons
 
 
 @functools.cache

@@ -46,6 +46,8 @@ class Case:
     layout: str = "bhld"  # "bhld", "blhd" (heads by strides), "expanded", "strided" (last stride 2)
     weights: str | None = None
     seed: int = 0
+    learned_alibi: bool = False  # the slopes want a gradient
+    sinks: bool = False
 
     def scalars(self, backend: str | None = None) -> Scalars:
         return Scalars(
@@ -56,7 +58,7 @@ class Case:
             self.dropout_p,
             self.weights,
             backend,
-            need_lse=True,
+            return_lse=True,
         )
 
     def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> dict[str, Tensor]:
@@ -91,8 +93,11 @@ class Case:
             if self.mask_tile is not None:
                 tensors["mask"] &= self._shown_tiles(tensors["mask"].shape)
         tensors.update(self._padding(generator))
-        if self.alibi:
-            tensors["alibi_slopes"] = 2.0 ** -torch.arange(1.0, self.num_heads + 1)
+        if self.alibi or self.learned_alibi:
+            slopes = 2.0 ** -torch.arange(1.0, self.num_heads + 1)
+            tensors["alibi_slopes"] = slopes.requires_grad_(self.learned_alibi and requires_grad)
+        if self.sinks:
+            tensors["sinks"] = randn(self.num_heads).requires_grad_(requires_grad)
         if self.dropout_p:
             tensors["rng"] = torch.randint(0, 2**62, (2,), generator=generator)
         return tensors

@@ -7,6 +7,7 @@ Import this before anything imports Triton or `fused_attn`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -56,8 +57,12 @@ def import_kernels() -> None:
         import triton  # noqa: F401
     except Exception:  # no Triton, or one that fails to import: there are no kernels
         return
-    for operation in ("attention", "layer_norm", "bias_activation"):
-        importlib.import_module(f"fused_attn.ops.{operation}.triton.launch")
+    from fused_attn.ops.operations import OPERATIONS
+
+    for operation in OPERATIONS:
+        package = f"{operation.package.__name__}.triton"
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(f"{package}.launch")
 
 
 def make_interpreter_faster() -> None:

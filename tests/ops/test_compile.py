@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
-from fused_attn import attention, attention_varlen
+from fused_attn import attention, attention_varlen, bias_activation, embedding, layer_norm
 from fused_attn.ops.attention import BACKENDS, call, reference
 from fused_attn.ops.attention.fused import _empty_gradients
 from fused_attn.ops.attention.problem import Operands
+from fused_attn.runtime import native
 from tests.cases.attention import Case
 
 FUSED = [backend.NAME for backend in BACKENDS if backend is not reference]
@@ -35,14 +37,14 @@ def test_opcheck(backend: str, name: str) -> None:
         pytest.skip("; ".join(reasons))
     head = (*operands, *problem.options)
     forward = torch.ops.fused_attn.attention_forward.default
-    for token_major in (False, True):
-        torch.library.opcheck(forward, (*head, problem.weights, True, token_major, backend))
-    out, lse, weights = forward(*head, problem.weights, True, False, backend)
+    for layout in ("bhld", "blhd"):
+        torch.library.opcheck(forward, (*head, problem.weights, True, layout, backend))
+    out, lse, weights = forward(*head, problem.weights, True, "bhld", backend)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     dweights = torch.randn_like(weights) if problem.weights else None
     backward = torch.ops.fused_attn.attention_backward.default
     for needs in ([True] * 4, [False, True, False, False]):
-        tail = (problem.weights, True, False, backend, out, lse, dout, dlse, dweights, needs)
+        tail = (problem.weights, True, "bhld", backend, out, lse, dout, dlse, dweights, needs)
         torch.library.opcheck(backward, (*head, *tail))
 
 
@@ -113,6 +115,34 @@ def test_fullgraph_compile_of_packed_sequences(attention_backend: str) -> None:
         starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
         q = torch.randn(sum(lengths), 2, 4)
         torch.testing.assert_close(compiled(q, starts), run(q, starts))
+
+
+CALLS = {
+    "attention": lambda x: attention(x, x, x, causal=True),
+    "layer_norm": lambda x: layer_norm(x, (8,)),
+    "bias_activation": lambda x: bias_activation(x, x[0, 0, 0], activation="gelu"),
+    "embedding": lambda x: embedding(torch.zeros(2, 3, dtype=torch.int64), x[0, 0]),
+}
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no compiled part")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_call_runs_the_operator_and_not_the_formula(name: str, training: bool) -> None:
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    x = torch.randn(1, 2, 6, 8, requires_grad=training)
+    result = torch.compile(CALLS[name], fullgraph=True, backend=backend)(x)
+    assert f"fused_attn.{name}_forward.default" in seen
+    if training:
+        result.sum().backward()
+        assert f"fused_attn.{name}_backward.default" in seen
 
 
 def test_export_with_dynamic_batch_and_length(attention_backend: str) -> None:

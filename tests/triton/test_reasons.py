@@ -48,9 +48,11 @@ def reasons(
     q = torch.zeros(1, 2, seqlen_q, head_dim, dtype=dtype)
     k = torch.zeros(1, 2, 4096, head_dim, dtype=dtype)
     operands = Operands(q, k, k, torch.zeros(1, 1, seqlen_q, 1, dtype=dtype) if bias else None)
-    problem = call.problem_of(operands, Scalars(weights=weights))
+    problem = call.problem_of(operands, Scalars(return_weights=weights))
     device = torch.device("cuda:0")
-    return backend.why_not(dataclasses.replace(problem, device=device, requires_grad=requires_grad))
+    return backend.why_not(
+        dataclasses.replace(problem, device=device, gradients=("q",) if requires_grad else ())
+    )
 
 
 def test_limits_are_reasons() -> None:

@@ -124,7 +124,7 @@ class Attention(Problem):
             self.window,
             SOFTCAP if self.variant == "softcap" else None,
             backend=backend,
-            need_lse=True,
+            return_lse=True,
         )
 
     def formula(self, **tensors: Tensor) -> Sequence[Tensor | None]:

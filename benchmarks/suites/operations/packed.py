@@ -119,7 +119,7 @@ class Packed(Problem):
             "lower_right" if self.variant == "causal" else False,
             max_seqlen_q=self.seqlen,
             max_seqlen_k=self.seqlen,
-            token_major=True,
+            layout="blhd",
         )
         return our_sides(BACKENDS, call.problem_of(operands, scalars), self._prepare)
 

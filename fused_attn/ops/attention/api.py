@@ -1,4 +1,4 @@
-"""The public functions."""
+"""The public functions of attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...runtime import checks
 from .. import dispatch
 from . import BACKENDS, call
 from .call import Scalars, last_backend
-from .problem import Causal, Operands, Weights
+from .problem import BHLD, BLHD, Causal, Layout, Operands, Weights
 
 __all__ = [
     "attention",
@@ -35,10 +35,12 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_rng: Tensor | None = None,
+    layout: Layout = "bhld",
     return_lse: bool = False,
     return_weights: Weights = None,
     out: Tensor | None = None,
@@ -53,6 +55,7 @@ def attention(
         s = s - alibi_slopes[:, None, None] * abs(i + Lk - Lq - j)   # if alibi_slopes
         s = s + bias                                                 # if bias
         s = where(visible, s, -inf)
+        s = cat([s, sinks[:, None, None]], -1)                       # if sinks, and v a row of 0
         out = dropout(softmax(s, -1), dropout_p) @ v                 # 0 where a row sees no key
 
     A query at position i sees the key at position j iff all of these hold, with
@@ -76,47 +79,68 @@ def attention(
         key_lengths: (B,) int64.
         mask: bool, True = visible, broadcastable to (B, H, Lq, Lk). Nothing is expanded.
         bias: float32 or q's dtype, broadcastable to (B, H, Lq, Lk); its gradient has its shape.
-        alibi_slopes: (H,) float32, the m of Press et al. 2022.
+        alibi_slopes: (H,) float32, the m of Press et al. 2022. Where their gradient is wanted, they
+            are worked in as a bias of (H, Lq, Lk).
+        sinks: (H,) float: the score of one more key, whose value is 0 (Xiao et al. 2023). They are
+            worked in by lse, so that every backend has them. lse counts them.
         softcap: positive; 0 or None for none.
         scale: finite; 1/sqrt(D) if None.
         dropout_p: probability in [0, 1] of dropping an attention probability; the kept ones are
             divided by 1 - dropout_p. Applied whenever it is not 0.
         dropout_rng: (2,) int64, seed and offset of the dropout. One pair gives the same mask on
             every backend. Drawn from torch's generator if None.
+        layout: "bhld" as above, or "blhd": q, k, v, out are (B, Lq, H, D), (B, Lk, Hkv, D), ...,
+            as a projection leaves them. Nothing is copied for either. All else stays as it is.
         return_lse: return the logsumexp of each row of scores as well: natural logarithm, float32
             (float64 for float64), (B, H, Lq), -inf for a row that sees no key; differentiable.
         return_weights: return the attention probabilities after dropout as well: "per_head"
             (B, H, Lq, Lk) or "average" over heads (B, 1, Lq, Lk); differentiable.
-        out: write the output here instead of into a new tensor; no gradient may be wanted.
+        out: write the output here instead of into a new tensor, in the same layout; no gradient may
+            be wanted.
         backend: name of the backend that must run the call; chosen if None.
 
     Returns:
-        out (B, H, Lq, Dv), new and contiguous; or a tuple of out and then lse and weights, those
-        that were asked for.
+        out (B, H, Lq, Dv), or (B, Lq, H, Dv), new and contiguous; or a tuple of out and then lse
+        and weights, those that were asked for.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    if layout != BHLD:
+        q, k, v, out = heads_first(layout, q=q, k=k, v=v, out=out)
     operands = Operands(
         q,
         k,
         v,
-        None if bias is None else _four_dimensional("bias", bias),
-        None if mask is None else _four_dimensional("mask", mask),
+        None if bias is None else four_dimensional("bias", bias),
+        None if mask is None else four_dimensional("mask", mask),
         key_padding_mask,
         key_lengths,
         alibi_slopes,
         None,
         None,
         dropout_rng if dropout_p else None,
+        sinks,
     )
     scalars = Scalars(
-        causal, window, softcap, scale, dropout_p, return_weights, backend, None, None, return_lse
+        causal,
+        window,
+        softcap,
+        scale,
+        dropout_p,
+        return_weights,
+        backend,
+        None,
+        None,
+        return_lse,
+        layout,
     )
     if out is not None:
-        _check_out(out, q, k, v, bias)
+        _check_out(out, operands)
     result, lse, weights = call.run(operands, scalars, out)
+    if layout != BHLD:
+        result = result.transpose(1, 2)
     if not return_lse and return_weights is None:
         return result
     extras = (lse,) if return_lse else ()
@@ -135,6 +159,7 @@ def attention_varlen(
     causal: Causal = False,
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -159,7 +184,7 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (N + 1,) int32, cumulative lengths, starting at 0.
         max_seqlen_q, max_seqlen_k: at least the longest length; numbers, so that nothing has to be
             read back from a device.
-        causal, window, alibi_slopes, softcap, scale, dropout_p, dropout_rng, backend: as in
+        causal, window, alibi_slopes, sinks, softcap, scale, dropout_p, dropout_rng, backend: as in
             `attention`; positions count from the start of each sequence.
         return_lse: return the logsumexp of each row, (H, Tq), as well.
 
@@ -184,6 +209,7 @@ def attention_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         rng=dropout_rng if dropout_p else None,
+        sinks=sinks,
     )
     scalars = Scalars(
         causal,
@@ -196,7 +222,7 @@ def attention_varlen(
         max_seqlen_q,
         max_seqlen_k,
         return_lse,
-        True,
+        BLHD,
     )
     out, lse, _ = call.run(operands, scalars)
     out = out[0].transpose(0, 1)
@@ -256,35 +282,48 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Expla
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    inner = {"weights", "rng", "cu_seqlens_q", "cu_seqlens_k", "need_lse", "token_major"}
-    known = {"dropout_rng", "return_lse", "return_weights", "out"}
-    known |= {*Operands._fields, *Scalars._fields} - inner
+    inner = {"rng", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+    known = {"dropout_rng", "out", *Operands._fields, *Scalars._fields} - inner
     for name in arguments:
         if name not in known:
             raise TypeError(f"`explain` got an unexpected argument `{name}`")
+    layout = arguments.get("layout", BHLD)
+    if layout != BHLD:
+        q, k, v, _ = heads_first(layout, q=q, k=k, v=v, out=None)
     for name in ("bias", "mask"):
         if arguments.get(name) is not None:
-            arguments[name] = _four_dimensional(name, arguments[name])
-    arguments["weights"] = arguments.pop("return_weights", None)
+            arguments[name] = four_dimensional(name, arguments[name])
     arguments["rng"] = arguments.pop("dropout_rng", None)
     operands = Operands(q, k, v, **{name: arguments.get(name) for name in Operands._fields[3:]})
     scalars = Scalars(**{n: arguments[n] for n in Scalars._fields if n in arguments})
-    return dispatch.explain(BACKENDS, call.problem_of(operands, scalars), scalars.backend)
+    return dispatch.explain(BACKENDS, call.asked_of_backends(operands, scalars), scalars.backend)
 
 
-def _four_dimensional(name: str, tensor: Tensor) -> Tensor:
+def heads_first(layout: Any, *, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Any, Any]:
+    """Views (B, heads, L, head size) of tensors in another layout."""
+    if layout != BLHD:
+        raise ValueError(f"`layout` must be 'bhld' or 'blhd', got {layout!r}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.expect_rank(name, tensor, 4, "(B, L, heads, head size)")
+    if out is not None:
+        checks.expect_rank("out", out, 4, "(B, Lq, H, Dv)")
+        out = out.transpose(1, 2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out
+
+
+def four_dimensional(name: str, tensor: Tensor) -> Tensor:
     """A view with leading dimensions of 1; a rank above 4 stays for the checks to refuse."""
     checks.expect_tensor(name, tensor)
     missing = 4 - tensor.dim()
     return tensor[(None,) * missing] if missing > 0 else tensor
 
 
-def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+def _check_out(out: Tensor, operands: Operands) -> None:
+    q, v = operands.q, operands.v
     checks.expect_tensor("out", out)
     for name, tensor in (("q", q), ("v", v)):
         checks.expect_rank(name, tensor, 4, "(B, heads, L, head size)")
     checks.expect_shape("out", out, (*q.shape[:3], v.shape[3]), "(B, H, Lq, Dv)")
     checks.expect_dtype("out", out, (q.dtype,))
     checks.expect_device("out", out, q.device)
-    wanted = any(getattr(x, "requires_grad", False) for x in (q, k, v, bias))
-    checks.expect_no_gradient("out", out, wanted)
+    checks.expect_no_gradient("out", out, any(getattr(x, "requires_grad", False) for x in operands))

@@ -14,9 +14,8 @@ from torch import Tensor
 from ...runtime import autocast, checks, higher_order, philox
 from .. import dispatch
 from ..dispatch import FORMULA, KERNEL
-from . import BACKENDS, fused, reference
-from . import fast_path as bare
-from .problem import WEIGHTS, AttentionProblem, Operands, describe, make_options
+from . import BACKENDS, fast_path, fused, reference, sinks
+from .problem import BHLD, WEIGHTS, AttentionProblem, Operands, describe, make_options
 
 
 class Scalars(NamedTuple):
@@ -27,12 +26,12 @@ class Scalars(NamedTuple):
     softcap: Any = None
     scale: Any = None
     dropout_p: Any = 0.0
-    weights: Any = None
+    return_weights: Any = None
     backend: str | None = None
     max_seqlen_q: int | None = None  # packed problems only
     max_seqlen_k: int | None = None
-    need_lse: bool = False
-    token_major: bool = False  # lay `out` out as (B, Lq, H, Dv); its shape stays (B, H, Lq, Dv)
+    return_lse: bool = False
+    layout: str = BHLD  # of out in memory; its shape is (B, H, Lq, Dv) here, as that of all others
 
 
 _plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
@@ -53,22 +52,64 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     """
     if _autocast_enabled():
         operands = _autocast(operands)
+    if operands.sinks is not None and scalars.backend != reference.NAME:
+        return _with_sinks(operands, scalars, out)
+    if operands.alibi_slopes is not None:
+        operands = _differentiable_alibi(operands, scalars)
     if scalars.dropout_p:
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.q, "q")
         operands = operands._replace(rng=rng)
     plan = _plans.get(_make_plan, operands, scalars)
-    if plan.bare and out is None:
+    if plan.fast and out is None:
         if not plan.needs_grad:
-            return bare.run(operands, plan), None, None
+            return fast_path.run(operands, plan), None, None
         # By number: unpacking or names would take longer.
-        return bare.apply(operands[0], operands[1], operands[2], operands, plan), None, None
+        return fast_path.apply(operands[0], operands[1], operands[2], operands, plan), None, None
     if plan.route is not FORMULA:
         result, lse, weights = fused.attention(operands, plan, out)
     else:
-        result, lse, weights = reference.forward(operands, plan.options, plan.settings.weights)
+        result, lse, weights = reference.forward(
+            operands, plan.options, plan.settings.return_weights
+        )
     if out is not None and result is not out:
         result = out.copy_(result)
-    return result, lse if scalars.need_lse else None, weights
+    return result, lse if scalars.return_lse else None, weights
+
+
+def _with_sinks(operands: Operands, scalars: Scalars, out: Tensor | None) -> fused.Result:
+    """A call whose sinks are worked in afterwards: any backend can run the rest."""
+    problem = problem_of(operands, scalars)
+    every_head = scalars.return_weights is None or scalars.return_weights == "per_head"
+    if not every_head:  # an average over heads cannot be taken apart again
+        scalars = scalars._replace(return_weights="per_head")
+    plain = operands._replace(sinks=None)
+    result, lse, weights = run(plain, scalars._replace(return_lse=True), out)
+    assert lse is not None
+    assert operands.sinks is not None
+    result, lse, weights = sinks.join(
+        result, lse, weights, operands.sinks, in_place=not problem.requires_grad
+    )
+    if operands.cu_seqlens_q is not None:  # rows past the last sequence see no sink either
+        row = torch.arange(lse.shape[-1], device=lse.device)
+        lse = lse.masked_fill(row >= operands.cu_seqlens_q[-1], -torch.inf)
+    if weights is not None and not every_head:
+        weights = weights.mean(dim=1, keepdim=True)
+    return result, lse, weights
+
+
+def _differentiable_alibi(operands: Operands, scalars: Scalars) -> Operands:
+    """ALiBi as a bias where its slopes want a gradient, which no kernel computes.
+
+    It takes memory for (H, Lq, Lk). Packed batches know no bias: there the reference runs.
+    """
+    slopes, bias = operands.alibi_slopes, operands.bias
+    if operands.cu_seqlens_q is not None or "alibi_slopes" not in higher_order.wanted_of(operands):
+        return operands
+    problem_of(operands, scalars)  # for its checks
+    assert slopes is not None
+    shift = operands.k.shape[2] - operands.q.shape[2]
+    term = -slopes[:, None, None] * reference.alibi_distance(operands, shift)
+    return operands._replace(alibi_slopes=None, bias=term[None] if bias is None else bias + term)
 
 
 def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
@@ -80,12 +121,12 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
     q, k = operands.q, operands.k
     for name, operand in zip(("q", "k", "v"), operands[:3], strict=True):
         checks.expect_rank(name, operand, 4, "(B, heads, L, head size)")
-    if not (scalars.weights is None or isinstance(scalars.weights, str)) or (
-        scalars.weights not in WEIGHTS
+    if not (scalars.return_weights is None or isinstance(scalars.return_weights, str)) or (
+        scalars.return_weights not in WEIGHTS
     ):
         raise ValueError(
             "`return_weights` must be None, 'average' or 'per_head', "
-            f"got {checks.type_name(scalars.weights)}"
+            f"got {checks.type_name(scalars.return_weights)}"
         )
     packed = operands.cu_seqlens_q is not None
     options = make_options(
@@ -98,8 +139,15 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
         softcap=scalars.softcap,
         dropout_p=scalars.dropout_p,
     )
-    needs_grad = higher_order.derivative_wanted(operands[:4])
-    return describe(operands, options, WEIGHTS[scalars.weights], needs_grad)
+    return describe(operands, options, WEIGHTS[scalars.return_weights])
+
+
+def asked_of_backends(operands: Operands, scalars: Scalars) -> AttentionProblem:
+    """The problem as the backends see it, who know nothing of what is worked in afterwards."""
+    if operands.alibi_slopes is not None:
+        operands = _differentiable_alibi(operands, scalars)
+    problem = problem_of(operands, scalars)
+    return problem if scalars.backend == reference.NAME else problem.without("sinks")
 
 
 def _max_seqlen(name: str, value: Any) -> Any:
@@ -108,16 +156,22 @@ def _max_seqlen(name: str, value: Any) -> Any:
     return value
 
 
+def smallest(device: torch.device, dtype: torch.dtype) -> AttentionProblem:
+    """The problem of the smallest call."""
+    x = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+    return problem_of(Operands(x, x, x), Scalars())
+
+
 def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     problem = problem_of(operands, scalars)
     needs_grad = problem.requires_grad
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    settings = fused.Settings(problem.weights, scalars.need_lse, scalars.token_major, backend.NAME)
+    settings = fused.Settings(problem.weights, scalars.return_lse, scalars.layout, backend.NAME)
     route = dispatch.route(operands, backend is reference)
-    is_bare = route is KERNEL and bare.can_run(operands, settings, needs_grad)
-    keeps = is_bare and needs_grad and not bare.computes_again(backend, problem)
-    lse_like = bare.lse_like(operands.q) if keeps else None
-    return fused.Plan(problem.options, settings, backend, needs_grad, route, is_bare, lse_like)
+    is_fast = route is KERNEL and fast_path.can_run(operands, settings, needs_grad)
+    keeps = is_fast and needs_grad and not fast_path.computes_again(backend, problem)
+    lse_like = fast_path.lse_like(operands.q) if keeps else None
+    return fused.Plan(problem.options, settings, backend, needs_grad, route, is_fast, lse_like)
 
 
 def _autocast(operands: Operands) -> Operands:

@@ -9,16 +9,14 @@ from ...runtime import native
 from .problem import AttentionProblem, Operands, Options
 
 NAME = "cpu"
+OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "rng")) | {
+    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+}
+GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
 
 def why_not(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if problem.device.type != "cpu":
-        reasons.append(f"needs tensors on the CPU, these are on {problem.device}")
-    missing = native.why_not()
-    if missing is not None:
-        reasons.append(missing)
-    return reasons
+    return native.why_not_on(problem.device)
 
 
 def computes_again(problem: AttentionProblem) -> bool:

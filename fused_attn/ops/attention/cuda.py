@@ -11,6 +11,10 @@ from ...runtime import cuda as cuda_runtime
 from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options, describe
 
 NAME = "cuda"
+OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "rng")) | {
+    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+}
+GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
 MAX_HEAD_DIM = 256
 MAX_PADDED_KEYS = 32 * 1024  # of which the kernels keep a bit each in shared memory
@@ -86,7 +90,7 @@ def backward(
             "attention_backward_cuda",
             (*given, *gradients, dbias, workspace, *options, add_up_dq, first, count),
             out.device,
-            lambda: describe(operands, options, requires_grad=True),
+            lambda: describe(operands, options),
         )
 
     if dbias is None or not (_must_repeat() and _is_shared(dbias, operands)):
@@ -138,7 +142,8 @@ def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
     """q, k and v as the copy engine can read them, small vectors dense; the rest by strides."""
     operands = _within_padding(operands)
     first_vector = Operands._fields.index("key_lengths")
-    vectors = [None if x is None else x.contiguous() for x in operands[first_vector:]]
+    end = Operands._fields.index("rng") + 1
+    vectors = [None if x is None else x.contiguous() for x in operands[first_vector:end]]
     tiles = [cuda_runtime.for_tiles(x) for x in operands[:3]]
     return (*tiles, *operands[3:first_vector], *vectors)
 

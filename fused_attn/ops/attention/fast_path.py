@@ -14,12 +14,12 @@ from torch import Tensor, empty_like
 from ...runtime import higher_order
 from .. import dispatch
 from .fused import Plan, Settings, dense_like, gradients, statistics_dtype
-from .problem import NO_WEIGHTS, AttentionProblem, Operands
+from .problem import BHLD, NO_WEIGHTS, AttentionProblem, Operands
 
 
 def can_run(operands: Operands, settings: Settings, needs_grad: bool) -> bool:
     """True if a call that the kernel runs wants `out` alone, with gradients of q, k, v at most."""
-    usual = settings[:3] == (NO_WEIGHTS, False, False)
+    usual = settings[:3] == (NO_WEIGHTS, False, BHLD)
     if not usual or operands.q.shape[3] != operands.v.shape[3]:
         return False
     if needs_grad and any(operand is not None for operand in operands[3:]):
@@ -28,7 +28,7 @@ def can_run(operands: Operands, settings: Settings, needs_grad: bool) -> bool:
 
 
 def run(operands: Operands, plan: Plan) -> Tensor:
-    """A bare call without gradients, with nothing to spare."""
+    """A call without gradients, with nothing to spare."""
     out = dense_like(operands[0])
     plan.backend.forward(operands, plan.options, out, None)
     return out
@@ -47,7 +47,7 @@ def lse_like(q: Tensor) -> Tensor:
     return torch.empty((), dtype=statistics_dtype(q), device=q.device).expand(q.shape[:3])
 
 
-class _BareAttention(torch.autograd.Function):
+class _FastAttention(torch.autograd.Function):
     """`fused._Attention` of q, k and v and nothing else, eagerly: the same."""
 
     # torch asks for it by a name that it makes each time, which no cache knows.
@@ -75,7 +75,9 @@ class _BareAttention(torch.autograd.Function):
         operands, plan, needs = Operands(q, k, v), ctx.plan, ctx.needs_input_grad
         if not dispatch.backward_is_plain(dout):
             wanted = (*needs[:3], False)
-            grads = gradients(operands, plan, False, out, lse, (dout, None, None), wanted)
+            options, settings = plan.options, plan.settings
+            given = (dout, None, None)
+            grads = gradients(operands, options, settings, out, lse, given, wanted)
             return (*grads[:3], None, None)
         need_q, need_k, need_v, _, _ = needs
         dq = empty_like(q) if need_q else None
@@ -85,9 +87,9 @@ class _BareAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-# `_BareAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
+# `_FastAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
 # of torch.func, under which no kernel runs, and unwraps tensors that those left behind, which do
 # not come here (`can_run`). Likewise its way to `backward` (0.4 us), which asks whether a subclass
 # calls it `vjp`.
-apply = super(torch.autograd.Function, _BareAttention).apply
-_BareAttention._backward_cls.apply = _BareAttention.backward  # type: ignore[attr-defined]
+apply = super(torch.autograd.Function, _FastAttention).apply
+_FastAttention._backward_cls.apply = _FastAttention.backward  # type: ignore[attr-defined]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, higher_order
 
 NONE, UPPER_LEFT, LOWER_RIGHT = 0, 1, 2
 CAUSAL = {False: NONE, True: UPPER_LEFT, "upper_left": UPPER_LEFT, "lower_right": LOWER_RIGHT}
@@ -17,8 +18,11 @@ CAUSAL_NAMES = {NONE: "no", UPPER_LEFT: "upper_left", LOWER_RIGHT: "lower_right"
 NO_WEIGHTS, AVERAGE, PER_HEAD = 0, 1, 2
 WEIGHTS = {None: NO_WEIGHTS, "average": AVERAGE, "per_head": PER_HEAD}
 
+BHLD, BLHD = "bhld", "blhd"
+
 Causal = Literal[False, True, "upper_left", "lower_right"]
 Weights = Literal[None, "average", "per_head"]
+Layout = Literal["bhld", "blhd"]
 
 
 class Operands(NamedTuple):
@@ -39,6 +43,7 @@ class Operands(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
     rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
+    sinks: Tensor | None = None  # (H,) float: the score of one more key, whose value is 0
 
 
 class Options(NamedTuple):
@@ -62,7 +67,8 @@ class AttentionProblem:
         operands: names of the optional tensors that the call brings.
         bias_dtype, bias_shape: of the additive bias, or None.
         weights: NO_WEIGHTS, AVERAGE or PER_HEAD.
-        requires_grad: a backward pass may follow.
+        gradients: names of the operands of which a derivative is wanted.
+        by_lse: optional operands that no kernel sees: they are worked into out and lse afterwards.
     """
 
     device: torch.device
@@ -79,11 +85,26 @@ class AttentionProblem:
     bias_dtype: torch.dtype | None = None
     bias_shape: tuple[int, ...] | None = None
     weights: int = NO_WEIGHTS
-    requires_grad: bool = False
+    gradients: tuple[str, ...] = ()
+    by_lse: tuple[str, ...] = ()
+
+    @property
+    def requires_grad(self) -> bool:
+        """A backward pass may follow, or a forward-mode derivative is being taken."""
+        return bool(self.gradients)
 
     @property
     def packed(self) -> bool:
         return "cu_seqlens_q" in self.operands
+
+    def without(self, *names: str) -> AttentionProblem:
+        """What a kernel sees where the operands called `names` are worked in by lse."""
+        return dataclasses.replace(
+            self,
+            operands=tuple(name for name in self.operands if name not in names),
+            gradients=tuple(name for name in self.gradients if name not in names),
+            by_lse=tuple(name for name in self.operands if name in names),
+        )
 
     def __str__(self) -> str:
         o = self.options
@@ -103,15 +124,13 @@ class AttentionProblem:
             parts.append(f"softcap={o.softcap}")
         if o.dropout_p:
             parts.append(f"dropout_p={o.dropout_p}")
-        parts += self.operands
+        parts += self.operands + self.by_lse
         if self.requires_grad:
             parts.append("with gradient")
         return ", ".join(parts)
 
 
-def describe(
-    operands: Operands, options: Options, weights: int = NO_WEIGHTS, requires_grad: bool = False
-) -> AttentionProblem:
+def describe(operands: Operands, options: Options, weights: int = NO_WEIGHTS) -> AttentionProblem:
     """Check `operands` and `options` against each other and describe the call.
 
     Raises:
@@ -132,15 +151,11 @@ def describe(
         head_dim=q.shape[3],
         head_dim_v=v.shape[3],
         options=options,
-        operands=tuple(
-            name
-            for name, operand in zip(Operands._fields[3:], operands[3:], strict=True)
-            if operand is not None
-        ),
+        operands=checks.present(operands),
         bias_dtype=None if operands.bias is None else operands.bias.dtype,
         bias_shape=None if operands.bias is None else tuple(operands.bias.shape),
         weights=weights,
-        requires_grad=requires_grad,
+        gradients=higher_order.wanted_of(operands),
     )
     if packed:
         _check_packed(operands)
@@ -210,11 +225,14 @@ def _check_shared(operands: Operands) -> None:
     if operands.alibi_slopes is not None:
         checks.expect_shape("alibi_slopes", operands.alibi_slopes, (operands.q.shape[1],), "(H,)")
         checks.expect_dtype("alibi_slopes", operands.alibi_slopes, (torch.float32,))
+    if operands.sinks is not None:
+        checks.expect_shape("sinks", operands.sinks, (operands.q.shape[1],), "(H,)")
+        checks.expect_dtype("sinks", operands.sinks, checks.FLOAT_DTYPES)
     if operands.rng is not None:
         checks.expect_shape("dropout_rng", operands.rng, (2,), "(2,)")
         checks.expect_dtype("dropout_rng", operands.rng, (torch.int64,))
     names = ("bias", "mask", "key_padding_mask", "key_lengths", "alibi_slopes", "cu_seqlens_q")
-    for name in (*names, "cu_seqlens_k", "rng"):
+    for name in (*names, "cu_seqlens_k", "rng", "sinks"):
         operand = getattr(operands, name)
         if operand is not None:
             checks.expect_device(name, operand, operands.q.device)

@@ -12,6 +12,7 @@ from ...runtime import philox
 from .problem import AVERAGE, LOWER_RIGHT, NO_WEIGHTS, NONE, AttentionProblem, Operands, Options
 
 NAME = "reference"
+OPERANDS = GRADIENTS = frozenset(Operands._fields)
 
 
 def why_not(problem: AttentionProblem) -> list[str]:
@@ -62,7 +63,7 @@ def _forward_dense(
     s = _scores(q.to(compute), k, operands, options, shift)
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    p, lse = _softmax(s)
+    p, lse = _softmax(s, operands.sinks)
     p = _dropout(p, operands.rng, options.dropout_p)
     out = (p @ v).to(q.dtype)
     if compute in (torch.float16, torch.bfloat16):
@@ -81,21 +82,36 @@ def _scores(
     if options.softcap:
         s = options.softcap * torch.tanh(s / options.softcap)
     if operands.alibi_slopes is not None:
-        distance = _diagonal(q.shape[2], k.shape[2], shift, q.device).abs()
+        distance = alibi_distance(operands, shift)
         s = s - operands.alibi_slopes[:, None, None].to(s.dtype) * distance
     if operands.bias is not None:
         s = s + operands.bias.to(s.dtype)
     return s
 
 
-def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(s) over the last dimension and its logsumexp; 0 and -inf where all of s is -inf."""
+def alibi_distance(operands: Operands, shift: int | Tensor) -> Tensor:
+    """|i + shift - j|, broadcastable to (B, H, Lq, Lk): what ALiBi's slopes are multiplied by."""
+    q, k = operands.q, operands.k
+    return _diagonal(q.shape[2], k.shape[2], shift, q.device).abs()
+
+
+def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(s) over the last dimension and its logsumexp; 0 and -inf where all of s is -inf.
+
+    A sink is one more score of each row, whose probability nobody asks for.
+    """
+    sink = None if sinks is None else sinks.to(s.dtype)[:, None, None]
     if s.shape[-1] == 0:
-        return s, s.new_full(s.shape[:-1], -torch.inf)
+        lse = s.new_full(s.shape[:-1], -torch.inf)
+        return s, lse if sink is None else lse.masked_fill(lse == lse, 0.0) + sink[..., 0]
     peak = s.detach().amax(dim=-1, keepdim=True)
+    if sink is not None:
+        peak = torch.maximum(peak, sink.detach())
     peak = torch.where(peak == -torch.inf, 0.0, peak)
     e = torch.exp(s - peak)
     total = e.sum(dim=-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - peak)
     empty = total == 0
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -torch.inf, peak + torch.log(total))
@@ -177,6 +193,7 @@ def _forward_packed(
         key_lengths=lengths_k,
         alibi_slopes=operands.alibi_slopes,
         rng=operands.rng,
+        sinks=operands.sinks,
     )
     shift = (lengths_k - lengths_q)[:, None, None, None]
     out, lse, _ = _forward_dense(dense, options, NO_WEIGHTS, shift, compute)

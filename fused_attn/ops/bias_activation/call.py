@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, higher_order, philox
+from ...runtime import checks, philox
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -74,15 +74,22 @@ def problem_of(operands: Operands, scalars: Scalars) -> BiasActivationProblem:
     options = make_options(
         activation=scalars.activation, gated=scalars.gated, dropout_p=scalars.dropout_p
     )
-    needs_grad = higher_order.derivative_wanted(operands[:2])
-    return describe(operands, options, needs_grad)
+    return describe(operands, options)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation: str) -> bool:
     """True if another backend than the reference runs calls with x and bias like these."""
     options = make_options(activation=activation, gated=False, dropout_p=0.0)
-    problem = BiasActivationProblem(device, dtype, (1, width), width, options, dtype, dtype, True)
+    problem = BiasActivationProblem(
+        device, dtype, (1, width), width, options, dtype, dtype, ("bias",), ("x", "bias")
+    )
     return dispatch.select(BACKENDS, problem) is not reference
+
+
+def smallest(device: torch.device, dtype: torch.dtype) -> BiasActivationProblem:
+    """The problem of the smallest call."""
+    x = torch.zeros(1, 1, dtype=dtype, device=device)
+    return problem_of(Operands(x), Scalars("relu"))
 
 
 def _make_plan(operands: Operands, scalars: Scalars) -> Plan:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, higher_order
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -37,7 +37,8 @@ class BiasActivationProblem:
         shape, dtype: of y.
         width: elements of a row of y.
         x_dtype, bias_dtype: of the operands; None for an absent one.
-        requires_grad: a backward pass may follow.
+        operands: names of the optional tensors that the call brings.
+        gradients: names of the operands of which a derivative is wanted.
     """
 
     device: torch.device
@@ -47,7 +48,13 @@ class BiasActivationProblem:
     options: Options
     x_dtype: torch.dtype
     bias_dtype: torch.dtype | None = None
-    requires_grad: bool = False
+    operands: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+
+    @property
+    def requires_grad(self) -> bool:
+        """A backward pass may follow, or a forward-mode derivative is being taken."""
+        return bool(self.gradients)
 
     def __str__(self) -> str:
         o = self.options
@@ -93,9 +100,7 @@ def make_options(*, activation: object, gated: object, dropout_p: float) -> Opti
     return Options(activation, gated, checks.expect_probability("dropout_p", dropout_p))
 
 
-def describe(
-    operands: Operands, options: Options, requires_grad: bool = False
-) -> BiasActivationProblem:
+def describe(operands: Operands, options: Options) -> BiasActivationProblem:
     """Check `operands` against each other and `options`; describe the call.
 
     Raises:
@@ -129,5 +134,6 @@ def describe(
         options=options,
         x_dtype=x.dtype,
         bias_dtype=None if bias is None else bias.dtype,
-        requires_grad=requires_grad,
+        operands=checks.present(operands),
+        gradients=higher_order.wanted_of(operands),
     )

@@ -15,6 +15,7 @@ from ...runtime import philox
 from .problem import BiasActivationProblem, Operands, Options, compute_dtype, result_dtype
 
 NAME = "reference"
+OPERANDS = GRADIENTS = frozenset(Operands._fields)
 
 
 def why_not(problem: BiasActivationProblem) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ...runtime import higher_order, philox
+from ...runtime import philox
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -67,8 +68,14 @@ def problem_of(operands: Operands, scalars: Scalars) -> EmbeddingProblem:
         dropout_p=scalars.dropout_p,
         num_tokens=operands.weight.shape[0],
     )
-    needs_grad = higher_order.derivative_wanted((operands.weight, operands.table))
-    return describe(operands, options, needs_grad)
+    return describe(operands, options)
+
+
+def smallest(device: torch.device, dtype: torch.dtype) -> EmbeddingProblem:
+    """The problem of the smallest call."""
+    tokens = torch.zeros(1, dtype=torch.int64, device=device)
+    weight = torch.zeros(1, 1, dtype=dtype, device=device)
+    return problem_of(Operands(tokens, weight), Scalars())
 
 
 def _make_plan(operands: Operands, scalars: Scalars) -> Plan:

@@ -9,16 +9,12 @@ from ...runtime import native
 from .problem import EmbeddingProblem, Operands, Options
 
 NAME = "cpu"
+OPERANDS = frozenset(("table", "positions", "rng"))
+GRADIENTS = frozenset(("weight", "table"))
 
 
 def why_not(problem: EmbeddingProblem) -> list[str]:
-    reasons = []
-    if problem.device.type != "cpu":
-        reasons.append(f"needs tensors on the CPU, these are on {problem.device}")
-    missing = native.why_not()
-    if missing is not None:
-        reasons.append(missing)
-    return reasons
+    return native.why_not_on(problem.device)
 
 
 def forward(operands: Operands, options: Options, y: Tensor) -> None:

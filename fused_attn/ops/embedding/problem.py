@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, higher_order
 
 NO_PADDING = -1
 
@@ -40,7 +40,8 @@ class EmbeddingProblem:
         shape, dtype: of y.
         num_tokens: rows of the weight. num_positions: rows of the table, 0 without one.
         weight_dtype, table_dtype: of the operands; None for an absent one.
-        requires_grad: a backward pass may follow.
+        operands: names of the optional tensors that the call brings.
+        gradients: names of the operands of which a derivative is wanted.
     """
 
     device: torch.device
@@ -51,7 +52,13 @@ class EmbeddingProblem:
     options: Options
     weight_dtype: torch.dtype
     table_dtype: torch.dtype | None = None
-    requires_grad: bool = False
+    operands: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+
+    @property
+    def requires_grad(self) -> bool:
+        """A backward pass may follow, or a forward-mode derivative is being taken."""
+        return bool(self.gradients)
 
     def __str__(self) -> str:
         o = self.options
@@ -119,7 +126,7 @@ def _integer(name: str, value: object) -> int:
     return value  # type: ignore[return-value]
 
 
-def describe(operands: Operands, options: Options, requires_grad: bool = False) -> EmbeddingProblem:
+def describe(operands: Operands, options: Options) -> EmbeddingProblem:
     """Check `operands` against each other and `options`; describe the call.
 
     Raises:
@@ -155,7 +162,8 @@ def describe(operands: Operands, options: Options, requires_grad: bool = False) 
         options=options,
         weight_dtype=weight.dtype,
         table_dtype=None if table is None else table.dtype,
-        requires_grad=requires_grad,
+        operands=checks.present(operands),
+        gradients=higher_order.wanted_of(operands),
     )
 
 

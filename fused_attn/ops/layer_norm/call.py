@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, higher_order, philox
+from ...runtime import checks, philox
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -102,8 +102,13 @@ def problem_of(operands: Operands, scalars: Scalars) -> LayerNormProblem:
         rms=scalars.rms,
         dropout_p=scalars.dropout_p,
     )
-    needs_grad = higher_order.derivative_wanted(operands[:4])
-    return describe(operands, options, row, needs_grad)
+    return describe(operands, options, row)
+
+
+def smallest(device: torch.device, dtype: torch.dtype) -> LayerNormProblem:
+    """The problem of the smallest call."""
+    x = torch.zeros(1, 1, dtype=dtype, device=device)
+    return problem_of(Operands(x), Scalars(1, 1e-5, False))
 
 
 def _make_plan(operands: Operands, scalars: Scalars) -> Plan:

@@ -9,16 +9,12 @@ from ...runtime import native
 from .problem import LayerNormProblem, Operands, Options
 
 NAME = "cpu"
+OPERANDS = frozenset(("residual", "weight", "bias", "rng"))
+GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
 
 def why_not(problem: LayerNormProblem) -> list[str]:
-    reasons = []
-    if problem.device.type != "cpu":
-        reasons.append(f"needs tensors on the CPU, these are on {problem.device}")
-    missing = native.why_not()
-    if missing is not None:
-        reasons.append(missing)
-    return reasons
+    return native.why_not_on(problem.device)
 
 
 def forward(

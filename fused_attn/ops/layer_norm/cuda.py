@@ -9,6 +9,8 @@ from ...runtime import cuda as cuda_runtime
 from .problem import LayerNormProblem, Operands, Options, describe
 
 NAME = "cuda"
+OPERANDS = frozenset(("residual", "weight", "bias", "rng"))
+GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)

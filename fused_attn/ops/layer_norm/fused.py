@@ -1,13 +1,7 @@
-"""One operator pair and one autograd rule for every fused backend of the norms.
-
-Eager calls go straight to the backend. Whoever traces (torch.compile, export, fake tensors, a
-dispatch mode) sees the operators `fused_attn::layer_norm_forward` and `layer_norm_backward`
-instead: the same arguments, the same code behind them.
-"""
+"""The operators and the autograd rule of the norms, shared by all fused backends."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import higher_order
-from .. import dispatch
+from .. import dispatch, operators
 from ..dispatch import OPERATOR, Route
 from . import reference
 from .problem import Operands, Options, compute_dtype, sum_dtype
@@ -29,27 +23,22 @@ class Settings(NamedTuple):
     backend: str
 
 
+class Backward(NamedTuple):
+    """What a backward takes besides the operands."""
+
+    mean: Tensor | None
+    rstd: Tensor
+    dy: Tensor | None
+    dh: Tensor | None
+    x_dtype: torch.dtype
+    residual_dtype: torch.dtype
+    needs: tuple[bool, ...]  # of x, residual, weight and bias
+
+
 Result = tuple[Tensor, Tensor | None]
 Statistics = tuple[Tensor | None, Tensor | None]  # mean (none for RMSNorm) and rstd
 
 _OPERANDS = len(Operands._fields)
-_SCALARS = _OPERANDS + len(Options._fields)
-
-_OPERANDS_SCHEMA = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng"
-_OPTIONS_SCHEMA = "int dims, float eps, bool rms, float dropout_p"
-_SETTINGS_SCHEMA = "bool need_sum, bool need_statistics, str backend"
-
-_library = torch.library.Library("fused_attn", "FRAGMENT")
-_library.define(
-    f"layer_norm_forward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, {_SETTINGS_SCHEMA}) "
-    "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
-)
-_library.define(
-    f"layer_norm_backward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, {_SETTINGS_SCHEMA}, "
-    "Tensor? mean, Tensor rstd, Tensor? dy, Tensor? dh, ScalarType x_dtype, "
-    "ScalarType residual_dtype, bool[4] needs) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-)
 
 
 def layer_norm(
@@ -69,26 +58,24 @@ def layer_norm(
         out, sum_out: the tensors to write y and the sum to, if no gradient is wanted; new ones if
             None.
     """
-    traced = route is OPERATOR
     if needs_grad:
         # To read the sum is faster than to add up x and residual again, and x can be freed.
         kept = settings.need_sum or operands.residual is not None
-        kept_settings = settings._replace(need_statistics=True, need_sum=kept)
-        y, h = _LayerNorm.apply(*operands, options, kept_settings, traced)
+        wanted = settings._replace(need_statistics=True, need_sum=kept)
+        if route is OPERATOR:
+            y, h = _call_forward(operands, options, wanted)
+        else:
+            y, h = _LayerNorm.apply(*operands, options, wanted)
         return y, h if settings.need_sum else None
-    if not traced:
-        return _run_forward(operands, options, settings, out, sum_out)[0]
-    return _call_forward(operands, options, settings)[0]
+    if route is OPERATOR:
+        return _call_forward(operands, options, settings)
+    return _run_forward(operands, options, settings, out, sum_out)[0]
 
 
-def _call_forward(
-    operands: Operands, options: Options, settings: Settings
-) -> tuple[Result, Statistics]:
-    """Forward through the operator, for those who trace."""
-    y, h, mean, rstd = torch.ops.fused_attn.layer_norm_forward(*operands, *options, *settings)
-    needed = settings.need_statistics
-    statistics = mean if needed and not options.rms else None, rstd if needed else None
-    return (y, h if settings.need_sum else None), statistics
+def _call_forward(operands: Operands, options: Options, settings: Settings) -> Result:
+    """Forward through the operator, for those who trace; it has an autograd rule of its own."""
+    y, h, _, _ = torch.ops.fused_attn.layer_norm_forward(*operands, *options, *settings)
+    return y, h if settings.need_sum else None
 
 
 def _run_forward(
@@ -99,11 +86,11 @@ def _run_forward(
     sum_out: Tensor | None = None,
 ) -> tuple[Result, Statistics]:
     y, h, mean, rstd = _empty_results(operands, options, settings, out, sum_out)
-    _backend(settings.backend).forward(operands, options, y, h, mean, rstd)
+    dispatch.named(__package__, settings.backend).forward(operands, options, y, h, mean, rstd)
     return (y, h), (mean, rstd)
 
 
-def _run_backward(
+def run_backward(
     operands: Operands,
     options: Options,
     settings: Settings,
@@ -123,16 +110,9 @@ def _run_backward(
         assert dh is not None
         dy = torch.zeros_like(dh)
     grads = _empty_gradients(operands, x_dtype, residual_dtype, needs)
-    backend = _backend(settings.backend)
+    backend = dispatch.named(__package__, settings.backend)
     backend.backward(operands, options, settings.need_sum, mean, rstd, dy, dh, *grads)
     return grads
-
-
-@functools.cache
-def _backend(name: str) -> Any:
-    from . import BACKENDS  # not at import: the tuple imports the backends, and they this module
-
-    return next(backend for backend in BACKENDS if name == backend.NAME)
 
 
 def _empty_results(
@@ -172,50 +152,79 @@ def _empty_gradients(
     ]
 
 
-def _as_tensors(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Operators return tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if x is None else x for x in results)
-
-
-def _split(args: tuple[Any, ...]) -> tuple[Operands, Options, Settings, tuple[Any, ...]]:
-    """An operator's flat arguments, put together again, and what follows them."""
-    tail = _SCALARS + len(Settings._fields)
-    return (
-        Operands(*args[:_OPERANDS]),
-        Options(*args[_OPERANDS:_SCALARS]),
-        Settings(*args[_SCALARS:tail]),
-        args[tail:],
-    )
-
-
-def _forward_operator(*args: Any) -> tuple[Tensor, ...]:
-    operands, options, settings, _ = _split(args)
+def _forward_operator(
+    operands: Operands, options: Options, settings: Settings
+) -> tuple[Tensor | None, ...]:
     result, statistics = _run_forward(operands, options, settings)
-    return _as_tensors((*result, *statistics), operands.x)
+    return *result, *statistics
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands, options, settings, _ = _split(args)
-    return _as_tensors(_empty_results(operands, options, settings), operands.x)
+operators.define(
+    "layer_norm_forward",
+    (Operands, Options, Settings),
+    ("y", "h", "mean", "rstd"),
+    _forward_operator,
+    _empty_results,
+)
+operators.define(
+    "layer_norm_backward",
+    (Operands, Options, Settings, Backward),
+    ("dx", "dresidual", "dweight", "dbias"),
+    lambda operands, options, settings, rest: run_backward(operands, options, settings, *rest),
+    lambda operands, options, settings, rest: _empty_gradients(operands, *rest[-3:]),
+)
 
 
-def _backward_operator(*args: Any) -> tuple[Tensor, ...]:
-    operands, options, settings, tail = _split(args)
-    return _as_tensors(_run_backward(operands, options, settings, *tail), operands.x)
+def _save(
+    ctx: Any,
+    operands: Operands,
+    options: Options,
+    settings: Settings,
+    results: tuple[Tensor | None, ...],
+) -> None:
+    """Where the sum is returned, x and residual are not kept."""
+    x, residual = operands.x, operands.residual
+    _, h, mean, rstd = results
+    ctx.options, ctx.settings = options, settings
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+    kept = operands
+    if settings.need_sum:
+        assert h is not None
+        kept = operands._replace(x=h, residual=None)
+    ctx.save_for_backward(*kept, None if options.rms else mean, rstd)
 
 
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    operands, _, _, tail = _split(args)
-    return _as_tensors(_empty_gradients(operands, *tail[-3:]), operands.x)
+def _gradients(
+    ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Tensor | None
+) -> dict[str, Tensor | None]:
+    """By name of the operand, from those of y and the sum."""
+    *tensors, mean, rstd = ctx.saved_tensors
+    operands, options, settings = Operands(*tensors), ctx.options, ctx.settings
+    grads: Sequence[Tensor | None]
+    if not settings.need_sum:
+        dh = None  # of the empty tensor in its place
+    if higher_order.backward_needs_formula((dy, dh)):
+        grads = _differentiable_gradients(ctx, operands, dy, dh)
+        return dict(zip(Operands._fields, grads, strict=False))
+    if dy is None and dh is None:
+        return {}
+    needs = ctx.needs_input_grad[:4]
+    # Without dropout x and residual have one gradient.
+    shared = needs[0] and needs[1] and operands.rng is None and ctx.dtypes[0] == ctx.dtypes[1]
+    wanted = (needs[0], needs[1] and not shared, *needs[2:])
+    tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
+    if not dispatch.is_traced():
+        grads = run_backward(operands, options, settings, *tail)
+    else:
+        operator = torch.ops.fused_attn.layer_norm_backward
+        grads = operators.only(operator(*operands, *options, *settings, *tail), wanted)
+    found = dict(zip(Operands._fields, grads, strict=False))
+    if shared:
+        found["residual"] = found["x"]
+    return found
 
 
-for _name, _real, _fake in (
-    ("layer_norm_forward", _forward_operator, _forward_fake),
-    ("layer_norm_backward", _backward_operator, _backward_fake),
-):
-    _library.impl(_name, _real, "CPU")
-    _library.impl(_name, _real, "CUDA")
-    torch.library.register_fake(f"fused_attn::{_name}", _fake, lib=_library)
+operators.differentiate("layer_norm_forward", (Operands, Options, Settings), _save, _gradients)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -235,41 +244,18 @@ class _LayerNorm(torch.autograd.Function):
         rng: Tensor | None,
         options: Options,
         settings: Settings,
-        traced: bool,
     ) -> Result:
         operands = Operands(x, residual, weight, bias, rng)
-        run = _call_forward if traced else _run_forward
-        (y, h), statistics = run(operands, options, settings)
-        ctx.options, ctx.settings, ctx.traced = options, settings, traced
-        ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
-        kept = operands if h is None else operands._replace(x=h, residual=None)
-        ctx.save_for_backward(*kept, *statistics)
+        (y, h), statistics = _run_forward(operands, options, settings)
+        _save(ctx, operands, options, settings, (y, h, *statistics))
         ctx.save_for_forward(*operands)
         ctx.set_materialize_grads(False)
         return y, h
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, mean, rstd = ctx.saved_tensors
-        operands = Operands(*tensors)
-        options, settings = ctx.options, ctx.settings
-        if higher_order.backward_needs_formula((dy, dh)):
-            return (*_differentiable_gradients(ctx, operands, dy, dh), None, None, None, None)
-        if dy is None and dh is None:
-            return (None,) * 8
-        needs = ctx.needs_input_grad[:4]
-        # Without dropout x and residual have one gradient.
-        shared = needs[0] and needs[1] and operands.rng is None and ctx.dtypes[0] == ctx.dtypes[1]
-        wanted = (needs[0], needs[1] and not shared, *needs[2:])
-        tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
-        if not ctx.traced and not dispatch.is_traced():
-            grads = _run_backward(operands, options, settings, *tail)
-        else:
-            found = torch.ops.fused_attn.layer_norm_backward(*operands, *options, *settings, *tail)
-            grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-        if shared:
-            grads[1] = grads[0]
-        return (*grads, None, None, None, None)
+        found = _gradients(ctx, dy, dh)
+        return (*(found.get(field) for field in Operands._fields), None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:

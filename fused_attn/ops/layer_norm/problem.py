@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, higher_order
 
 
 class Operands(NamedTuple):
@@ -41,7 +41,8 @@ class LayerNormProblem:
         shape, dtype: of y and of the sum.
         width: elements of a row.
         x_dtype, residual_dtype, weight_dtype, bias_dtype: of the operands; None for an absent one.
-        requires_grad: a backward pass may follow.
+        operands: names of the optional tensors that the call brings.
+        gradients: names of the operands of which a derivative is wanted.
     """
 
     device: torch.device
@@ -53,7 +54,13 @@ class LayerNormProblem:
     residual_dtype: torch.dtype | None = None
     weight_dtype: torch.dtype | None = None
     bias_dtype: torch.dtype | None = None
-    requires_grad: bool = False
+    operands: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+
+    @property
+    def requires_grad(self) -> bool:
+        """A backward pass may follow, or a forward-mode derivative is being taken."""
+        return bool(self.gradients)
 
     def __str__(self) -> str:
         o = self.options
@@ -86,9 +93,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def describe(
-    operands: Operands, options: Options, row: tuple[int, ...], requires_grad: bool = False
-) -> LayerNormProblem:
+def describe(operands: Operands, options: Options, row: tuple[int, ...]) -> LayerNormProblem:
     """Check `operands` against each other and `row`, the normalised shape; describe the call.
 
     Raises:
@@ -127,7 +132,8 @@ def describe(
         residual_dtype=None if residual is None else residual.dtype,
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
-        requires_grad=requires_grad,
+        operands=checks.present(operands),
+        gradients=higher_order.wanted_of(operands),
     )
 
 

@@ -119,13 +119,29 @@ FEW_QUERIES = {
     "strided": Case(num_heads=4, num_heads_kv=2, seqlen_q=2, seqlen_k=150, layout="strided"),
 }  # fmt: skip
 
-CASES = {**SIZES, **OPERANDS, **WEIGHTS, **FEW_QUERIES}
+# Worked in before or after the kernels, which know nothing of them.
+AROUND = {
+    "sinks": Case(sinks=True, seqlen_q=70, seqlen_k=140),
+    "sinks, causal, grouped": Case(num_heads=4, sinks=True, causal=True, seqlen_q=66, seqlen_k=66),
+    "sinks, empty sequence": Case(sinks=True, padding="empty"),
+    "sinks, no keys": Case(sinks=True, seqlen_k=0),
+    "sinks, average": Case(sinks=True, weights="average"),
+    "sinks, dropout, per head": Case(sinks=True, weights="per_head", dropout_p=0.3),
+    "sinks, one query": Case(sinks=True, seqlen_q=1, seqlen_k=300),
+    "learned alibi": Case(learned_alibi=True, seqlen_q=50, seqlen_k=80),
+    "learned alibi, bias": Case(learned_alibi=True, bias="1hqk", causal=True),
+    "learned alibi, sinks, softcap": Case(learned_alibi=True, sinks=True, softcap=3.0, scale=0.7),
+}
+
+CASES = {**SIZES, **OPERANDS, **WEIGHTS, **FEW_QUERIES, **AROUND}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_oracle(attention_backend: str, name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
+    if case.learned_alibi and dtype == torch.float64:
+        pytest.skip("slopes are float32, and so is their gradient")
     tensors = case.tensors(dtype)
     skip_unless_supported(case, attention_backend, tensors)
     check_against_oracle(

@@ -12,6 +12,10 @@ from ..problem import NO_WEIGHTS, AttentionProblem, Operands, Options
 from . import config
 
 NAME = "triton"
+OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "rng")) | {
+    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+}
+GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

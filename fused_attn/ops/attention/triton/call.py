@@ -154,7 +154,7 @@ class Call:
         products: int,
         dweights: Tensor | None = None,
     ) -> None:
-        q, k, v, bias, mask, padding, _, alibi, cu_seqlens_q, _, rng = operands
+        q, k, v, bias, mask, padding, _, alibi, cu_seqlens_q, _, rng, *_ = operands
         self.operands = operands
         given = (
             bias is not None, mask is not None, padding is not None, alibi is not None,

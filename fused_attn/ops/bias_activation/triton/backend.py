@@ -11,6 +11,8 @@ from ....runtime.triton import device as triton_device
 from ..problem import BiasActivationProblem, Operands, Options
 
 NAME = "triton"
+OPERANDS = frozenset(("bias", "rng"))
+GRADIENTS = frozenset(("x", "bias"))
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

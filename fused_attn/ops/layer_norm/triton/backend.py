@@ -11,6 +11,8 @@ from ....runtime.triton import device as triton_device
 from ..problem import LayerNormProblem, Operands, Options
 
 NAME = "triton"
+OPERANDS = frozenset(("residual", "weight", "bias", "rng"))
+GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
 MAX_WIDTH = 65536
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

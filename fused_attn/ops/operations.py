@@ -1,0 +1,83 @@
+"""Every operation, for those who go through all of them: info, tests, suites, warm-up.
+
+A new operation is a folder beside the others and an entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import attention, bias_activation, embedding, layer_norm
+from .attention import api as attention_api
+from .attention import call as attention_call
+from .attention.sdpa import scaled_dot_product_attention
+from .bias_activation import api as bias_activation_api
+from .bias_activation import call as bias_activation_call
+from .embedding import api as embedding_api
+from .embedding import call as embedding_call
+from .layer_norm import api as layer_norm_api
+from .layer_norm import call as layer_norm_call
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a folder of `ops` holds.
+
+    Attributes:
+        package: the folder; its name is that of the operation, and its operators begin with it.
+        operands: the named tuple of a call's tensors.
+        functions: the public functions that are calls of it.
+        smallest: (device, dtype) -> the problem of the smallest call.
+    """
+
+    package: ModuleType
+    operands: type[Any]
+    functions: tuple[Callable[..., Any], ...]
+    smallest: Callable[[torch.device, torch.dtype], Any]
+
+    @property
+    def name(self) -> str:
+        return self.package.__name__.rpartition(".")[2]
+
+    @property
+    def backends(self) -> tuple[Any, ...]:
+        """In order of preference."""
+        return self.package.BACKENDS
+
+
+OPERATIONS = (
+    Operation(
+        attention,
+        attention_call.Operands,
+        (attention_api.attention, attention_api.attention_varlen, scaled_dot_product_attention),
+        attention_call.smallest,
+    ),
+    Operation(
+        layer_norm,
+        layer_norm_call.Operands,
+        (
+            layer_norm_api.layer_norm,
+            layer_norm_api.rms_norm,
+            layer_norm_api.add_layer_norm,
+            layer_norm_api.add_rms_norm,
+        ),
+        layer_norm_call.smallest,
+    ),
+    Operation(
+        bias_activation,
+        bias_activation_call.Operands,
+        (bias_activation_api.bias_activation,),
+        bias_activation_call.smallest,
+    ),
+    Operation(
+        embedding,
+        embedding_call.Operands,
+        (embedding_api.embedding,),
+        embedding_call.smallest,
+    ),
+)

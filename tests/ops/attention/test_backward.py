@@ -1,0 +1,102 @@
+"""`attention_backward`: what autograd would compute, from out and lse that somebody else kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_attn
+
+CASES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window, softcap": {"window": (7, 2), "softcap": 3.0},
+    "mask": {"mask": torch.rand(2, 1, 20, 30) < 0.7},
+    "bias": {"bias": torch.randn(4, 20, 30)},
+    "padding": {"key_padding_mask": torch.rand(2, 30) < 0.6},
+    "lengths": {"key_lengths": torch.tensor([0, 17])},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0])},
+    "sinks": {"sinks": torch.randn(4)},
+    "dropout": {"dropout_p": 0.3, "dropout_rng": torch.tensor([7, 3])},
+}
+
+
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_autograd(attention_backend: str, name: str, layout: str) -> None:
+    arguments = {**CASES[name], "layout": layout, "backend": attention_backend}
+    q, k, v = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
+    if layout == "blhd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    inputs = {"q": q, "k": k, "v": v}
+    for extra in ("bias", "sinks"):
+        if extra in arguments:
+            inputs[extra] = arguments[extra] = arguments[extra].clone()
+    for x in inputs.values():
+        x.requires_grad_()
+    out, lse = fused_attn.attention(q, k, v, return_lse=True, **arguments)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    expected = torch.autograd.grad((out, lse), list(inputs.values()), (dout, dlse))
+    found = fused_attn.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **arguments)
+    for field, right in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(getattr(found, f"d{field}"), right, rtol=2e-5, atol=2e-5)
+    for absent in {"bias", "sinks"} - inputs.keys():
+        assert getattr(found, f"d{absent}") is None
+
+
+def test_parts_of_the_keys_add_up(attention_backend: str) -> None:
+    """As in ring attention: each part is given out and lse of the whole."""
+    q, k, v = torch.randn(3, 1, 2, 24, 16)
+    out, lse = fused_attn.attention(q, k, v, return_lse=True, backend=attention_backend)
+    dout = torch.randn_like(out)
+    whole = fused_attn.attention_backward(dout, q, k, v, out, lse, backend=attention_backend)
+    if attention_backend == "reference":
+        pytest.skip("the formula computes out and lse itself")
+    parts = [
+        fused_attn.attention_backward(
+            dout, q, k[:, :, rows], v[:, :, rows], out, lse, backend=attention_backend
+        )
+        for rows in (slice(0, 9), slice(9, 24))
+    ]
+    torch.testing.assert_close(parts[0].dq + parts[1].dq, whole.dq)
+    for name in ("dk", "dv"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=2)
+        torch.testing.assert_close(joined, getattr(whole, name))
+
+
+def test_only_what_is_needed_is_computed(attention_backend: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    out, lse = fused_attn.attention(q, k, v, return_lse=True, backend=attention_backend)
+    found = fused_attn.attention_backward(
+        out, q, k, v, out, lse, needs=("k",), backend=attention_backend
+    )
+    assert [x is None for x in found] == [True, False, True, True, True]
+
+
+def test_it_compiles() -> None:
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    out, lse = fused_attn.attention(q, k, v, return_lse=True)
+    run = torch.compile(fused_attn.attention_backward, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        run(out, q, k, v, out, lse),
+        fused_attn.attention_backward(out, q, k, v, out, lse),
+        strict=True,
+    ):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_wrong_calls_are_refused_by_name() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    out, lse = fused_attn.attention(q, k, v, return_lse=True)
+    run = fused_attn.attention_backward
+    with pytest.raises(ValueError, match="`out` must have shape"):
+        run(out, q, k, v, out[..., :8], lse)
+    with pytest.raises(ValueError, match=r"`lse` must have shape \(B, H, Lq\)"):
+        run(out, q, k, v, out, lse[..., :3])
+    with pytest.raises(TypeError, match=r"`dout` must be torch.float32, got torch.float16"):
+        run(out.half(), q, k, v, out, lse)
+    with pytest.raises(ValueError, match="`dropout_rng` must be that of the forward"):
+        run(out, q, k, v, out, lse, dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"`needs` must name operands of the call .*got 'bias'"):
+        run(out, q, k, v, out, lse, needs=("bias",))
