@@ -4,14 +4,13 @@ from .ops.attention.api import (
     attention,
     attention_backends,
     attention_varlen,
-    explain,
-    last_backend,
     merge_attention,
 )
 from .ops.attention.backward import AttentionGradients, attention_backward
 from .ops.attention.sdpa import scaled_dot_product_attention
 from .ops.bias_activation.api import bias_activation
 from .ops.embedding.api import embedding
+from .ops.explain import explain, last_backend
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [

@@ -8,10 +8,11 @@ policy.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import importlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -57,13 +58,31 @@ def why_not(backend: Backend, problem: Problem) -> list[str]:
 
     A new operand is thereby refused by all backends that do not name it yet.
     """
+    if is_formula(backend):
+        return backend.why_not(problem)
     unknown = [name for name in problem.operands if name not in backend.OPERANDS]
     without = [name for name in problem.gradients if name not in backend.GRADIENTS]
+    hidden = _hidden()
     return (
-        [f"has no kernels for `{name}`" for name in unknown]
+        ([] if hidden is None else [hidden])
+        + [f"has no kernels for `{name}`" for name in unknown]
         + [f"has no gradient of `{name}`" for name in without if name not in unknown]
         + backend.why_not(problem)
     )
+
+
+def is_formula(backend: Backend) -> bool:
+    """True for the reference, which is ordinary torch code that everyone can look into."""
+    return getattr(backend, "IS_FORMULA", False)
+
+
+def _hidden() -> str | None:
+    """Why no kernel can run whatever the call: somebody must see the formula itself."""
+    if higher_order.needs_formula():
+        return "cannot be looked into by torch.func's transforms and torch.jit.trace"
+    if higher_order.forward_mode() and is_traced():
+        return "has no forward-mode derivative where operators are traced or watched"
+    return None
 
 
 BackendT = TypeVar("BackendT", bound=Backend)
@@ -81,17 +100,19 @@ class Explanation:
         problem: the description of the call.
         chosen: name of the backend that runs it, or None.
         reasons: (backend name, its reasons) in order of preference; no reasons means that it can.
+        detail: what the chosen backend says of how it runs it, or "".
     """
 
     problem: Any
     chosen: str | None
     reasons: tuple[tuple[str, tuple[str, ...]], ...]
+    detail: str = ""
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
         for name, reasons in self.reasons:
             if name == self.chosen:
-                verdict = "runs this"
+                verdict = f"runs this ({self.detail})" if self.detail else "runs this"
             else:
                 verdict = "; ".join(reasons) if reasons else "could run this, a better one is there"
             lines.append(f"  {name:<10} {verdict}")
@@ -128,6 +149,8 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
         ValueError: no backend is called `name`.
         UnsupportedError: the backends asked cannot run `problem`.
     """
+    if _watcher is not None:
+        _watcher(explain(backends, problem, name))
     candidates: Iterable[BackendT] = backends if name is None else (find(backends, name),)
     refusals = []
     for backend in candidates:
@@ -149,7 +172,35 @@ def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None)
     able = [backend for backend, why in reasons if not why and backend in asked]
     if name is not None:
         find(backends, name)
-    return Explanation(problem, able[0] if able else None, reasons)
+    chosen = able[0] if able else None
+    detail = next((getattr(b, "detail", str)() for b in backends if chosen == b.NAME), "")
+    return Explanation(problem, chosen, reasons, detail)
+
+
+_watcher: Callable[[Explanation | str], None] | None = None
+
+
+@contextlib.contextmanager
+def watching(tell: Callable[[Explanation | str], None]) -> Iterator[None]:
+    """Within this, `tell` hears of each choice of a backend, and of what modules `note`.
+
+    No plan of before holds, so that calls that ran already are heard of as well; a call that is
+    repeated within is not chosen for again.
+    """
+    global _watcher
+    before, _watcher = _watcher, tell
+    forget_plans()
+    try:
+        yield
+    finally:
+        _watcher = before
+        forget_plans()
+
+
+def note(text: str) -> None:
+    """For modules: tell whoever is watching how a call is run."""
+    if _watcher is not None:
+        _watcher(text)
 
 
 _BY_NAME = "could run this, but only when it is asked for by name"
@@ -171,17 +222,11 @@ class Route(enum.Enum):
 KERNEL, OPERATOR, FORMULA = Route
 
 
-def route(operands: Iterable[Any], formula: bool) -> Route:
-    """How a call with these operands gets to its backend, under the present circumstances.
-
-    Args:
-        formula: the backend is the reference.
-    """
-    if formula or higher_order.needs_formula():
+def route(operands: Iterable[Any], backend: Backend) -> Route:
+    """How a call with these operands gets to the backend that was chosen for it."""
+    if is_formula(backend):
         return FORMULA
-    if not is_traced() and is_plain(operands):
-        return KERNEL
-    return FORMULA if higher_order.forward_mode() else OPERATOR  # operators have no such rule
+    return OPERATOR if is_traced() or not is_plain(operands) else KERNEL
 
 
 PlanT = TypeVar("PlanT")

@@ -48,6 +48,11 @@ def why_not_on(device: torch.device) -> list[str]:
     return reasons
 
 
+def level() -> str:
+    """The instruction-set level whose kernels run on the CPU, in words."""
+    return f"level {module().cpu_level()}"
+
+
 @functools.cache
 def module() -> ModuleType:
     """The compiled module. Raises RuntimeError with the reason where there is none."""

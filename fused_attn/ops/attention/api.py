@@ -10,15 +10,13 @@ from torch import Tensor
 from ...runtime import checks
 from .. import dispatch
 from . import BACKENDS, call
-from .call import Scalars, last_backend
+from .call import Scalars
 from .problem import BHLD, BLHD, Causal, Layout, Operands, Weights
 
 __all__ = [
     "attention",
     "attention_backends",
     "attention_varlen",
-    "explain",
-    "last_backend",
     "merge_attention",
 ]
 
@@ -273,15 +271,8 @@ def attention_backends() -> tuple[str, ...]:
     return tuple(backend.NAME for backend in BACKENDS)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Explanation:
-    """Which backend would run `attention(q, k, v, **arguments)`, and why each other one would not.
-
-    Checks the call as `attention` does and runs nothing. Print the result, or read its `chosen` and
-    `reasons`.
-
-    Raises:
-        TypeError, ValueError: as `attention`.
-    """
+def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Explanation:
+    """`explain` of `attention`; it runs nothing."""
     inner = {"rng", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
     known = {"dropout_rng", "out", *Operands._fields, *Scalars._fields} - inner
     for name in arguments:

@@ -125,7 +125,7 @@ def _gradients(
     """Of a checked call, heads first."""
     asked = dataclasses.replace(problem, gradients=wanted).without("sinks")
     backend = dispatch.select(BACKENDS, asked, scalars.backend)
-    route = dispatch.route((*operands, out, lse, dout, dlse), backend is reference)
+    route = dispatch.route((*operands, out, lse, dout, dlse), backend)
     if route is dispatch.FORMULA:
         return _by_formula(operands, problem, dout, dlse, wanted)
     plain = operands._replace(sinks=None)

@@ -34,14 +34,8 @@ class Scalars(NamedTuple):
     layout: str = BHLD  # of out in memory; its shape is (B, H, Lq, Dv) here, as that of all others
 
 
-_plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
+plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
 _autocast_enabled = torch._C._is_any_autocast_enabled
-
-
-def last_backend() -> str | None:
-    """Name of the backend that ran the latest eager attention call of this process, or None."""
-    plan = _plans.latest
-    return None if plan is None else plan.settings.backend
 
 
 def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fused.Result:
@@ -59,7 +53,7 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     if scalars.dropout_p:
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.q, "q")
         operands = operands._replace(rng=rng)
-    plan = _plans.get(_make_plan, operands, scalars)
+    plan = plans.get(_make_plan, operands, scalars)
     if plan.fast and out is None:
         if not plan.needs_grad:
             return fast_path.run(operands, plan), None, None
@@ -167,7 +161,7 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     needs_grad = problem.requires_grad
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.return_lse, scalars.layout, backend.NAME)
-    route = dispatch.route(operands, backend is reference)
+    route = dispatch.route(operands, backend)
     is_fast = route is KERNEL and fast_path.can_run(operands, settings, needs_grad)
     keeps = is_fast and needs_grad and not fast_path.computes_again(backend, problem)
     lse_like = fast_path.lse_like(operands.q) if keeps else None

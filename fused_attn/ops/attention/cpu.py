@@ -31,6 +31,11 @@ def computes_again(problem: AttentionProblem) -> bool:
     return heads <= 4 and products <= 2**14
 
 
+def detail() -> str:
+    """Which kernels they are."""
+    return native.level()
+
+
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     threads = get_num_threads()
     native.module().attention_forward(operands, out, lse, options, threads)

@@ -12,6 +12,7 @@ from ...runtime import philox
 from .problem import AVERAGE, LOWER_RIGHT, NO_WEIGHTS, NONE, AttentionProblem, Operands, Options
 
 NAME = "reference"
+IS_FORMULA = True
 OPERANDS = GRADIENTS = frozenset(Operands._fields)
 
 

@@ -45,7 +45,7 @@ class Scalars(NamedTuple):
     backend: str | None = None
 
 
-_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 
 def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tensor:
@@ -53,7 +53,7 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tens
     if scalars.dropout_p:
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
         operands = operands._replace(rng=rng)
-    plan = _plans.get(_make_plan, operands, scalars)
+    plan = plans.get(_make_plan, operands, scalars)
     if out is not None:
         _check_out(out, operands, plan)
     if plan.route is not FORMULA:
@@ -83,7 +83,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation:
     problem = BiasActivationProblem(
         device, dtype, (1, width), width, options, dtype, dtype, ("bias",), ("x", "bias")
     )
-    return dispatch.select(BACKENDS, problem) is not reference
+    return dispatch.explain(BACKENDS, problem).chosen != reference.NAME
 
 
 def smallest(device: torch.device, dtype: torch.dtype) -> BiasActivationProblem:
@@ -95,7 +95,7 @@ def smallest(device: torch.device, dtype: torch.dtype) -> BiasActivationProblem:
 def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
     problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    route = dispatch.route(operands, backend is reference)
+    route = dispatch.route(operands, backend)
     return Plan(problem.options, backend, problem.requires_grad, route)
 
 

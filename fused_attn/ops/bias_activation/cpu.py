@@ -17,6 +17,11 @@ def why_not(problem: BiasActivationProblem) -> list[str]:
     return native.why_not_on(problem.device)
 
 
+def detail() -> str:
+    """Which kernels they are."""
+    return native.level()
+
+
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
     native.module().bias_activation_forward(*operands, y, *options, torch.get_num_threads())
 

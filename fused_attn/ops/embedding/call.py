@@ -38,7 +38,7 @@ class Scalars(NamedTuple):
     backend: str | None = None
 
 
-_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 
 def run(operands: Operands, scalars: Scalars) -> Tensor:
@@ -46,7 +46,7 @@ def run(operands: Operands, scalars: Scalars) -> Tensor:
     if scalars.dropout_p:
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.weight, "weight")
         operands = operands._replace(rng=rng)
-    plan = _plans.get(_make_plan, operands, scalars)
+    plan = plans.get(_make_plan, operands, scalars)
     if plan.route is not FORMULA:
         return fused.embedding(
             operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route
@@ -81,5 +81,5 @@ def smallest(device: torch.device, dtype: torch.dtype) -> EmbeddingProblem:
 def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
     problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    route = dispatch.route(operands, backend is reference)
+    route = dispatch.route(operands, backend)
     return Plan(problem.options, backend, problem.requires_grad, route)

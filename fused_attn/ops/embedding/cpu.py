@@ -17,6 +17,11 @@ def why_not(problem: EmbeddingProblem) -> list[str]:
     return native.why_not_on(problem.device)
 
 
+def detail() -> str:
+    """Which kernels they are."""
+    return native.level()
+
+
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
     native.module().embedding_forward(*_dense(operands), y, *options, torch.get_num_threads())
 

@@ -15,6 +15,7 @@ from ...runtime import philox
 from .problem import NO_PADDING, EmbeddingProblem, Operands, Options, compute_dtype, result_dtype
 
 NAME = "reference"
+IS_FORMULA = True
 OPERANDS = GRADIENTS = frozenset(Operands._fields)
 
 

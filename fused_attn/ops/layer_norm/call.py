@@ -49,7 +49,7 @@ class Scalars(NamedTuple):
 
 
 _HALF = (torch.float16, torch.bfloat16)
-_plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 
 def run(
@@ -68,7 +68,7 @@ def run(
     if scalars.dropout_p:
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
         operands = operands._replace(rng=rng)
-    plan = _plans.get(_make_plan, operands, scalars)
+    plan = plans.get(_make_plan, operands, scalars)
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:
             _check_out(name, tensor, operands, plan.needs_grad)
@@ -114,7 +114,7 @@ def smallest(device: torch.device, dtype: torch.dtype) -> LayerNormProblem:
 def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
     problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
-    route = dispatch.route(operands, backend is reference)
+    route = dispatch.route(operands, backend)
     settings = fused.Settings(scalars.need_sum, False, backend.NAME)
     return Plan(problem.options, settings, backend, problem.requires_grad, route)
 

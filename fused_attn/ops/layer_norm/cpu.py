@@ -17,6 +17,11 @@ def why_not(problem: LayerNormProblem) -> list[str]:
     return native.why_not_on(problem.device)
 
 
+def detail() -> str:
+    """Which kernels they are."""
+    return native.level()
+
+
 def forward(
     operands: Operands,
     options: Options,

