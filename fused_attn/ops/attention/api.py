@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, overlap
 from .. import dispatch
 from . import BACKENDS, call
 from .call import Scalars
@@ -317,4 +317,6 @@ def _check_out(out: Tensor, operands: Operands) -> None:
     checks.expect_shape("out", out, (*q.shape[:3], v.shape[3]), "(B, H, Lq, Dv)")
     checks.expect_dtype("out", out, (q.dtype,))
     checks.expect_device("out", out, q.device)
+    overlap.expect_writable("out", out)
+    overlap.expect_apart("out", out, operands)
     checks.expect_no_gradient("out", out, any(getattr(x, "requires_grad", False) for x in operands))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, philox
+from ...runtime import checks, overlap, philox
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -103,4 +103,6 @@ def _check_out(out: Tensor, operands: Operands, plan: Plan) -> None:
     checks.expect_shape("out", out, result_shape(operands, plan.options), "of the result")
     checks.expect_dtype("out", out, (result_dtype(operands),))
     checks.expect_device("out", out, operands.x.device)
+    overlap.expect_writable("out", out)
+    overlap.expect_apart("out", out, operands, in_place=("x",))
     checks.expect_no_gradient("out", out, plan.needs_grad)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, philox
+from ...runtime import checks, overlap, philox
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -72,6 +72,8 @@ def run(
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:
             _check_out(name, tensor, operands, plan.needs_grad)
+    if out is not None and sum_out is not None and overlap.share_memory(out, sum_out):
+        raise ValueError("`out` must share no memory with `sum_out`, got tensors that do")
     if plan.route is not FORMULA:
         y, h = fused.layer_norm(
             operands, plan.options, plan.settings, plan.needs_grad, plan.route, out, sum_out
@@ -123,6 +125,8 @@ def _check_out(name: str, out: Tensor, operands: Operands, needs_grad: bool) -> 
     checks.expect_shape(name, out, tuple(operands.x.shape), "of `x`")
     checks.expect_dtype(name, out, (sum_dtype(operands),))
     checks.expect_device(name, out, operands.x.device)
+    overlap.expect_writable(name, out)
+    overlap.expect_apart(name, out, operands, in_place=("x", "residual"))
     checks.expect_no_gradient(name, out, needs_grad)
 
 
