@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..runtime import checks
 from .decoding import Decoding
+
+EndTokens = int | Sequence[int]
 
 
 class Model(Protocol):
@@ -38,19 +41,29 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def greedy_search(
-    model: Model, src: Tensor, *, bos: int, eos: int, max_len: int, use_cache: bool | None = None
+    model: Model,
+    src: Tensor,
+    *,
+    bos: int,
+    eos: EndTokens,
+    max_len: int,
+    use_cache: bool | None = None,
 ) -> Generated:
     """The likeliest token after each other.
 
     Args:
         model: in eval mode, or its dropout acts.
         src: (N, S) int64, padded with `model.padding_idx`.
-        bos, eos: the tokens that begin and end a sentence; `bos` and the padding are never chosen.
+        bos: the token that begins a sentence.
+        eos: the token that ends it, or several of which each does. `bos` and the padding are never
+            chosen, unless they are among these (GPT-2 pads with its `eos`, BART begins with it).
         max_len: longest sentence, `eos` included.
         use_cache: as of `Seq2SeqTransformer.start`.
 
     Raises:
-        ValueError: `max_len` does not suit the model, or it cannot use a cache.
+        TypeError: `src` is no tensor of integers, or a number no int.
+        ValueError: `bos` or `eos` is outside the vocabulary, `max_len` does not suit the model, or
+            it cannot use a cache.
     """
     return _follow(model, src, bos, eos, max_len, use_cache, lambda logits: logits.argmax(-1))
 
@@ -61,7 +74,7 @@ def sample(
     src: Tensor,
     *,
     bos: int,
-    eos: int,
+    eos: EndTokens,
     max_len: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -80,12 +93,12 @@ def sample(
         generator: source of randomness, on the device of `src`; torch's own if None.
 
     Raises:
-        ValueError: one of these is out of range.
+        TypeError, ValueError: one of these is out of range; or as `greedy_search`.
     """
     if not temperature > 0.0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1, got {top_k}")
+    if top_k is not None:
+        checks.expect_integer("top_k", top_k, 1)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"`top_p` must be in (0, 1], got {top_p}")
 
@@ -117,29 +130,77 @@ def forbid(logits: Tensor, tokens: tuple[int, ...]) -> Tensor:
     return logits
 
 
+def check_call(src: Tensor, bos: int, eos: EndTokens, max_len: int) -> tuple[int, ...]:
+    """The tokens that end a sentence, after a look at what all searches take.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    checks.expect_rank("src", src, 2, "(N, S)")
+    checks.expect_integer("bos", bos, 0)
+    checks.expect_integer("max_len", max_len, 0)
+    ends = tuple(eos) if isinstance(eos, Sequence) else (eos,)
+    if not ends:
+        raise ValueError("`eos` must name at least one token, got none")
+    for token in ends:
+        checks.expect_integer("eos", token, 0)
+    return ends
+
+
+def expect_in_vocabulary(name: str, tokens: tuple[int, ...], vocab: int) -> None:
+    """Raises ValueError for a token that the model has no logit of."""
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise ValueError(f"`{name}` must be in the vocabulary [0, {vocab}), got {token}")
+
+
+def vocabulary(model: Model) -> int | None:
+    """Number of target tokens, where the model says so."""
+    return getattr(model, "tgt_vocab", None)
+
+
+def never_chosen(bos: int, ends: tuple[int, ...], padding: int) -> tuple[int, ...]:
+    """Tokens that are no part of a sentence."""
+    return tuple(token for token in (bos, padding) if token not in ends)
+
+
+def is_end(tokens: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Which of `tokens` end a sentence: bool of their shape."""
+    found = tokens == ends[0]
+    for token in ends[1:]:
+        found = found | (tokens == token)
+    return found
+
+
 def _follow(
     model: Model,
     src: Tensor,
     bos: int,
-    eos: int,
+    eos: EndTokens,
     max_len: int,
     use_cache: bool | None,
     choose: Callable[[Tensor], Tensor],
 ) -> Generated:
     """`choose`: logits (N, V) -> tokens (N,)."""
+    ends = check_call(src, bos, eos, max_len)
+    if (vocab := vocabulary(model)) is not None:
+        expect_in_vocabulary("bos", (bos,), vocab)
+        expect_in_vocabulary("eos", ends, vocab)
     decoding = model.start(src, max_len, use_cache=use_cache)
     batch, padding = src.shape[0], model.padding_idx
+    forbidden = never_chosen(bos, ends, padding)
     last = torch.full((batch,), bos, dtype=torch.int64, device=src.device)
     finished = torch.zeros(batch, dtype=torch.bool, device=src.device)
     scores = torch.zeros(batch, dtype=torch.float64, device=src.device)
     tokens: list[Tensor] = []
     while len(tokens) < max_len and not bool(finished.all()):
-        logits = forbid(decoding.step(last), (bos, padding))
+        logits = forbid(decoding.step(last), forbidden)
+        expect_in_vocabulary("eos", ends, logits.shape[-1])
         last = choose(logits)
         gained = logits.log_softmax(-1).gather(-1, last[:, None])[:, 0]
         scores += torch.where(finished, 0.0, gained)
         last = torch.where(finished, padding, last)
-        finished = finished | (last == eos)
+        finished = finished | is_end(last, ends)
         tokens.append(last)
     found = torch.stack(tokens, dim=1) if tokens else src.new_empty(batch, 0)
     return Generated(found, scores.float())

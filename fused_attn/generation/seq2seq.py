@@ -82,6 +82,7 @@ class Seq2SeqTransformer(NotScriptable, nn.Module):
                 "`positions` must not be 'rotary' on torch.nn, which has no such thing"
             )
         self.backend, self.padding_idx, self.max_len = backend, padding_idx, max_len
+        self.tgt_vocab = tgt_vocab or src_vocab
         fused = backend == "fused"
         embedding_class = FusedTransformerEmbedding if fused else TransformerEmbedding
         added = "none" if positions == "rotary" else positions

@@ -70,6 +70,15 @@ def expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"`{name}` must be on {device}, got {tensor.device}")
 
 
+def expect_integer(name: str, value: object, least: int) -> int:
+    """An int of at least `least`; symbolic ones, which compilers trace with, are taken."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"`{name}` must be an int, got {type_name(value)}")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}")
+    return value  # type: ignore[return-value]
+
+
 def expect_finite(name: str, value: object) -> float:
     number = _number(name, value)
     if not -math.inf < number < math.inf:  # math.isfinite cannot be traced

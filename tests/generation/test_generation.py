@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from generation.test_seq2seq import PAD, V, batch, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from fused_attn import Seq2SeqTransformer, beam_search, greedy_search, sample
 from fused_attn.generation.decoding import CachedDecoding, PlainDecoding
 from fused_attn.generation.search import keep_likeliest
+from tests.generation.test_seq2seq import PAD, V, batch, build
 
 BOS, EOS = 1, 2
 ENDS = {"bos": BOS, "eos": EOS}
@@ -229,3 +229,86 @@ def test_beams_end_before_the_longest_length_and_report_it() -> None:
     found = beam_search(model, src, **ENDS, max_len=20, beams=3)
     longest = (found.tokens != PAD).sum(1)
     assert int(longest.max()) == found.tokens.shape[1]
+
+
+SEARCHES: dict[str, Any] = {
+    "greedy": greedy_search,
+    "sample": lambda *a, **k: sample(*a, **k, generator=torch.Generator().manual_seed(0)),
+    "beam": beam_search,
+    "one beam": lambda *a, **k: beam_search(*a, **k, beams=1),
+    "more beams than tokens": lambda *a, **k: beam_search(*a, **k, beams=V + 3),
+}
+
+
+def ending(token: int) -> Seq2SeqTransformer:
+    """A model that likes `token` best, whatever came before."""
+    model = sharp(tie_embeddings=False)
+    with torch.no_grad():
+        model.generator.weight.zero_()
+        model.generator.weight[token] = 1.0
+        model.transformer.decoder.norm.weight.zero_()
+        model.transformer.decoder.norm.bias.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize("eos", [PAD, BOS, EOS, 5])
+def test_a_sentence_ends_whichever_token_ends_it(search: Any, eos: int) -> None:
+    """GPT-2's end is its padding, BART's its beginning."""
+    found = search(ending(eos), batch(), bos=BOS, eos=eos, max_len=9)
+    ends = found.tokens == eos
+    assert ends[:, 0].float().mean() > 0.5  # nearly always at once
+    first = torch.where(ends.any(1), ends.long().argmax(1), found.tokens.shape[1])
+    after = torch.arange(found.tokens.shape[1]) > first[:, None]
+    assert (found.tokens[after] == PAD).all()
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_each_of_several_tokens_ends_a_sentence(search: Any) -> None:
+    for liked in (5, PAD, 7):
+        found = search(ending(liked), batch(), bos=BOS, eos=[7, PAD, 5], max_len=9)
+        first = found.tokens[:, 0]
+        assert ((first == 5) | (first == PAD) | (first == 7)).float().mean() > 0.5
+
+
+def test_several_ends_are_the_best_of_each() -> None:
+    """By trying all: the best sentence that ends with either token."""
+    model, src = sharp(3), batch((4,))
+    alone = [beam_search(model, src, bos=BOS, eos=e, max_len=1, beams=V) for e in (2, 5)]
+    both = beam_search(model, src, bos=BOS, eos=(2, 5), max_len=1, beams=V)
+    assert both.scores >= max(a.scores for a in alone) - 1e-6
+
+
+@pytest.mark.parametrize("search", [greedy_search, sample, beam_search])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"eos": V}, ValueError, r"`eos` must be in the vocabulary \[0, \d+\), got"),
+        ({"eos": [2, V + 7]}, ValueError, r"`eos` must be in the vocabulary"),
+        ({"eos": -1}, ValueError, "`eos` must be at least 0, got -1"),
+        ({"eos": 2.0}, TypeError, "`eos` must be an int, got float 2.0"),
+        ({"eos": ()}, ValueError, "`eos` must name at least one token"),
+        ({"eos": None}, TypeError, "`eos` must be an int, got NoneType"),
+        ({"bos": V}, ValueError, r"`bos` must be in the vocabulary"),
+        ({"bos": True}, TypeError, "`bos` must be an int, got bool"),
+        ({"max_len": 3.0}, TypeError, "`max_len` must be an int, got float"),
+        ({"max_len": -1}, ValueError, "`max_len` must be at least 0"),
+    ],
+)
+def test_wrong_tokens_and_lengths_are_named(
+    search: Any, wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"bos": BOS, "eos": EOS, "max_len": 4, **wrong}
+    with pytest.raises(error, match=message):
+        search(sharp(), batch(), **arguments)
+
+
+@pytest.mark.parametrize("beams", [2.0, "4", None, True])
+def test_beams_are_an_int(beams: Any) -> None:
+    with pytest.raises(TypeError, match="`beams` must be an int, got"):
+        beam_search(sharp(), batch(), **ENDS, max_len=3, beams=beams)
+
+
+def test_no_source_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match="`src` must be a tensor, got list"):
+        greedy_search(sharp(), [[1, 2]], **ENDS, max_len=3)
