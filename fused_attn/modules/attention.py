@@ -88,7 +88,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,
+        is_causal: bool | None = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `query` over `key` and `value`; as `torch.nn.MultiheadAttention.forward`.
 
@@ -118,6 +118,9 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         Shape legend: N batch, L queries, S keys, E embed_dim, H num_heads.
         """
         arguments.check_types(query, key, value)
+        is_causal = bool(is_causal)  # torch's takes None for False
+        if attn_mask is not None:
+            attn_mask = arguments.plain_mask(attn_mask, query.device)
         if query.is_nested or key.is_nested or value.is_nested:
             return nested_attention.forward(
                 self,

@@ -7,14 +7,14 @@ RuntimeError for dtypes and the size of `attn_mask`) with one text, whatever the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.dispatch import UnsupportedError
-from ..runtime import autocast
+from ..runtime import autocast, subclasses
 from ..runtime.checks import type_name
 
 
@@ -42,6 +42,13 @@ def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type_name(tensor)}")
+
+
+def plain_mask(attn_mask: Any, device: torch.device) -> Tensor:
+    """`attn_mask`; a `CausalBias` of torch's as the bool mask, True = masked out, that it means."""
+    if subclasses.is_causal_bias(attn_mask):
+        return ~attn_mask._materialize(device)
+    return attn_mask
 
 
 def check_tensors(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import subclasses
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -28,6 +30,16 @@ def present(operands: Any) -> tuple[str, ...]:
 def expect_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type_name(value)}")
+    if type(value) not in (Tensor, torch.nn.Parameter) and not subclasses.is_understood(value):
+        raise TypeError(
+            f"`{name}` must be a plain tensor, got a {type(value).__name__}, a subclass of Tensor "
+            f"with rules of its own (__torch_function__); hint: where it is no more than its "
+            f"numbers, pass `{name}.as_subclass(torch.Tensor)`"
+        )
+    if value.layout != torch.strided and not value.is_nested:
+        raise TypeError(
+            f"`{name}` must be dense, got layout {value.layout}; hint: pass `{name}.to_dense()`"
+        )
 
 
 def expect_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime import checks, overlap
+from ...runtime import checks, overlap, subclasses
 from .. import dispatch
 from . import BACKENDS, call
 from .call import Scalars
@@ -107,6 +107,8 @@ def attention(
     """
     if layout != BHLD:
         q, k, v, out = heads_first(layout, q=q, k=k, v=v, out=out)
+    if mask is not None or bias is not None:
+        mask, bias, causal = understood(q, k, mask, bias, causal)
     operands = Operands(
         q,
         k,
@@ -281,6 +283,10 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> disp
     layout = arguments.get("layout", BHLD)
     if layout != BHLD:
         q, k, v, _ = heads_first(layout, q=q, k=k, v=v, out=None)
+    mask, bias, causal = (arguments.get(name) for name in ("mask", "bias", "causal"))
+    if mask is not None or bias is not None:
+        mask, bias, causal = understood(q, k, mask, bias, causal or False)
+        arguments.update(mask=mask, bias=bias, causal=causal)
     for name in ("bias", "mask"):
         if arguments.get(name) is not None:
             arguments[name] = four_dimensional(name, arguments[name])
@@ -300,6 +306,24 @@ def heads_first(layout: Any, *, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, 
         checks.expect_rank("out", out, 4, "(B, Lq, H, Dv)")
         out = out.transpose(1, 2)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out
+
+
+def understood(
+    q: Any, k: Any, mask: Any, bias: Any, causal: Any
+) -> tuple[Tensor | None, Tensor | None, Any]:
+    """mask, bias and causal, with what a `CausalBias` of torch's says in its place."""
+    said = {n: x for n, x in (("mask", mask), ("bias", bias)) if subclasses.is_causal_bias(x)}
+    if not said:
+        return mask, bias, causal
+    checks.expect_rank("q", q, 4, "(B, H, Lq, D)")
+    checks.expect_rank("k", k, 4, "(B, Hkv, Lk, D)")
+    lengths = (q.shape[2], k.shape[2])
+    mask, bias = None if "mask" in said else mask, None if "bias" in said else bias
+    for name, given in said.items():
+        shown, causal = subclasses.split_causal_bias(name, given, causal, lengths, q.device)
+        if shown is not None:
+            mask = shown if mask is None else mask & shown
+    return mask, bias, causal
 
 
 def four_dimensional(name: str, tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .. import dispatch, operators
 from ..dispatch import OPERATOR
 from . import BACKENDS, call, fused, reference
 from . import sinks as attention_sinks
-from .api import four_dimensional, heads_first
+from .api import four_dimensional, heads_first, understood
 from .call import Scalars
 from .problem import BHLD, NO_WEIGHTS, AttentionProblem, Causal, Layout, Operands
 
@@ -85,6 +85,8 @@ def attention_backward(
             checks.expect_rank(name, tensor, 4, "(B, Lq, H, Dv)")
         q, k, v, out = heads_first(layout, q=q, k=k, v=v, out=out)
         dout = dout.transpose(1, 2)
+    if mask is not None or bias is not None:
+        mask, bias, causal = understood(q, k, mask, bias, causal)
     operands = Operands(
         q,
         k,

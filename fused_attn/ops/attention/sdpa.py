@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, subclasses
+from ..dispatch import UnsupportedError
 from .api import attention
+from .problem import Causal
 
 
 def scaled_dot_product_attention(
@@ -29,13 +33,14 @@ def scaled_dot_product_attention(
     `scale` that is not positive is right under `is_causal`. The output is always contiguous.
 
     Args:
-        query: (..., Hq, L, E), two to five dimensions; two mean one head.
+        query: (..., Hq, L, E), two dimensions or more; two mean one head. A NestedTensor is
+            handed to torch's own function.
         key: (..., H, S, E). value: (..., H, S, Ev). Leading dimensions broadcast.
         attn_mask: broadcastable to (..., Hq, L, S): bool, True = visible, or float, added to the
-            scores (query's dtype or float32).
+            scores (query's dtype or float32); or a `CausalBias` of `torch.nn.attention.bias`.
         dropout_p: applied whenever it is not 0, as in torch.
         is_causal: query i sees key j iff j <= i (upper left).
-        scale: 1/sqrt(E) if None.
+        scale: 1/sqrt(E) if None; a number of NumPy's or a tensor of one number will do.
         enable_gqa: allow Hq to be a multiple of H; without it the heads must be equal or 1.
         backend: name of the backend that must run the call; chosen if None.
 
@@ -48,17 +53,33 @@ def scaled_dot_product_attention(
 
     Shape legend: L and S lengths, E and Ev head sizes, Hq and H heads, ... batch dimensions.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    given = (("query", query), ("key", key), ("value", value))
+    if any(isinstance(x, Tensor) and (x.is_nested or _has_nothing(x)) for _, x in given):
+        if backend is not None and query.is_nested:
+            raise UnsupportedError(f"backend {backend!r} takes no NestedTensors")
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    for name, tensor in given:
         checks.expect_tensor(name, tensor)
-        if not 2 <= tensor.dim() <= 5:
+        if tensor.dim() < 2:
             raise ValueError(
-                f"`{name}` must have 2 to 5 dimensions (..., H, L, E), got {tuple(tensor.shape)}"
+                f"`{name}` must have at least 2 dimensions (L, E), got {tuple(tensor.shape)}"
             )
+    if scale is not None and type(scale) not in (float, int):
+        scale = _number(scale)
+    causal: Causal = bool(is_causal)
+    if attn_mask is not None and subclasses.is_causal_bias(attn_mask):
+        if is_causal:
+            raise ValueError("`is_causal` must be False where `attn_mask` is a CausalBias")
+        attn_mask, causal = subclasses.split_causal_bias(
+            "attn_mask", attn_mask, False, (query.shape[-2], key.shape[-2]), query.device
+        )
     if attn_mask is not None:
         checks.expect_tensor("attn_mask", attn_mask)
         checks.expect_dtype("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
     if query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, backend)
+        return _attend(query, key, value, attn_mask, dropout_p, causal, scale, backend)
     shape = _leading_shape(query, key, value, enable_gqa)
     rank = max(query.dim(), key.dim(), value.dim())
     batch = shape[:-1]
@@ -69,8 +90,22 @@ def scaled_dot_product_attention(
         scores = (*shape[len(shape) + 2 - rank :], query.shape[-2], key.shape[-2])
         checks.expect_broadcastable("attn_mask", attn_mask, scores, "(..., Hq, L, S)")
         mask = _batched_mask(attn_mask, batch)
-    out = _attend(q, k, v, mask, dropout_p, is_causal, scale, backend)
+    out = _attend(q, k, v, mask, dropout_p, causal, scale, backend)
     return out if rank == 4 else out.reshape(*shape[len(shape) + 2 - rank :], *out.shape[-2:])
+
+
+def _has_nothing(tensor: Tensor) -> bool:
+    """True where torch must say what comes out: no batch element, no head, or no head size."""
+    shape = tensor.shape
+    return len(shape) >= 2 and (shape[-1] == 0 or 0 in shape[:-2])
+
+
+def _number(scale: Any) -> Any:
+    """A scale of another kind as a float; what is none stays for the checks to refuse."""
+    try:
+        return float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        return scale
 
 
 def _attend(
@@ -79,7 +114,7 @@ def _attend(
     v: Tensor,
     mask: Tensor | None,
     dropout_p: float,
-    is_causal: bool,
+    causal: Causal,
     scale: float | None,
     backend: str | None,
 ) -> Tensor:
@@ -89,7 +124,7 @@ def _attend(
         q,
         k,
         v,
-        causal=bool(is_causal),
+        causal=causal,
         mask=mask if is_bool else None,
         bias=None if is_bool else mask,
         scale=scale,

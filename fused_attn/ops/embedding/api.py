@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import call
@@ -34,12 +37,12 @@ def embedding(
     bitwise equal gradients.
 
     Args:
-        tokens: (*, L) int64, in [0, V); any strides.
+        tokens: (*, L) int64 or int32, in [0, V); any strides.
         weight: (V, E) float32, float16, bfloat16 or float64; any strides.
         table: (P, E), one row a position; where its dtype differs, y has the promoted one.
         scale: factor of the token's row; √E in Vaswani et al. 2017, section 3.4.
-        positions: (*, L) int64, in [0, P): the row of `table` for each token. Counted along the
-            last dimension of `tokens` if None.
+        positions: (*, L) int64 or int32, in [0, P): the row of `table` for each token.
+            Counted along the last dimension of `tokens` if None.
         offset: position of the first token where they are counted, as in cached generation.
         padding_idx: the row of `weight` that gets no gradient, as in `F.embedding`.
         dropout_p: probability in [0, 1] of dropping an element of y; the kept ones are divided by
@@ -56,5 +59,12 @@ def embedding(
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    tokens, positions = (_as_int64(x) for x in (tokens, positions))
     operands = Operands(tokens, weight, table, positions, dropout_rng if dropout_p else None)
     return call.run(operands, Scalars(scale, offset, padding_idx, dropout_p, backend))
+
+
+def _as_int64(indices: Any) -> Any:
+    """What torch's embedding takes as well; anything else stays for the checks to refuse."""
+    is_int32 = isinstance(indices, Tensor) and indices.dtype == torch.int32
+    return indices.long() if is_int32 else indices

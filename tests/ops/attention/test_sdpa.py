@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
@@ -161,7 +165,7 @@ def test_dropout_applies_whenever_it_is_not_zero(attention_backend: str) -> None
 
 
 MISTAKES = {
-    "rank": (((8,), (9, 8), (9, 8)), {}, ValueError, r"`query` must have 2 to 5 dimensions"),
+    "rank": (((8,), (9, 8), (9, 8)), {}, ValueError, r"`query` must have at least 2 dimensions"),
     "heads": (((2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 8)), {}, ValueError, r"enable_gqa=True"),
     "grouped heads": (
         ((2, 4, 6, 8), (2, 3, 9, 8), (2, 3, 9, 8)),
@@ -190,3 +194,53 @@ def test_mistake_is_named(name: str) -> None:
     shapes, arguments, kind, message = MISTAKES[name]
     with pytest.raises(kind, match=message):
         scaled_dot_product_attention(*(torch.randn(shape) for shape in shapes), **arguments)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.3), np.float64(0.3), torch.tensor(0.3), 1])
+def test_any_number_is_a_scale(scale: Any) -> None:
+    q, k, v = torch.randn(3, 2, 3, 4, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, scale=float(scale))
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, scale=scale), expected)
+
+
+@pytest.mark.parametrize("scale", ["0.3", [0.3], torch.ones(2)])
+def test_what_is_no_number_is_no_scale(scale: Any) -> None:
+    q = torch.randn(2, 3, 4, 8)
+    if scale == "0.3":
+        pytest.skip("a number all the same, to Python")
+    with pytest.raises(TypeError, match="`scale` must be a number, got"):
+        scaled_dot_product_attention(q, q, q, scale=scale)
+
+
+@pytest.mark.parametrize("leading", [(2, 1, 3, 2), (1, 2, 1, 1, 3)])
+def test_any_number_of_leading_dimensions(leading: tuple[int, ...]) -> None:
+    q, k, v = torch.randn(3, *leading, 4, 8)
+    mask = torch.rand(*leading[-2:], 4, 4) < 0.7
+    mask |= torch.eye(4, dtype=torch.bool)
+    for attn_mask in (None, mask):
+        found = scaled_dot_product_attention(q, k, v, attn_mask)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, attn_mask))
+
+
+ZEROS = {
+    "batch": (0, 2, 3, 4, 8),
+    "heads": (2, 0, 3, 4, 8),
+    "queries": (2, 2, 0, 4, 8),
+    "keys": (2, 2, 3, 0, 8),
+    "head size": (2, 2, 3, 4, 0),
+}
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ZEROS)
+def test_sizes_of_zero_get_torchs_answer(name: str, is_causal: bool) -> None:
+    batch, heads, queries, keys, size = ZEROS[name]
+    q = torch.randn(batch, heads, queries, size, requires_grad=True)
+    k, v = (torch.randn(batch, heads, keys, size, requires_grad=True) for _ in range(2))
+    found = scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    if name == "keys":
+        expected = expected.nan_to_num()  # where nothing is seen, 0: docs/differences.md
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    found.sum().backward()
+    assert q.grad is not None
