@@ -176,10 +176,8 @@ def with_flags(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             for name, x in tensors.items()}  # fmt: skip
 
 
-def step(problem: Problem, prepared: Prepared, dout: Tensor | None) -> Callable[[], object]:
-    """What is timed: the forward, the backward alone, or both."""
-    if not problem.wants_gradient or dout is None:
-        return prepared.forward
+def step(problem: Problem, prepared: Prepared, dout: Tensor) -> Callable[[], object]:
+    """What is timed where a gradient is wanted: the backward alone, or both."""
     inputs, grad = list(prepared.inputs.values()), prepared.arrange(dout)
     if problem.direction == "training":
         return lambda: torch.autograd.grad(prepared.main(), inputs, grad)

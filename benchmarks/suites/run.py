@@ -276,13 +276,7 @@ def _time(
         if side.status != OK:
             continue
         try:
-            inputs = with_flags(problem, {name: x.detach() for name, x in tensors.items()})
-            prepared = side.prepare(inputs)
-            dout = None
-            if problem.wants_gradient:
-                out = prepared.restore("out", prepared.main().detach())
-                dout = problem.output_gradient(out)
-            steps[side.name] = step(problem, prepared, dout)
+            steps[side.name] = step_of(problem, side, tensors)
         except Exception as error:
             side.status = f"{FAILED}: {first_line(error)}"
     by_name = {side.name: side for side in result.sides}
@@ -298,6 +292,16 @@ def _time(
                 by_name[name].status = f"{FAILED}: {first_line(why)}"
     result.drop_faulty()
     return {name: function for name, function in steps.items() if by_name[name].status == OK}
+
+
+def step_of(problem: Problem, side: Side, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
+    """What is timed of a side: one step of `problem` on tensors of its own flags."""
+    inputs = with_flags(problem, {name: x.detach() for name, x in tensors.items()})
+    prepared = side.prepare(inputs)
+    if not problem.wants_gradient:
+        return prepared.forward
+    out = prepared.restore("out", prepared.main().detach())
+    return step(problem, prepared, problem.output_gradient(out))
 
 
 def _measure_memory(result: Result, steps: Steps) -> None:
