@@ -1,6 +1,6 @@
 """Triton's own ptxas against another one: the same kernels, compiled and run under both.
 
-    python -m benchmarks.compiler.ptxas [--other PATH] [--only code results] [--arch 90] [--match ...]
+    python -m benchmarks.compiler.ptxas [--other PATH] [--only code results] [--arch 90] [--match .]
 
 Some versions of ptxas reuse registers that a running wgmma still reads (Triton's wheels of 2025
 bring such a version). `code` compiles the shipped kernels under both, which takes no GPU, and lists
