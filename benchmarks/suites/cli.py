@@ -246,7 +246,7 @@ def _can_plot() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        _fail("pictures need matplotlib: pip install 'fused-attn[bench]'")
+        _fail("pictures need matplotlib: pip install matplotlib")
         return False
     return True
 
