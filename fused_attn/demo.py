@@ -6,12 +6,14 @@ guessed: stock torch.nn also trains in float64, and the fused curve may stray fr
 three times as far as the stock curve of the same precision does (the budget of gradients).
 
 A step of every curve is timed first. What the time does not hold is left out, and said to be: some
-CPUs take seconds a step in bfloat16.
+CPUs take seconds a step in bfloat16. Where it does not even hold the first two curves, all curves
+have fewer steps.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import sysconfig
 import time
@@ -52,6 +54,7 @@ CURVES: tuple[Curve, ...] = (
 
 MINUTES = 3.0
 MARGIN = 0.8  # of the time that is planned for: steps take longer beside busy neighbours
+LEAST_STEPS = 5  # of a curve that shows anything
 TIMING = 0.3  # of the time may be taken by steps that are only timed
 SLOW_STEP = 1.0  # seconds; of a faster one the second is timed, which warms nothing up
 
@@ -178,6 +181,8 @@ def time_steps(text: Tensor, limit: float) -> tuple[dict[Curve, float], float]:
 
 def _apart(function: Callable[..., ResultT], *args: Any) -> ResultT:
     """Call in a process of its own: peak memory is a process's, and curves stay independent."""
+    # Threads that spin while they wait take the cores from each other beside busy neighbours.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(function, *args).result()
@@ -187,6 +192,15 @@ def drift(a: Result, b: Result) -> float:
     """Root mean square distance of two loss curves."""
     squares = [(x - y) ** 2 for x, y in zip(a.losses, b.losses, strict=True)]
     return (sum(squares) / len(squares)) ** 0.5
+
+
+def affordable(steps: int, step: dict[Curve, float], limit: float) -> int:
+    """As many of `steps` as `limit` seconds hold of the first two curves, if that is a curve."""
+    pair = [step[curve] for curve in CURVES[:2] if curve in step]
+    if len(pair) < 2 or steps * sum(pair) <= limit:
+        return steps
+    fewer = int(MARGIN * limit / sum(pair))
+    return fewer if fewer >= LEAST_STEPS else steps
 
 
 def fitting(seconds: dict[Curve, float], limit: float) -> list[Curve]:
@@ -228,8 +242,12 @@ def _train_what_fits(
     start = time.monotonic()
     step, timed = _apart(time_steps, text, TIMING * (end - start))
     start_up = time.monotonic() - start - timed  # what a process takes to start here
+    asked, left = steps, end - time.monotonic()
+    steps = affordable(asked, step, left - 2 * start_up)
+    if steps < asked:
+        print(f"{steps} steps in place of {asked}: there is no time for more, see `--minutes`")
     needed = {curve: start_up + steps * seconds for curve, seconds in step.items()}
-    chosen, results = fitting(needed, end - time.monotonic()), {}
+    chosen, results = fitting(needed, left), {}
     for curve in CURVES:
         result = None
         if curve in chosen:

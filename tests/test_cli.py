@@ -164,6 +164,18 @@ def test_demo_shows_the_speed_of_what_it_leaves_out(
     assert lines[FUSED16][3:5] == ["4,096", "14.80"]
 
 
+def test_demo_takes_fewer_steps_where_there_is_no_time_for_any_curve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pretended = PretendedMachine(monkeypatch, {c: 6 * s for c, s in SLOW.items()})
+    assert demo.run(Path(__file__), 50, tmp_path / "curves.png") == 0
+    assert pretended.now - 1000.0 < 180
+    text = capsys.readouterr().out
+    assert "11 steps in place of 50" in text
+    left_out = [line.split(",")[0] for line in text.splitlines() if line.startswith("left out")]
+    assert left_out == ["left out: stock fp64", "left out: stock bf16", "left out: fused bf16"]
+
+
 def test_demo_holds_more_where_there_is_more_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
