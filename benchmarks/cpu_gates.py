@@ -4,32 +4,39 @@
 
 Prints each class with the ratio (the fastest peer's time over ours), its gate and its goal, and the
 share of the machine's peak, and exits with 1 if a gate of either does not hold, or if a result or
-gradient has more than twice the error of plain PyTorch (and one rounding). One thread of CPU time;
-`--threads 1 2` adds a table of wall times. `--avx2` forces both sides to AVX2, every gate being 1.
+gradient of ours is over the error budget of the tests. Which gates those are, `gates.py` says for
+the machine's level of instructions. One thread of CPU time; `--threads 1 2` adds a table of wall
+times. `--avx2` forces both sides to AVX2, and takes its gates.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from cpu import ROWS
-from cpu.row import SHORT_NAMES, Row
 
-from .suites.ceilings import peak_flops
-from .suites.machine import RESULTS
-from .suites.machine import folder_name as machine_name
-from .suites.results import save_rows
-from .suites.timing import Timing, time_in_turn
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # run as a script: the package beside it is not on the path
+    sys.path[0] = str(ROOT)
 
+from benchmarks.gates import GATES, Gate, chosen  # noqa: E402
+from benchmarks.suites import run  # noqa: E402
+from benchmarks.suites.ceilings import peak_flops  # noqa: E402
+from benchmarks.suites.machine import RESULTS, cpu_level, folder_name  # noqa: E402
+from benchmarks.suites.peers import PEERS  # noqa: E402
+from benchmarks.suites.problem import DTYPES, REFUSED  # noqa: E402
+from benchmarks.suites.results import save_rows  # noqa: E402
+
+# What torch itself has; nothing that compiles.
+TORCH = ("sdpa-flash", "sdpa-math", "sdpa", "torch", "torch.nn", "torch.nn-fast")
 HEADER = (
-    f"{'class':<44} {'ours ms':>9} {'peer ms':>9} {'peer':<12} {'ratio':>6} {'gate':>5} {'goal':>5}"
+    f"{'class':<40} {'ours ms':>9} {'peer ms':>9} {'peer':<13} {'ratio':>6} {'gate':>5} {'goal':>5}"
 )
-
 # What makes us, torch and its libraries believe in a machine without AVX-512.
 AVX2 = {
     "FUSED_ATTN_CPU": "avx2",
@@ -37,41 +44,52 @@ AVX2 = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
+HOLDS, GOAL = "ok", "goal"
 
 
-def measure(row: Row, threads: int) -> dict[str, object]:
-    sides = row.build()
-    ours = sides["ours"]
-    error = ours.check()
-    if error is not None:
-        return {"class": row.name, "threads": threads, "verdict": f"WRONG: {error}"}
-    functions = {name: side.run for name, side in sides.items()}
-    times = time_in_turn(functions, threads)
-    return {"class": row.name, "threads": threads, **_figures(row, times, threads)}
-
-
-def _figures(row: Row, times: dict[str, Timing], threads: int) -> dict[str, object]:
-    # Wall times of several threads on a shared machine are only worth their minimum.
-    seconds = {name: t.median if threads == 1 else t.minimum for name, t in times.items()}
-    ours = times["ours"]
-    peer = min((name for name in seconds if name != "ours"), key=seconds.__getitem__)
-    ratio = seconds[peer] / seconds["ours"]
-    share = row.flops / seconds["ours"] / (threads * peak_flops(row.dtype))
-    verdict = "goal" if ratio >= row.goal else "ok"
-    if ratio < row.gate or share < row.share_gate:
-        verdict = "BELOW GATE" if ratio < row.gate else f"BELOW {row.share_gate:.0%} OF THE PEAK"
+def measure(gate: Gate, threads: int) -> dict[str, object]:
+    """Judge and time the case of a gate; its row of the table."""
+    result = run.measure(
+        gate.suite, gate.problem, PEERS, run.Wanted(peers=TORCH, threads=(threads,))
+    )
+    row: dict[str, object] = {"class": gate.name, "threads": threads}
+    [(clock, (mine, peer))] = run.fits(result).items()
+    preferred = next((s for s in result.sides if s.ours and s.verdict != REFUSED), None)
+    if preferred is None or preferred.name != mine:  # another of ours must not stand in for it
+        return {**row, "verdict": "NONE OF OURS" if preferred is None else preferred.status.upper()}
+    if peer is None:
+        return {**row, "verdict": "NO PEER"}
+    time = result.times[clock][mine]
+    seconds, theirs = (result.figure(clock, side) for side in (mine, peer))
     return {
-        "ours_ms": round(seconds["ours"] * 1e3, 4),
-        "ours_spread": round((ours.high - ours.low) / ours.median, 3),
-        "peer_ms": round(seconds[peer] * 1e3, 4),
+        **row,
+        "ours_ms": round(seconds * 1e3, 4),
+        "ours_spread": round((time.high - time.low) / time.median, 3),
+        "peer_ms": round(theirs * 1e3, 4),
         "peer": peer,
+        **judged(gate, threads, seconds, theirs),
+    }
+
+
+def judged(gate: Gate, threads: int, seconds: float, theirs: float) -> dict[str, object]:
+    """Ratio, rates and share of times that are right, and whether the gate holds."""
+    problem = gate.problem
+    flops = problem.flops if problem.bound == "compute" else 0.0
+    share = flops / seconds / (threads * peak_flops(problem.dtype)) if flops else 0.0
+    ratio = theirs / seconds
+    verdict = GOAL if ratio >= gate.goal else HOLDS
+    if share < gate.share:
+        verdict = f"BELOW {gate.share:.0%} OF THE PEAK"
+    if ratio < gate.gate:
+        verdict = "BELOW GATE"
+    return {
         "ratio": round(ratio, 3),
-        "gate": row.gate,
-        "goal": row.goal,
-        "gflops": round(row.flops / seconds["ours"] / 1e9, 1),
-        "gbytes": round(row.bytes / seconds["ours"] / 1e9, 1),
+        "gate": gate.gate,
+        "goal": gate.goal,
+        "gflops": round(flops / seconds / 1e9, 1),
+        "gbytes": round(problem.bytes / seconds / 1e9, 1),
         "share_of_peak": round(share, 3),
-        "share_gate": row.share_gate,
+        "share_gate": gate.share,
         "verdict": verdict,
     }
 
@@ -87,56 +105,55 @@ def _print(result: dict[str, object]) -> None:
         rate = f"{result['gbytes']} GB/s"
     print(
         f"{result['class']:<40} {result['ours_ms']:9.3f} {result['peer_ms']:9.3f} "
-        f"{result['peer']:<11} {result['ratio']:6.2f} {result['gate']:5.2f} {result['goal']:5.2f} "
+        f"{result['peer']:<13} {result['ratio']:6.2f} {result['gate']:5.2f} {result['goal']:5.2f} "
         f"{rate:>12} {share:>7}  {result['verdict']}",
         flush=True,
     )
 
 
-def _save(results: list[dict[str, object]], threads: int, avx2: bool, whole: bool) -> None:
+def _save(results: Sequence[dict[str, object]], threads: int, avx2: bool, whole: bool) -> None:
     complete = [result for result in results if "ratio" in result]
     name = f"cpu_gates{'_avx2' if avx2 else ''}{'' if threads == 1 else f'_{threads}_threads'}.csv"
-    path = RESULTS / machine_name() / name
+    path = RESULTS / folder_name() / name
     if whole:
         path.unlink(missing_ok=True)  # classes that are no more
-    save_rows(path, complete, "class")
+    if complete:
+        save_rows(path, complete, "class")
     print(f"recorded {len(complete)} classes in {name}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only classes whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", choices=(1, 2), default=[1],
                         help="a table each: 1 is CPU time, 2 wall time")  # fmt: skip
     parser.add_argument("--avx2", action="store_true", help="both sides without AVX-512")
     parser.add_argument("--save", action="store_true", help="record under benchmarks/results/")
-    arguments = parser.parse_args()
-    if arguments.avx2 and os.environ.get("FUSED_ATTN_CPU") != "avx2":
-        command = [sys.executable, *sys.argv]
-        return subprocess.run(command, env={**os.environ, **AVX2}, check=False).returncode
-    rows = [row for row in ROWS if arguments.only in row.name]
-    if arguments.avx2:
-        rows = [
-            dataclasses.replace(r, gate=min(r.gate, 1.0), goal=min(r.goal, 1.0), share_gate=0.0)
-            for r in rows
-        ]
-    if not rows:
-        names = "\n  ".join(row.name for row in ROWS)
-        parser.error(f"no class contains {arguments.only!r}; the classes are\n  {names}")
+    options = parser.parse_args(arguments)
+    if options.avx2 and os.environ.get("FUSED_ATTN_CPU") != "avx2":
+        given = sys.argv[1:] if arguments is None else arguments
+        command = [sys.executable, "-m", "benchmarks.cpu_gates", *given]
+        environment = {**os.environ, **AVX2}
+        return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+    gates = [gate for gate in chosen(cpu_level(), GATES) if options.only in gate.name]
+    if not gates:
+        names = "\n  ".join(gate.name for gate in chosen(cpu_level(), GATES))
+        parser.error(f"no class contains {options.only!r}; the classes are\n  {names}")
     torch.manual_seed(0)
-    for dtype, name in SHORT_NAMES.items():
+    print(f"gates of {cpu_level()}")
+    for name, dtype in DTYPES.items():
         print(f"peak of {name}: {peak_flops(dtype) / 1e9:.0f} GF/s a thread")
     results = []
-    for threads in arguments.threads:
+    for threads in options.threads:
         clock = "one thread, CPU time" if threads == 1 else "two threads, wall time"
         print(f"\n{clock}\n{HEADER}")
-        for row in rows:
-            results.append(measure(row, threads))
+        for gate in gates:
+            results.append(measure(gate, threads))
             _print(results[-1])
-        if arguments.save:
+        if options.save:
             taken = [r for r in results if r["threads"] == threads]
-            _save(taken, threads, arguments.avx2, whole=not arguments.only)
-    failed = [r for r in results if r["threads"] == 1 and r["verdict"] not in ("ok", "goal")]
+            _save(taken, threads, options.avx2, whole=not options.only)
+    failed = [r for r in results if r["threads"] == 1 and r["verdict"] not in (HOLDS, GOAL)]
     print(f"{len(results) - len(failed)} classes hold, {len(failed)} do not")
     return 1 if failed else 0
 

@@ -41,7 +41,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="PATH",
         help="a text file, or a folder of them; default: the source of Python's standard library",
     )
-    demo.add_argument("--steps", type=int, default=50, help="training steps a run (default 50)")
+    demo.add_argument("--steps", type=int, default=50, help="training steps a curve (default 50)")
+    demo.add_argument(
+        "--minutes",
+        type=float,
+        default=3.0,
+        help="curves that would take the demo longer are left out (default 3)",
+    )
     demo.add_argument(
         "--output",
         type=Path,
@@ -55,12 +61,15 @@ def _demo(options: argparse.Namespace) -> int:
     if options.steps < 1:
         print(f"`--steps` must be at least 1, got {options.steps}", file=sys.stderr)
         return 2
+    if not options.minutes > 0:
+        print(f"`--minutes` must be more than 0, got {options.minutes}", file=sys.stderr)
+        return 2
     try:
         from .demo import run
     except ModuleNotFoundError as missing:
         print(f"the demo needs {missing.name}: pip install 'fused-attn[demo]'", file=sys.stderr)
         return 2
-    return run(options.text, options.steps, options.output)
+    return run(options.text, options.steps, options.output, options.minutes)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,24 @@ The model predicts the next byte of real text with a causal Transformer. Every r
 same weights and sees the same batches, so the loss curves must agree. How closely is measured, not
 guessed: stock torch.nn also trains in float64, and the fused curve may stray from that one at most
 three times as far as the stock curve of the same precision does (the budget of gradients).
+
+A step of every curve is timed first. What the time does not hold is left out, and said to be: some
+CPUs take seconds a step in bfloat16. Where it does not even hold the first two curves, all curves
+have fewer steps.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import sysconfig
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import matplotlib
 
@@ -27,6 +34,8 @@ from tqdm import tqdm
 from .convert import fuse
 from .testing import BACKWARD_FACTOR
 
+ResultT = TypeVar("ResultT")
+
 BYTES = 256
 WIDTH, HEADS, LAYERS, FEED_FORWARD = 256, 4, 3, 512
 CONTEXT, BATCH = 512, 4
@@ -36,7 +45,18 @@ SEED = 0
 
 KINDS = ("stock", "fused")
 PRECISIONS = ("fp32", "bf16")
-ORACLE = ("stock", "fp64")
+Curve = tuple[str, str]  # kind and precision
+ORACLE: Curve = ("stock", "fp64")
+# The most telling first: what the time does not hold is left out from the end.
+CURVES: tuple[Curve, ...] = (
+    ("stock", "fp32"), ("fused", "fp32"), ORACLE, ("stock", "bf16"), ("fused", "bf16"),
+)  # fmt: skip
+
+MINUTES = 3.0
+MARGIN = 0.8  # of the time that is planned for: steps take longer beside busy neighbours
+LEAST_STEPS = 5  # of a curve that shows anything
+TIMING = 0.3  # of the time may be taken by steps that are only timed
+SLOW_STEP = 1.0  # seconds; of a faster one the second is timed, which warms nothing up
 
 
 class LanguageModel(nn.Module):
@@ -105,8 +125,14 @@ def build(kind: str, device: torch.device) -> LanguageModel:
     return model
 
 
-def train(kind: str, precision: str, text: Tensor, steps: int) -> Result:
-    """Train one model and keep its curve; "bf16" is autocast over float32 weights."""
+def train(
+    curve: Curve, text: Tensor, steps: int, limit: float = float("inf"), quiet: bool = False
+) -> Result:
+    """Train one model and keep its curve; "bf16" is autocast over float32 weights.
+
+    Ends early, with the step after which `limit` seconds hold no other.
+    """
+    kind, precision = curve
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(kind, device)
     if precision == "fp64":
@@ -116,7 +142,7 @@ def train(kind: str, precision: str, text: Tensor, steps: int) -> Result:
     text = text.to(device)
     losses, seconds = [], []
     before = _memory(device)
-    for _ in tqdm(range(steps), desc=f"{kind:>5} {precision}", unit="step"):
+    for _ in tqdm(range(steps), desc=f"{kind:>5} {precision}", unit="step", disable=quiet):
         starts = torch.randint(0, len(text) - CONTEXT - 1, (BATCH, 1), generator=batches)
         rows = text[starts.to(device) + torch.arange(CONTEXT + 1, device=device)]
         start = time.perf_counter()
@@ -132,6 +158,8 @@ def train(kind: str, precision: str, text: Tensor, steps: int) -> Result:
         optimizer.step()
         losses.append(loss.item())  # waits for a GPU, so the clock may stop
         seconds.append(time.perf_counter() - start)
+        if sum(seconds) + seconds[-1] > limit:
+            break
     return Result(losses, seconds, _memory(device) - before)
 
 
@@ -142,11 +170,22 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _train_apart(kind: str, precision: str, text: Tensor, steps: int) -> Result:
-    """`train` in a process of its own: peak memory is a process's, and runs stay independent."""
+def time_steps(text: Tensor, limit: float) -> tuple[dict[Curve, float], float]:
+    """Seconds of a step of every curve that it comes to within `limit`, and seconds of it all."""
+    start, step = time.monotonic(), {}
+    for curve in CURVES:
+        if time.monotonic() - start < limit:
+            step[curve] = train(curve, text, 2, limit=2 * SLOW_STEP, quiet=True).seconds[-1]
+    return step, time.monotonic() - start
+
+
+def _apart(function: Callable[..., ResultT], *args: Any) -> ResultT:
+    """Call in a process of its own: peak memory is a process's, and curves stay independent."""
+    # Threads that spin while they wait take the cores from each other beside busy neighbours.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(train, kind, precision, text, steps).result()
+        return executor.submit(function, *args).result()
 
 
 def drift(a: Result, b: Result) -> float:
@@ -155,48 +194,132 @@ def drift(a: Result, b: Result) -> float:
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def run(path: Path | None, steps: int, output: Path) -> int:
-    """Train every run, print the table, draw the curves; 0 if the curves agree."""
+def affordable(steps: int, step: dict[Curve, float], limit: float) -> int:
+    """As many of `steps` as `limit` seconds hold of the first two curves, if that is a curve."""
+    pair = [step[curve] for curve in CURVES[:2] if curve in step]
+    if len(pair) < 2 or steps * sum(pair) <= limit:
+        return steps
+    fewer = int(MARGIN * limit / sum(pair))
+    return fewer if fewer >= LEAST_STEPS else steps
+
+
+def fitting(seconds: dict[Curve, float], limit: float) -> list[Curve]:
+    """The curves that `limit` seconds hold, by what each takes; the first ones come first."""
+    chosen = []
+    for curve, needed in seconds.items():
+        if needed <= limit:
+            chosen.append(curve)
+            limit -= needed
+    return chosen
+
+
+def run(path: Path | None, steps: int, output: Path, minutes: float = MINUTES) -> int:
+    """Train every curve that `minutes` hold, print the table, draw them; 0 if they agree."""
+    start = time.monotonic()
     try:
         text = load_text(path)
     except (FileNotFoundError, ValueError) as error:
         print(error)
         return 2
-    print(f"{len(text):,} bytes of text, {steps} steps of {BATCH} x {CONTEXT} bytes a run")
-    runs = [ORACLE, *((kind, precision) for precision in PRECISIONS for kind in KINDS)]
-    results = {run: _train_apart(*run, text, steps) for run in runs}
-    print(f"\n{'run':<12} {'loss':>8} {'tokens/s':>10} {'ratio':>6} {'memory MB':>10}")
+    print(f"{len(text):,} bytes of text, {steps} steps of {BATCH} x {CONTEXT} bytes a curve")
+    end = start + 60.0 * minutes * MARGIN
+    results, step = _train_what_fits(text, steps, end)
+    print(f"\n{'curve':<12} {'loss':>8} {'tokens/s':>10} {'ratio':>6} {'memory MB':>10}")
     agree = True
     for precision in PRECISIONS:
-        stock, fused = (results[kind, precision] for kind in KINDS)
-        for kind, result in (("stock", stock), ("fused", fused)):
-            ratio = result.tokens_per_second / stock.tokens_per_second
-            print(
-                f"{kind} {precision:<6} {result.losses[-1]:8.4f} {result.tokens_per_second:10,.0f} "
-                f"{ratio:6.2f} {result.memory / 2**20:10.0f}"
-            )
-        ours, theirs = drift(fused, results[ORACLE]), drift(stock, results[ORACLE])
-        agrees = ours <= BACKWARD_FACTOR * theirs
-        agree = agree and agrees
-        print(
-            f"  curves {'agree' if agrees else 'DO NOT AGREE'}: off the float64 curve by "
-            f"{ours:.2e} fused, {theirs:.2e} stock (allowed {BACKWARD_FACTOR:g} times that)"
-        )
+        for kind in KINDS:
+            print(_row((kind, precision), results, step))
+        agree = _compare(precision, results) and agree
     draw(results, output)
     print(f"curves drawn in {output}")
     return 0 if agree else 1
 
 
-def draw(results: dict[tuple[str, str], Result], output: Path) -> None:
-    """Both curves of each precision, one panel each, as a PNG."""
+def _train_what_fits(
+    text: Tensor, steps: int, end: float
+) -> tuple[dict[Curve, Result], dict[Curve, float]]:
+    """The curves that are done by `end` (of `time.monotonic`), and seconds a step of them all."""
+    start = time.monotonic()
+    step, timed = _apart(time_steps, text, TIMING * (end - start))
+    start_up = time.monotonic() - start - timed  # what a process takes to start here
+    asked, left = steps, end - time.monotonic()
+    steps = affordable(asked, step, left - 2 * start_up)
+    if steps < asked:
+        print(f"{steps} steps in place of {asked}: there is no time for more, see `--minutes`")
+    needed = {curve: start_up + steps * seconds for curve, seconds in step.items()}
+    chosen, results = fitting(needed, left), {}
+    for curve in CURVES:
+        result = None
+        if curve in chosen:
+            chosen.remove(curve)  # one that is slower than it was timed leaves the others theirs
+            left = end - time.monotonic() - start_up - sum(needed[other] for other in chosen)
+            result = _apart(train, curve, text, steps, max(left, 0.0))
+        if result is not None and len(result.losses) == steps:
+            results[curve] = result
+            continue
+        if result is not None:
+            step[curve] = max(result.seconds)
+        print(_left_out(curve, step.get(curve), steps))
+    return results, step
+
+
+def _left_out(curve: Curve, step: float | None, steps: int) -> str:
+    """Why a curve is not drawn."""
+    name = " ".join(curve)
+    if step is None:
+        return f"left out: {name}, steps of the others took too long to time one of it"
+    return (
+        f"left out: {name}, a step takes {step:.2f} s and {steps} of them "
+        f"{steps * step / 60:.1f} minutes; `--minutes` and `--steps` change what there is time for"
+    )
+
+
+def _row(curve: Curve, results: dict[Curve, Result], step: dict[Curve, float]) -> str:
+    """A line of the table; of a curve that was left out, the speed of its timed step."""
+
+    def speed(curve: Curve) -> float:
+        if curve in results:
+            return results[curve].tokens_per_second
+        return BATCH * CONTEXT / step.get(curve, float("inf"))
+
+    result, name, stock = results.get(curve), " ".join(curve), speed(("stock", curve[1]))
+    loss = "left out" if result is None else f"{result.losses[-1]:.4f}"
+    ratio = f"{speed(curve) / stock:6.2f}" if stock else ""
+    memory = "" if result is None else f"{result.memory / 2**20:.0f}"
+    return f"{name:<12} {loss:>8} {speed(curve):10,.0f} {ratio:>6} {memory:>10}".rstrip()
+
+
+def _compare(precision: str, results: dict[Curve, Result]) -> bool:
+    """Print whether stock and fused agree in a precision; False if they do not."""
+    needed = (ORACLE, *((kind, precision) for kind in KINDS))
+    missing = [" ".join(curve) for curve in needed if curve not in results]
+    if missing:
+        print(f"  curves not compared: {', '.join(missing)} left out")
+        return True
+    oracle, stock, fused = (results[curve] for curve in needed)
+    ours, theirs = drift(fused, oracle), drift(stock, oracle)
+    agrees = ours <= BACKWARD_FACTOR * theirs
+    print(
+        f"  curves {'agree' if agrees else 'DO NOT AGREE'}: off the float64 curve by "
+        f"{ours:.2e} fused, {theirs:.2e} stock (allowed {BACKWARD_FACTOR:g} times that)"
+    )
+    return agrees
+
+
+def draw(results: dict[Curve, Result], output: Path) -> None:
+    """The curves of each precision, one panel each, as a PNG."""
     figure, panels = pyplot.subplots(1, len(PRECISIONS), figsize=(10, 4), sharey=True)
     for panel, precision in zip(panels, PRECISIONS, strict=True):
         for kind, style in (("stock", "-"), ("fused", "--")):
-            result = results[kind, precision]
-            label = f"{kind}, {result.tokens_per_second:,.0f} tokens/s"
-            panel.plot(result.losses, style, label=label)
-        panel.set(title=precision, xlabel="step", ylabel="loss (nats a byte)")
-        panel.legend()
+            result = results.get((kind, precision))
+            if result is not None:
+                label = f"{kind}, {result.tokens_per_second:,.0f} tokens/s"
+                panel.plot(result.losses, style, label=label)
+        left_out = [kind for kind in KINDS if (kind, precision) not in results]
+        title = f"{precision}, without {' and '.join(left_out)}" if left_out else precision
+        panel.set(title=title, xlabel="step", ylabel="loss (nats a byte)")
+        if len(left_out) < len(KINDS):
+            panel.legend()
     figure.tight_layout()
     figure.savefig(output, dpi=120)
     pyplot.close(figure)

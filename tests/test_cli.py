@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +58,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo at a size that takes a second, in this process."""
     for name, value in {"WIDTH": 32, "HEADS": 2, "FEED_FORWARD": 64, "CONTEXT": 32}.items():
         monkeypatch.setattr(demo, name, value)
-    monkeypatch.setattr(demo, "_train_apart", demo.train)
+    monkeypatch.setattr(demo, "_apart", lambda function, *arguments: function(*arguments))
 
 
 def test_demo_trains_compares_and_draws(
@@ -73,13 +75,122 @@ def test_demo_trains_compares_and_draws(
 def test_demo_notices_curves_that_do_not_agree(
     small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(kind: str, precision: str, text: torch.Tensor, steps: int) -> demo.Result:
-        wrong = 0.5 if (kind, precision) == ("fused", "bf16") else 0.0
-        noise = {"fp64": 0.0, "fp32": 1e-6, "bf16": 1e-3}[precision]
-        return demo.Result([3.0 + wrong + noise] * steps, [0.1] * steps, 1)
-
-    monkeypatch.setattr(demo, "_train_apart", train)
+    pretended = PretendedMachine(monkeypatch, dict.fromkeys(demo.CURVES, 0.1))
+    pretended.wrong = ("fused", "bf16")
     assert demo.run(Path(__file__), 3, tmp_path / "curves.png") == 1
+
+
+class PretendedMachine:
+    """A clock, and what a step of each curve takes by it; curves are as far off as they may be.
+
+    Attributes:
+        later: what a step takes when a curve is trained, if other than when it was timed.
+        start_up: seconds to start a process.
+        wrong: a curve that is off by half a nat.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: dict[demo.Curve, float]) -> None:
+        self.now, self.start_up, self.step = 1000.0, 6.0, step
+        self.later: dict[demo.Curve, float] = {}
+        self.wrong: demo.Curve | None = None
+        monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(demo, "_apart", self.apart)
+        monkeypatch.setattr(demo, "train", self.train)
+
+    def apart(self, function: Callable[..., object], *arguments: object) -> object:
+        self.now += self.start_up
+        return function(*arguments)
+
+    def train(
+        self, curve: demo.Curve, text: torch.Tensor, steps: int, limit: float, quiet: bool = False
+    ) -> demo.Result:
+        step, seconds = self.step[curve] if quiet else self.later.get(curve, self.step[curve]), []
+        while not seconds or (len(seconds) < steps and sum(seconds) + step <= limit):
+            seconds.append(step)
+        self.now += sum(seconds)
+        wrong = 0.5 if curve == self.wrong else 0.0
+        noise = {"fp64": 0.0, "fp32": 1e-6, "bf16": 1e-3}[curve[1]]
+        return demo.Result([3.0 + wrong + noise] * len(seconds), seconds, 1)
+
+
+STOCK16, FUSED16 = ("stock", "bf16"), ("fused", "bf16")
+# A small machine whose torch takes seconds a step in bfloat16.
+SLOW = {
+    demo.ORACLE: 0.7, ("stock", "fp32"): 0.45, ("fused", "fp32"): 0.4, STOCK16: 7.4, FUSED16: 7.3
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "later", "left_out", "compared"),
+    [
+        (SLOW, {}, [STOCK16, FUSED16], 1),
+        ({**SLOW, FUSED16: 0.5}, {}, [STOCK16], 1),
+        (dict.fromkeys(demo.CURVES, 0.2), {}, [], 2),
+        (dict.fromkeys(demo.CURVES, 0.2), {FUSED16: 8.0}, [FUSED16], 1),
+        (dict.fromkeys(demo.CURVES, 0.2), {demo.ORACLE: 8.0}, [demo.ORACLE], 0),
+        ({c: 2 * s for c, s in SLOW.items()}, {}, [demo.ORACLE, STOCK16, FUSED16], 0),
+        (dict.fromkeys(demo.CURVES, 40.0), {}, list(demo.CURVES), 0),
+    ],
+    ids=[
+        "slow bf16", "stock is slow", "fast", "slower than timed", "slow oracle", "slower",
+        "hopeless",
+    ],
+)  # fmt: skip
+def test_demo_takes_three_minutes_at_the_most_and_says_what_it_leaves_out(
+    step: dict[demo.Curve, float], later: dict[demo.Curve, float], left_out: list[demo.Curve],
+    compared: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    pretended = PretendedMachine(monkeypatch, step)
+    pretended.later = later
+    assert demo.run(Path(__file__), 50, tmp_path / "curves.png") == 0
+    assert pretended.now - 1000.0 < 180
+    text = capsys.readouterr().out
+    said = [line for line in text.splitlines() if line.startswith("left out: ")]
+    assert [tuple(line.split()[2:4]) for line in said] == [(k, f"{p},") for k, p in left_out]
+    for curve, line in zip(left_out, said, strict=True):
+        seconds = later.get(curve, step[curve])
+        took = f"a step takes {seconds:.2f} s and 50 of them {50 * seconds / 60:.1f} minutes"
+        assert took in line or "took too long to time" in line
+    assert text.count("curves agree") == compared
+    assert text.count("curves not compared") == 2 - compared
+
+
+def test_demo_shows_the_speed_of_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    PretendedMachine(monkeypatch, {**SLOW, FUSED16: 0.5})
+    assert demo.run(Path(__file__), 50, tmp_path / "curves.png") == 0
+    lines = {tuple(line.split()[:2]): line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines[STOCK16][2:] == ["left", "out", "277", "1.00"]
+    assert lines[FUSED16][3:5] == ["4,096", "14.80"]
+
+
+def test_demo_takes_fewer_steps_where_there_is_no_time_for_any_curve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pretended = PretendedMachine(monkeypatch, {c: 6 * s for c, s in SLOW.items()})
+    assert demo.run(Path(__file__), 50, tmp_path / "curves.png") == 0
+    assert pretended.now - 1000.0 < 180
+    text = capsys.readouterr().out
+    assert "11 steps in place of 50" in text
+    left_out = [line.split(",")[0] for line in text.splitlines() if line.startswith("left out")]
+    assert left_out == ["left out: stock fp64", "left out: stock bf16", "left out: fused bf16"]
+
+
+def test_demo_holds_more_where_there_is_more_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    PretendedMachine(monkeypatch, SLOW)
+    assert demo.run(Path(__file__), 50, tmp_path / "curves.png", minutes=20.0) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert main(["demo", "--minutes", "0"]) == 2
+    assert "`--minutes` must be more than 0" in capsys.readouterr().err
+
+
+def test_a_curve_ends_where_its_time_does(small_demo: None) -> None:
+    text = demo.load_text(Path(__file__))
+    assert len(demo.train(demo.ORACLE, text, 3).losses) == 3
+    assert len(demo.train(demo.ORACLE, text, 3, limit=0.0).losses) == 1
 
 
 def test_demo_reads_a_folder(tmp_path: Path) -> None:

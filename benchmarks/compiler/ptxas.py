@@ -1,6 +1,6 @@
 """Triton's own ptxas against another one: the same kernels, compiled and run under both.
 
-    python -m benchmarks.gpu.ptxas [--other PATH] [--only code results] [--arch 90] [--match TEXT]
+    python -m benchmarks.compiler.ptxas [--other PATH] [--only code results] [--arch 90] [--match .]
 
 Some versions of ptxas reuse registers that a running wgmma still reads (Triton's wheels of 2025
 bring such a version). `code` compiles the shipped kernels under both, which takes no GPU, and lists
@@ -33,14 +33,14 @@ RANDOM_CASES = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class Finding:
     """What one ptxas made of one thing, a kernel or a parity case."""
 
     fault: str  # empty if it is right
     facts: str  # registers and spills, or a digest of the results
 
     @classmethod
-    def of(cls, row: dict[str, str]) -> Outcome:
+    def of(cls, row: dict[str, str]) -> Finding:
         return cls(row["fault"], row["facts"])
 
 
@@ -72,10 +72,10 @@ def version_of(ptxas: Path) -> str:
     return (done.stdout.strip().splitlines() or ["unknown version"])[-1]
 
 
-def run_under(ptxas: Path | None, part: str, options: argparse.Namespace) -> dict[str, Outcome]:
+def run_under(ptxas: Path | None, part: str, options: argparse.Namespace) -> dict[str, Finding]:
     """What comes out under one ptxas, by kernel or case."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "benchmarks.gpu.ptxas", "--child", part]
+        command = [sys.executable, "-m", "benchmarks.compiler.ptxas", "--child", part]
         command += ["--arch", str(options.arch), "--match", options.match]
         command += ["--device", options.device]
         variables = environment(ptxas, cache)
@@ -87,10 +87,10 @@ def run_under(ptxas: Path | None, part: str, options: argparse.Namespace) -> dic
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed with {done.returncode} after {len(rows)}")
-    return {row["name"]: Outcome.of(row) for row in rows}
+    return {row["name"]: Finding.of(row) for row in rows}
 
 
-def compare(own: dict[str, Outcome], other: dict[str, Outcome]) -> tuple[list[str], bool]:
+def compare(own: dict[str, Finding], other: dict[str, Finding]) -> tuple[list[str], bool]:
     """(lines to print, True if nothing is at fault under either)."""
     lines = []
     for name in [*own, *(name for name in other if name not in own)]:
@@ -104,14 +104,13 @@ def compare(own: dict[str, Outcome], other: dict[str, Outcome]) -> tuple[list[st
         elif first.facts != second.facts:
             lines.append(f"{name}: own: {first.facts}; other: {second.facts}")
     right = set(own) == set(other) and not any(
-        outcome.fault for side in (own, other) for outcome in side.values()
+        finding.fault for side in (own, other) for finding in side.values()
     )
     return lines, right
 
 
-def kernels(arch: int, match: str) -> Iterator[tuple[str, Outcome]]:
+def kernels(arch: int, match: str) -> Iterator[tuple[str, Finding]]:
     """The shipped kernels as this process compiles them."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from tests.cases.sass_hazards import hazards
 
     from . import triton_report
@@ -124,10 +123,10 @@ def kernels(arch: int, match: str) -> Iterator[tuple[str, Outcome]]:
         fault = f"registers touched in flight: {found[:3]}" if found else ""
         facts = f"{kernel.registers} registers, {kernel.stack} bytes of stack, "
         facts += f"{code.count(';')} instructions"
-        yield f"{kernel.call}: {kernel.kernel}", Outcome(fault, facts)
+        yield f"{kernel.call}: {kernel.kernel}", Finding(fault, facts)
 
 
-def cases(device: str, match: str) -> Iterator[tuple[str, Outcome]]:
+def cases(device: str, match: str) -> Iterator[tuple[str, Finding]]:
     """The parity cases as this process runs them."""
     import torch
 
@@ -139,12 +138,12 @@ def cases(device: str, match: str) -> Iterator[tuple[str, Outcome]]:
         if match not in name:
             continue
         for dtype in (torch.float16, torch.float32, torch.bfloat16):
-            outcome = _outcome(case, dtype, device)
-            if outcome is not None:
-                yield f"{name}, {dtype}", outcome
+            finding = _finding(case, dtype, device)
+            if finding is not None:
+                yield f"{name}, {dtype}", finding
 
 
-def _outcome(case: Any, dtype: Any, device: str) -> Outcome | None:
+def _finding(case: Any, dtype: Any, device: str) -> Finding | None:
     """None if Triton does not serve the case."""
     import pytest
     import torch
@@ -152,12 +151,12 @@ def _outcome(case: Any, dtype: Any, device: str) -> Outcome | None:
     from ..gpu import parity
 
     try:
-        wanted = parity.Wanted(device, repeats=1, backward=True)
-        parity.check_attention(case, dtype, "triton", wanted)
+        demands = parity.Demands(device, repeats=1, backward=True)
+        parity.check_attention(case, dtype, "triton", demands)
     except pytest.skip.Exception:
         return None
     except Exception as error:  # one case's fault must not hide another's
-        return Outcome(f"{type(error).__name__}: {str(error)[:200]}", "")
+        return Finding(f"{type(error).__name__}: {str(error)[:200]}", "")
     tensors = parity.on_device(case.tensors(dtype), device)
     outputs = [x for x in parity.run_backend(case, "triton", **tensors) if x is not None]
     wanted = [x for x in tensors.values() if x.requires_grad]
@@ -166,7 +165,7 @@ def _outcome(case: Any, dtype: Any, device: str) -> Outcome | None:
     for x in (*outputs, *grads):
         if x is not None:
             digest.update(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return Outcome("", digest.hexdigest()[:16])
+    return Finding("", digest.hexdigest()[:16])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,8 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.child == "code"
             else cases(options.device, options.match)
         )
-        for name, outcome in found:
-            print(json.dumps({"name": name, **dataclasses.asdict(outcome)}), flush=True)
+        for name, finding in found:
+            print(json.dumps({"name": name, **dataclasses.asdict(finding)}), flush=True)
         return 0
     other = find_other(options.other)
     if other is None:

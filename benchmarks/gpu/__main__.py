@@ -74,7 +74,7 @@ PARTS = (
     Part("overhead", measure("overhead"), 65),
     Part("modules", measure("modules"), 80),
     Part("racecheck-backward", sanitizer("racecheck", "cuda"), 30, advisory=True),
-    Part("ptxas", (sys.executable, "-m", "benchmarks.gpu.ptxas"), 150),
+    Part("ptxas", (sys.executable, "-m", "benchmarks.compiler.ptxas"), 150),
 )  # fmt: skip
 
 

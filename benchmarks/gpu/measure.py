@@ -1,4 +1,4 @@
-"""The measurements of `make gpu`, one subcommand each: suites of the package.
+"""The measurements of `make gpu`, one subcommand each: suites on the GPU.
 
     python -m benchmarks.gpu.measure PART
 
@@ -112,7 +112,8 @@ def overhead() -> None:
     suite("forward", 30, "--shapes", "small", "--peers", ATTENTION_PEERS)
 
 
-PARTS = {f.__name__: f for f in (ceilings, attention, norms, masks, decode, modules, overhead)}
+FUNCTIONS = (ceilings, attention, deterministic, norms, masks, decode, modules, overhead)
+PARTS = {function.__name__: function for function in FUNCTIONS}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in PARTS:

@@ -26,12 +26,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from ops.attention.test_api import CASES
-from ops.attention.test_fuzz import random_case
-
 from fused_attn.testing import attention_noise, check_against_oracle
 from tests.cases import layer_norm as norm_cases
 from tests.cases.attention import Case, run_backend, run_plain, skip_unless_supported
+from tests.ops.attention.test_api import CASES
+from tests.ops.attention.test_fuzz import random_case
 
 from .guards import guarded
 from .watchdog import supervise, work
@@ -68,7 +67,7 @@ NORM_SHAPES = ((5, 1), (9, 65), (33, 100), (64, 1024), (50, 4096), (20, 8192), (
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class Demands:
     """What is asked of every check."""
 
     device: str
@@ -82,9 +81,9 @@ def on_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     }
 
 
-def check_attention(case: Case, dtype: torch.dtype, backend: str, wanted: Wanted) -> None:
+def check_attention(case: Case, dtype: torch.dtype, backend: str, demands: Demands) -> None:
     """Raise AssertionError unless results are within the budget and repeat as promised."""
-    tensors = on_device(case.tensors(dtype, requires_grad=wanted.backward), wanted.device)
+    tensors = on_device(case.tensors(dtype, requires_grad=demands.backward), demands.device)
     skip_unless_supported(case, backend, tensors)
     with guarded() as guards:
         fenced = {name: guards.fenced(x, name) for name, x in tensors.items()}
@@ -96,7 +95,7 @@ def check_attention(case: Case, dtype: torch.dtype, backend: str, wanted: Wanted
             attention_noise,
         )
         first = results(case, backend, fenced)
-    for _ in range(wanted.repeats - 1):
+    for _ in range(demands.repeats - 1):
         for a, b in zip(first, results(case, backend, tensors), strict=True):
             assert a is None or torch.equal(a, b), "two runs differ"
 
@@ -111,14 +110,14 @@ def results(case: Case, backend: str, tensors: dict[str, Tensor]) -> list[Tensor
     return [*outputs, *(gradients if torch.are_deterministic_algorithms_enabled() else ())]
 
 
-def check_norm(case: norm_cases.Case, dtype: torch.dtype, backend: str, wanted: Wanted) -> None:
-    with torch.device(wanted.device):
+def check_norm(case: norm_cases.Case, dtype: torch.dtype, backend: str, demands: Demands) -> None:
+    with torch.device(demands.device):
         dataclasses.replace(case, dtype=dtype).check(backend)
 
 
 @functools.cache
 def all_checks() -> dict[str, tuple[Callable[..., None], tuple[str, ...]]]:
-    """(check of dtype, backend and wanted; modes) by name, the most telling first."""
+    """(check of dtype, backend and demands; modes) by name, the most telling first."""
     checks: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {}
     both = tuple(MODES)
     for name, case in {**SMALL, **CASES, **LONG}.items():
@@ -157,11 +156,11 @@ def run_one(name: str, options: argparse.Namespace) -> tuple[str, str]:
     backend, check, dtype, mode = name.split(" | ")
     if options.inject:
         inject(*options.inject, check)
-    wanted = Wanted(options.device, options.repeats, not options.forward_only)
+    demands = Demands(options.device, options.repeats, not options.forward_only)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(MODES[mode], warn_only=True)
     try:
-        all_checks()[check][0](DTYPES[dtype], backend, wanted)
+        all_checks()[check][0](DTYPES[dtype], backend, demands)
     except pytest.skip.Exception as reason:
         return "skipped", str(reason)
     except Exception as error:  # one kernel's fault must not hide another's

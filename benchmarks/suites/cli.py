@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, passes, peers, results, run, shapes, show
+from . import machine, passes, peers, report, results, run, shapes, show
 from .problem import DTYPES
 from .run import Result, Wanted
 from .suites import SUITES, find
@@ -49,8 +49,6 @@ def main(arguments: list[str]) -> int:
         return 2
     rows = _measure(problems, wanted, options.device, folder, options.budget)
     if options.plot is not None:
-        from . import report
-
         target = _folder(options.plot, options.device) or Path()
         shown = results.read(folder) if folder is not None and rows else _as_text(rows)
         report.write(target, shown)
@@ -187,7 +185,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar="FOLDER",
         help="write a report with pictures; default the folder of --save",
     )
-    options = parser.parse_args(arguments)  # fmt: skip
+    options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = [DTYPES[name] for name in options.dtype]
     options.peers = None if options.peers is None else tuple(sum(options.peers, ()))
@@ -248,7 +246,7 @@ def _can_plot() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        _fail("pictures need matplotlib: pip install 'fused-attn[bench]'")
+        _fail("pictures need matplotlib: pip install matplotlib")
         return False
     return True
 
@@ -278,15 +276,13 @@ def _report(arguments: list[str]) -> int:
         const=machine.CHECKOUT / "README.md",
         default=None,
         metavar="README.md",
-        help="write the table of all recorded machines between README's markers, and nothing else",
+        help="write README's table of all recorded machines between its markers, and nothing else",
     )
-    options = parser.parse_args(arguments)  # fmt: skip
+    options = parser.parse_args(arguments)
     if options.readme is not None:
-        from . import readme
-
         try:
-            changed = readme.update(options.readme, options.folder)
-        except (readme.MarkerError, OSError) as error:
+            changed = report.update_readme(options.readme, options.folder)
+        except (report.MarkerError, OSError) as error:
             return _fail(str(error))
         print(f"{options.readme}: {'written' if changed else 'up to date'}")
         return 0
@@ -298,8 +294,6 @@ def _report(arguments: list[str]) -> int:
         rows = results.read(folder)
     except results.ResultsError as error:
         return _fail(str(error))
-    from . import report
-
     output = options.output or (folder if folder.is_dir() else folder.parent)
     report.write(output, rows)
     print(f"report and pictures: {output / 'report.md'}")
@@ -319,7 +313,7 @@ def _compare(arguments: list[str]) -> int:
         metavar="SHARE",
         help=f"changes below this share are none (default {compare.FLOOR})",
     )
-    options = parser.parse_args(arguments)  # fmt: skip
+    options = parser.parse_args(arguments)
     try:
         found = compare.compare(
             results.read(options.before), results.read(options.after), options.floor

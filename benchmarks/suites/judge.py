@@ -21,7 +21,7 @@ from fused_attn.testing import (
     to_dtype,
 )
 
-from .problem import Call, Problem, leaves, with_flags
+from .problem import Prepared, Problem, leaves, with_flags
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Judge:
         self.problem = problem.checked()
         self.tensors = with_flags(self.problem, self.problem.tensors())
 
-    def verdict(self, prepare: Callable[[dict[str, Tensor]], Call]) -> str | None:
+    def verdict(self, prepare: Callable[[dict[str, Tensor]], Prepared]) -> str | None:
         """What is wrong with the results of a side; None if they are right.
 
         Raises whatever the side raises.
         """
         inputs = with_flags(self.problem, {n: x.detach() for n, x in self.tensors.items()})
-        call = prepare(inputs)
+        prepared = prepare(inputs)
         if self.problem.operation == "import":
-            call.forward()
+            prepared.forward()
             return None
-        poison_freed_memory(call)
+        poison_freed_memory(prepared)
         with poisoned():
-            results = self._results(call)
+            results = self._results(prepared)
         try:
             for i, (name, result) in enumerate(zip(self.budget.names, results, strict=True)):
                 budget = self.budget
@@ -67,19 +67,19 @@ class Judge:
             return str(error)
         return None
 
-    def _results(self, call: Call) -> list[Tensor]:
-        found = call.forward()
+    def _results(self, prepared: Prepared) -> list[Tensor]:
+        found = prepared.forward()
         outputs = [found] if isinstance(found, Tensor) else list(found)
         names = self.problem.outputs
         results = [
-            self.problem.part(name, call.restore(name, x.detach()))
+            self.problem.part(name, prepared.restore(name, x.detach()))
             for name, x in zip(names, outputs[: len(names)], strict=True)
         ]
         if self.problem.wants_gradient:
-            inputs = list(call.inputs.values())
-            gradients = torch.autograd.grad(outputs[0], inputs, call.arrange(self.dout))
-            for name, gradient in zip(call.inputs, gradients, strict=True):
-                results.append(self.problem.part(name, call.restore(name, gradient)))
+            inputs = list(prepared.inputs.values())
+            gradients = torch.autograd.grad(outputs[0], inputs, prepared.arrange(self.dout))
+            for name, gradient in zip(prepared.inputs, gradients, strict=True):
+                results.append(self.problem.part(name, prepared.restore(name, gradient)))
         return [x.clone() for x in results]
 
     @functools.cached_property
@@ -131,14 +131,14 @@ class Judge:
         return [*found, *torch.autograd.grad(outputs[0], wanted, dout)]
 
 
-def poison_freed_memory(call: Call) -> None:
+def poison_freed_memory(prepared: Prepared) -> None:
     """Let the allocator hand out NaN: what a side does not write cannot pass for a result."""
-    outputs = call.forward()
+    outputs = prepared.forward()
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     for x in outputs:
         if isinstance(x, Tensor) and not x.requires_grad and x.is_floating_point():
             x.fill_(float("nan"))
-    shapes = [x.shape for x in (*outputs, *call.inputs.values()) if isinstance(x, Tensor)]
+    shapes = [x.shape for x in (*outputs, *prepared.inputs.values()) if isinstance(x, Tensor)]
     like = next((x for x in outputs if isinstance(x, Tensor)), None)
     if like is None:
         return

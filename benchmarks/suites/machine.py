@@ -23,7 +23,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
     """Columns of every recorded row."""
     facts = {
         "machine": gpu_name() if device == "cuda" else cpu_name(),
-        "cpu_level": str(native.module().cpu_level()) if native.why_not() is None else "none",
+        "cpu_level": cpu_level(),
         "driver": _driver() if device == "cuda" else "",
         "cuda": (torch.version.cuda or "") if device == "cuda" else "",
         "cudnn": str(torch.backends.cudnn.version() or "") if device == "cuda" else "",
@@ -35,6 +35,11 @@ def environment(device: str = "cpu") -> dict[str, str]:
     }
     now = datetime.datetime.now(datetime.timezone.utc)
     return {**facts, "date": now.strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def cpu_level() -> str:
+    """The level of instructions that our CPU kernels run at; "none" without them."""
+    return str(native.module().cpu_level()) if native.why_not() is None else "none"
 
 
 def folder_name(device: str = "cpu") -> str:

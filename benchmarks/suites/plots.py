@@ -1,4 +1,4 @@
-"""Pictures of recorded results: speed against length, roofline, memory, ratios."""
+"""Three pictures of recorded results a device: ratios, speed and memory against length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # a picture in a file needs no screen
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from .results import Row, counts, pairs, ratio
+from .results import MAIN_CLOCKS, Row, counts, pairs, ratio
 from .suites import SUITES
 
 # Okabe and Ito 2008: colours that the colour-blind can tell apart; ours is always the first.
@@ -22,20 +22,23 @@ PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#B8A500",
 )  # fmt: skip
 MARKERS = "osD^vP*X"
-DPI = 100
+DPI = 80
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)  # of ratios
+LEAST_MEMORY = 0.1  # MiB: memory is counted in pages, which come and go for other reasons too
 Picture = tuple[str, str]
+Panels = dict[tuple[str, str, str], list[Row]]  # by direction and dtype, head size, mask
+Value = Callable[[Row], float | None]
 
 
 def draw_all(folder: Path, rows: Sequence[Row]) -> list[Picture]:
     """Draw what the rows allow; returns titles and file names."""
-    counted = [row for row in rows if counts(row)]
-    return [
-        *_against_length(folder, counted, "speed", _speed, "GFLOP/s"),
-        *_against_length(folder, counted, "memory", _memory, "peak memory of a call, MiB"),
-        *_roofline(folder, counted),
-        *_ratios(folder, counted),
-    ]
+    pictures = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = [row for row in rows if row["device"] == device and counts(row)]
+        pictures += _ratios(folder, device, mine)
+        pictures += _against_length(folder, device, mine, "speed", _speed, "GFLOP/s")
+        pictures += _against_length(folder, device, mine, "memory", _memory, "MiB beyond the start")
+    return pictures
 
 
 def _speed(row: Row) -> float | None:
@@ -43,44 +46,35 @@ def _speed(row: Row) -> float | None:
 
 
 def _memory(row: Row) -> float | None:
-    return int(row["memory_bytes"]) / 2**20 if row["memory_bytes"] else None
+    mebibytes = int(row["memory_bytes"] or 0) / 2**20
+    return mebibytes if mebibytes >= LEAST_MEMORY else None
 
 
 def _against_length(
-    folder: Path,
-    rows: Sequence[Row],
-    name: str,
-    value: Callable[[Row], float | None],
-    unit: str,
+    folder: Path, device: str, rows: Sequence[Row], name: str, value: Value, unit: str
 ) -> list[Picture]:
-    """A picture for forward and backward, dtype and clock; a panel a head size and mask."""
-    pictures = []
+    """A row of panels for each direction and dtype, a column for each head size and mask."""
+    clocks = [row["clock"] for row in rows if row["suite"] in ("forward", "backward")]
+    if not clocks:
+        return []
+    clock = next((clock for clock in MAIN_CLOCKS if clock in clocks), clocks[0])
+    panels: Panels = {}
     for direction in ("forward", "backward"):
-        mine = [row for row in rows if row["suite"] == direction and value(row) is not None]
-        groups = dict.fromkeys((row["device"], row["dtype"], row["clock"]) for row in mine)
-        if name == "memory":  # the same by every clock
-            groups = dict.fromkeys(_first_clocks(list(groups)))
-        for device, dtype, clock in groups:
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
             chosen = [
-                row for row in mine
-                if (row["device"], row["dtype"], row["clock"]) == (device, dtype, clock)
+                row for row in rows
+                if (row["suite"], row["dtype"], row["clock"]) == (direction, dtype, clock)
+                and value(row) is not None
             ]  # fmt: skip
-            panels = _panels(chosen)
-            if not panels:
-                continue
-            how = f" ({clock})" if name == "speed" else ""
-            file = f"{name}-{direction}-{dtype}-{device}{'-' * bool(how)}{_slug(how)}.png"
-            title = f"{dtype} attention {direction}: {name} on {chosen[0]['machine']}{how}"
-            _draw_panels(folder / file, title, panels, value, unit, logarithmic=name == "memory")
-            pictures.append((title, file))
-    return pictures
-
-
-def _first_clocks(groups: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    first: dict[tuple[str, str], tuple[str, str, str]] = {}
-    for group in groups:
-        first.setdefault(group[:2], group)
-    return list(first.values())
+            found = _panels(chosen)
+            panels |= {(f"{direction}, {dtype}", f"{d}", v): x for (d, v), x in found.items()}
+    if not panels:
+        return []
+    how = f" ({clock}; dotted: the ceiling)" if name == "speed" else ", peak of a call"
+    title = f"Attention, {name}, {rows[0]['machine']}{how}"
+    file = f"{name}-{device}.png"
+    _draw_panels(folder / file, title, panels, value, unit)
+    return [(title, file)]
 
 
 def _panels(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
@@ -101,29 +95,24 @@ def _panels(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
     return found
 
 
-def _draw_panels(
-    path: Path,
-    title: str,
-    panels: dict[tuple[int, str], list[Row]],
-    value: Callable[[Row], float | None],
-    unit: str,
-    logarithmic: bool,
-) -> None:
-    variants = list(dict.fromkeys(variant for _, variant in panels))
-    dims = sorted({dim for dim, _ in panels})
+def _draw_panels(path: Path, title: str, panels: Panels, value: Value, unit: str) -> None:
+    down = list(dict.fromkeys(what for what, _, _ in panels))
+    across = sorted({(v == "causal", int(d), v) for _, d, v in panels})
     fig, axes = pyplot.subplots(
-        len(variants), len(dims), figsize=(4.6 * len(dims) + 0.6, 3.5 * len(variants) + 1.3),
+        len(down), len(across), figsize=(3.4 * len(across) + 0.8, 2.6 * len(down) + 1.2),
         squeeze=False, sharey="row", layout="constrained",
     )  # fmt: skip
     styles = _styles([row for rows in panels.values() for row in rows])
-    for i, variant in enumerate(variants):
-        for j, dim in enumerate(dims):
-            axis = axes[i][j]
-            axis.set_title(f"head size {dim}, {variant}", fontsize=11)
-            _draw_lines(axis, panels.get((dim, variant), []), styles, value)
-            axis.set_xlabel("length" if i == len(variants) - 1 else "")
+    for i, what in enumerate(down):
+        for j, (_, dim, variant) in enumerate(across):
+            axis, rows = axes[i][j], panels.get((what, f"{dim}", variant), [])
+            axis.set_title(f"{what}, head size {dim}, {variant}", fontsize=9)
+            _draw_lines(axis, rows, styles, value)
+            if value is _speed:
+                _draw_ceiling(axis, rows)
+            axis.set_xlabel("length" if i == len(down) - 1 else "")
             axis.set_ylabel(unit if j == 0 else "")
-        if logarithmic:
+        if value is _memory:
             axes[i][0].set_yscale("log", base=2)
             axes[i][0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             axes[i][0].yaxis.set_minor_formatter(NullFormatter())
@@ -134,8 +123,14 @@ def _draw_panels(
         for side, (color, marker) in styles.items()
     ]
     fig.suptitle(title, fontsize=12)
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), fontsize=9)
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=9)
     _save(fig, path)
+
+
+def _draw_ceiling(axis: Any, rows: Sequence[Row]) -> None:
+    rates = [float(row["ceiling_rate"]) for row in rows if row["ceiling_rate"]]
+    if rates:
+        axis.axhline(statistics.median(rates), color="0.35", linewidth=1.2, linestyle=":")
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
@@ -151,7 +146,7 @@ def _draw_lines(
     axis: Any,
     rows: Sequence[Row],
     styles: dict[str, tuple[str, str]],
-    value: Callable[[Row], float | None],
+    value: Value,
 ) -> None:
     lengths = sorted({int(row["seqlen_q"]) for row in rows})
     for side, (color, marker) in styles.items():
@@ -175,137 +170,76 @@ def _length(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
-def _roofline(folder: Path, rows: Sequence[Row]) -> list[Picture]:
-    """Speed against operations a byte, below what multiply-adds and copying allow."""
-    pictures = []
-    mine = [row for row in rows if row["gflops"] and row["gbytes"] and row["ceiling_rate"]]
-    for device, dtype, clock in dict.fromkeys(
-        (row["device"], row["dtype"], row["clock"]) for row in mine
-    ):
-        chosen = [
-            row for row in mine
-            if (row["device"], row["dtype"], row["clock"]) == (device, dtype, clock)
-        ]  # fmt: skip
-        compute = {row["ceiling"]: float(row["ceiling_rate"]) for row in chosen
-                   if row["ceiling"] != "copy"}  # fmt: skip
-        # Copying bounds the memory-bound suites, which know no FLOPs: ask all rows of the clock.
-        copying = [
-            float(row["ceiling_rate"]) for row in rows
-            if row["ceiling"] == "copy" and (row["device"], row["clock"]) == (device, clock)
-        ]  # fmt: skip
-        if not compute:
-            continue
-        file = f"roofline-{dtype}-{device}-{_slug(clock)}.png"
-        title = f"Roofline, {dtype} on {chosen[0]['machine']} ({clock})"
-        _draw_roofline(folder / file, title, pairs(chosen), compute, copying)
-        pictures.append((title, file))
-    return pictures
+def _ratios(folder: Path, device: str, rows: Sequence[Row]) -> list[Picture]:
+    """Fastest peer over ours: a panel a clock, a line a suite, direction and dtype."""
+    panels: dict[str, dict[tuple[str, str, str], list[float]]] = {}
+    for ours, peer in pairs(rows):
+        quotient = ratio(ours, peer)
+        if quotient is not None and ours["suite"] != "import":
+            lines = panels.setdefault(ours["clock"], {})
+            what = (ours["suite"], ours["direction"], ours["dtype"])
+            lines.setdefault(what, []).append(quotient)
+    keys = {key for lines in panels.values() for key in lines}
+    if len(keys) < 2:
+        return []
+    title = f"Fastest peer's time over ours, {rows[0]['machine']}"
+    file = f"ratios-{device}.png"
+    _draw_ratios(folder / file, title, panels, _in_order(keys))
+    return [(title, file)]
 
 
-def _draw_roofline(
+def _in_order(keys: set[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    order = [suite.name for suite in SUITES]
+    return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else 99, k[1:]))
+
+
+def _draw_ratios(
     path: Path,
     title: str,
-    points: Sequence[tuple[Row, Row | None]],
-    compute: dict[str, float],
-    copying: Sequence[float],
+    panels: dict[str, dict[tuple[str, str, str], list[float]]],
+    keys: Sequence[tuple[str, str, str]],
 ) -> None:
-    fig, axis = pyplot.subplots(figsize=(8.6, 5.6), layout="constrained")
-    suites = list(dict.fromkeys(ours["suite"] for ours, _ in points))
-    for i, suite in enumerate(suites):
-        color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-        for filled, rows in (
-            (True, [ours for ours, _ in points if ours["suite"] == suite]),
-            (False, [peer for ours, peer in points if ours["suite"] == suite and peer]),
-        ):
-            axis.scatter(
-                [float(row["flops"]) / float(row["bytes"]) for row in rows],
-                [float(row["gflops"]) for row in rows],
-                marker=marker, s=38, edgecolors=color, facecolors=color if filled else "none",
-                label=f"{suite}, {'ours' if filled else 'best peer'}", zorder=3,
-            )  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move", ylabel="GFLOP/s")
-    left, right = axis.get_xlim()
-    for name, rate in compute.items():
-        axis.axhline(rate, color="0.35", linewidth=1.2)
-        axis.annotate(f"{name}: {rate:.0f} GF/s", (0.01, rate), xytext=(0, 3), fontsize=9,
-                      xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
-    if copying:
-        rate = max(copying)
-        ends = [left, min(right, max(compute.values()) / rate)]
-        axis.plot(ends, [x * rate for x in ends], color="0.35", linewidth=1.2, linestyle=":",
-                  label=f"copying: {rate:.0f} GB/s")  # fmt: skip
-    axis.set_xlim(left, right)
-    axis.set_title(title, fontsize=12)
-    axis.grid(which="both", alpha=0.2)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    fig, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.2 * len(panels) + 3.0, 0.3 * len(keys) + 1.8), squeeze=False,
+        sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    dtypes = sorted({dtype for _, _, dtype in keys})
+    colors = dict(zip(dtypes, PALETTE, strict=False))
+    for axis, (clock, lines) in zip(axes[0], panels.items(), strict=True):
+        for key, values in lines.items():
+            y, color = keys.index(key), colors[key[2]]
+            axis.plot(values, [y] * len(values), linestyle="", marker="o", color=color, alpha=0.65)
+            middle = statistics.median(values)
+            axis.plot([middle], [y], marker="|", markersize=15, markeredgewidth=2.5, color=color)
+        axis.axvline(1.0, color="0.2", linewidth=1.2)
+        axis.set_xscale("log")
+        axis.set_title(clock, fontsize=11)
+        axis.grid(axis="x", alpha=0.3)
+    first = axes[0][0]
+    first.set_yticks(range(len(keys)), [_line_name(key) for key in keys])
+    first.set_ylim(len(keys) - 0.5, -0.5)
+    _ticks(first, [x for lines in panels.values() for values in lines.values() for x in values])
+    handles = [
+        pyplot.Line2D([], [], color=color, marker="o", linestyle="", label=dtype)
+        for dtype, color in colors.items()
+    ]
+    fig.suptitle(title, fontsize=12)
+    fig.supxlabel("right of 1: we are faster; points are cases, the bar is their median",
+                  fontsize=10)  # fmt: skip
+    axes[0][-1].legend(handles=handles, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(fig, path)
 
 
-def _ratios(folder: Path, rows: Sequence[Row]) -> list[Picture]:
-    """Fastest peer over ours, a point a case, a line a suite, direction and dtype."""
-    pictures = []
-    for device, clock in dict.fromkeys((row["device"], row["clock"]) for row in rows):
-        mine = [row for row in rows if (row["device"], row["clock"]) == (device, clock)]
-        lines: dict[tuple[str, str, str], list[float]] = {}
-        for ours, peer in pairs(mine):
-            quotient = ratio(ours, peer)
-            if quotient is not None:
-                what = (ours["suite"], ours["direction"], ours["dtype"])
-                lines.setdefault(what, []).append(quotient)
-        if len(lines) < 2:
-            continue
-        file = f"ratios-{device}-{_slug(clock)}.png"
-        title = f"Fastest peer's time over ours, {mine[0]['machine']} ({clock})"
-        _draw_ratios(folder / file, title, lines)
-        pictures.append((title, file))
-    return pictures
-
-
-def _draw_ratios(path: Path, title: str, lines: dict[tuple[str, str, str], list[float]]) -> None:
-    order = [suite.name for suite in SUITES]
-    keys = sorted(lines, key=lambda k: (order.index(k[0]) if k[0] in order else 99, k[1:]))
-    fig, axis = pyplot.subplots(figsize=(8.6, 0.34 * len(keys) + 1.6), layout="constrained")
-    dtypes = sorted({dtype for _, _, dtype in keys})
-    for y, which in enumerate(keys):
-        color = PALETTE[dtypes.index(which[2]) % len(PALETTE)]
-        values = sorted(lines[which])
-        axis.plot(values, [y] * len(values), linestyle="", marker="o", color=color, alpha=0.65)
-        middle = statistics.median(values)
-        axis.plot([middle], [y], marker="|", markersize=15, markeredgewidth=2.5, color=color)
-    axis.axvline(1.0, color="0.2", linewidth=1.2)
-    axis.set_yticks(range(len(keys)), [_line_name(k) for k in keys])
-    axis.set_ylim(len(keys) - 0.5, -0.5)
-    axis.set_xscale("log")
+def _ticks(axis: Any, values: Sequence[float]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    low = min(min(v) for v in lines.values())
-    high = max(max(v) for v in lines.values())
-    ticks = [
-        x
-        for x in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)
-        if low / 1.3 < x < high * 1.3
-    ]
-    axis.set_xticks(sorted({1, *ticks}))
-    axis.set_xlabel("right of 1: we are faster; points are cases, the bar is their median")
-    axis.set_title(title, fontsize=12)
-    axis.grid(axis="x", alpha=0.3)
-    handles = [
-        pyplot.Line2D([], [], color=PALETTE[i], marker="o", linestyle="", label=dtype)
-        for i, dtype in enumerate(dtypes)
-    ]
-    axis.legend(handles=handles, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(fig, path)
+    shown = {x for x in TICKS if min(values) / 1.3 < x < max(values) * 1.3}
+    axis.set_xticks(sorted({1, *shown}))
 
 
-def _line_name(which: tuple[str, str, str]) -> str:
-    suite, direction, dtype = which
-    name = suite if suite == direction or suite == "import" else f"{suite} {direction}"
-    return name if suite == "import" else f"{name} {dtype}"
-
-
-def _slug(text: str) -> str:
-    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return "-".join(words)
+def _line_name(key: tuple[str, str, str]) -> str:
+    suite, direction, dtype = key
+    return f"{suite} {dtype}" if suite == direction else f"{suite} {direction} {dtype}"
 
 
 def _save(fig: Any, path: Path) -> None:

@@ -18,6 +18,7 @@ DTYPES = {
 }
 SHORT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DIRECTIONS = ("forward", "backward", "training")
+OK, WRONG, FAILED, REFUSED, ABSENT = "ok", "wrong", "failed", "refused", "absent"
 
 
 def _same(x: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 @dataclass
-class Call:
+class Prepared:
     """How one side computes a problem.
 
     Attributes:
@@ -46,19 +47,36 @@ class Call:
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
-@dataclass(frozen=True)
-class OurSide:
-    """One of our backends, or the choice among them.
+Prepare = Callable[[dict[str, Tensor]], Prepared]
+
+
+@dataclass
+class Side:
+    """Who computes a problem (one of our backends, the choice among them, a peer), and how it went.
 
     Attributes:
         reasons: why it cannot take the problem.
         by_name: why it is not measured unless it is asked for by name; empty if it is.
+        status: "ok", or why there is no figure: "wrong: ...", "failed: ...", "refused: ..." (cannot
+            take this problem, or was not asked to), "absent: ..." (not on this machine).
     """
 
     name: str
-    prepare: Callable[[dict[str, Tensor]], Call]
-    reasons: tuple[str, ...] = ()
+    prepare: Prepare
+    reasons: Sequence[str] = ()
     by_name: str = ""
+    ours: bool = True
+    status: str = OK
+
+    @property
+    def verdict(self) -> str:
+        return self.status.partition(":")[0]
+
+    def refuse(self, named: bool) -> None:
+        """Have the status say why it is not measured, if it is not; `named`: was asked for."""
+        reasons = list(self.reasons) or ([self.by_name] if self.by_name and not named else [])
+        if reasons:
+            self.status = f"{REFUSED}: {'; '.join(reasons)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +129,7 @@ class Problem(abc.ABC):
         """The outputs in plain PyTorch, in the dtype of the tensors: oracle and yardstick."""
 
     @abc.abstractmethod
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         """Our sides, in order of preference."""
 
     def part(self, name: str, x: Tensor) -> Tensor:
@@ -158,12 +176,10 @@ def with_flags(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             for name, x in tensors.items()}  # fmt: skip
 
 
-def step(problem: Problem, call: Call, dout: Tensor | None) -> Callable[[], object]:
-    """What is timed: the forward, the backward alone, or both."""
-    if not problem.wants_gradient or dout is None:
-        return call.forward
-    inputs, grad = list(call.inputs.values()), call.arrange(dout)
+def step(problem: Problem, prepared: Prepared, dout: Tensor) -> Callable[[], object]:
+    """What is timed where a gradient is wanted: the backward alone, or both."""
+    inputs, grad = list(prepared.inputs.values()), prepared.arrange(dout)
     if problem.direction == "training":
-        return lambda: torch.autograd.grad(call.main(), inputs, grad)
-    out = call.main()
+        return lambda: torch.autograd.grad(prepared.main(), inputs, grad)
+    out = prepared.main()
     return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)

@@ -1,12 +1,14 @@
-"""Recorded results as one Markdown page with pictures."""
+"""Recorded results in words: a page with pictures a machine, and a short table in README."""
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import plots
-from .results import Row, figure, pairs, ratio
+from . import machine
+from .results import MAIN_CLOCKS, Row, figure, pairs, ratio, read_file
 from .suites import SUITES
 
 NAME = "report.md"
@@ -17,9 +19,29 @@ median (of wall time over several threads the minimum), *±* half the distance o
 bounds the operation, measured in the same run: multiply-adds in registers or GEMM, or copying.
 How, and what is counted: docs/benchmarks.md."""
 
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+NOTHING = "No results are recorded yet: `make bench` does it."
+# The rows of README's table: suites, and of which direction, of all if None.
+SUMMARY: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
+    ("attention, forward", ("forward",), None),
+    ("attention, backward", ("backward",), None),
+    ("attention with masks, packed batches", ("masks", "packed"), None),
+    ("decoding", ("decode",), None),
+    ("norms, bias + activation, embedding", ("layer_norm", "bias_activation", "embedding"), None),
+    ("modules, inference", ("modules", "weights"), "forward"),
+    ("modules, training", ("modules",), "training"),
+    ("a call with nothing to compute", ("overhead",), None),
+)
+
+
+class MarkerError(ValueError):
+    """README has no place for the table."""
+
 
 def write(folder: Path, rows: Sequence[Row]) -> None:
     """Write `report.md` and its pictures into `folder`."""
+    from . import plots  # which need matplotlib; README's table does not
+
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw_all(folder, rows)
     (folder / NAME).write_text(render(rows, pictures))
@@ -43,14 +65,14 @@ def render(rows: Sequence[Row], pictures: Sequence[tuple[str, str]] = ()) -> str
 def _machines(rows: Sequence[Row]) -> list[str]:
     """Machine, versions, commits and dates that the rows come from."""
     lines = []
-    for machine in dict.fromkeys(row["machine"] for row in rows):
-        mine = [row for row in rows if row["machine"] == machine]
-        facts = [machine]
-        for name in ("driver", "cuda", "cudnn", "python", "torch", "triton", "fused_attn",
+    for name in dict.fromkeys(row["machine"] for row in rows):
+        mine = [row for row in rows if row["machine"] == name]
+        facts = [name]
+        for fact in ("driver", "cuda", "cudnn", "python", "torch", "triton", "fused_attn",
                      "cpu_level", "commit"):  # fmt: skip
-            values = sorted({row[name] for row in mine if row[name]})
+            values = sorted({row[fact] for row in mine if row[fact]})
             if values:
-                facts.append(f"{name} {', '.join(values)}")
+                facts.append(f"{fact} {', '.join(values)}")
         dates = sorted({row["date"] for row in mine})
         facts.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
         lines.append("* " + "; ".join(facts))
@@ -115,3 +137,70 @@ def _without_figure(rows: Sequence[Row]) -> list[str]:
         which = "; ".join(cases) if bad else f"{len(cases)}"
         lines.append(f"| {side} | {status.replace('|', '/')} | {suites} | {which} |")
     return [*lines, ""]
+
+
+def update_readme(readme: Path, root: Path | None = None) -> bool:
+    """Write the table of all machines below `root` into `readme`; whether that changed it.
+
+    Raises:
+        MarkerError: the markers are not there.
+    """
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise MarkerError(f"{readme} needs the lines {BEGIN} and {END}")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    new = f"{head}{BEGIN}\n{readme_table(root)}\n{END}{tail}"
+    if new != text:
+        readme.write_text(new)
+    return new != text
+
+
+def readme_table(root: Path | None = None) -> str:
+    """What stands between the markers: eight rows a machine at the most, and a link."""
+    root = root or machine.RESULTS
+    parts = []
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        rows = [row for path in sorted(folder.glob("*.csv")) for row in read_file(path)]
+        rows = [row for row in rows if row["clock"] in MAIN_CLOCKS or row["status"] != "ok"]
+        if pairs(rows):
+            parts.append(_summary(folder, rows))
+    return "\n\n".join(parts) if parts else NOTHING
+
+
+def _summary(folder: Path, rows: Sequence[Row]) -> str:
+    first = rows[0]
+    threads = ", one thread" if first["device"] == "cpu" else f", driver {first['driver']}"
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    dates = sorted({row["date"][:10] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    versions = ", ".join(sorted({row["torch"] for row in rows}))
+    found = [(ours, peer) for ours, peer in pairs(rows) if peer is not None]
+    dtypes = list(dict.fromkeys(ours["dtype"] for ours, _ in found if ours["suite"] != "import"))
+    lines = [
+        f"{first['machine']}{threads}; torch {versions}; commit {commits}, {when}. Fastest peer's "
+        "time over ours: least, median, most of the cases:",
+        "",
+        f"| | {' | '.join(dtypes)} | cases | most often the fastest peer |",
+        f"|---|{'---|' * len(dtypes)}--:|---|",
+    ]
+    for title, suites, direction in SUMMARY:
+        mine = [
+            (ours, peer) for ours, peer in found
+            if ours["suite"] in suites and direction in (None, ours["direction"])
+        ]  # fmt: skip
+        if mine:
+            cells = [_spread_of([p for p in mine if p[0]["dtype"] == dtype]) for dtype in dtypes]
+            fastest = Counter(peer["side"] for _, peer in mine).most_common(1)[0][0]
+            lines.append(f"| {title} | {' | '.join(cells)} | {len(mine)} | {fastest} |")
+    bad = sum(r["status"].startswith(("wrong", "failed")) and r["ours"] == "yes" for r in rows)
+    lines += ["", f"Ours wrong or failed: {bad} cases. Every case, and pictures: "
+                  f"[{folder.name}](benchmarks/results/{folder.name}/{NAME})."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _spread_of(found: Sequence[tuple[Row, Row]]) -> str:
+    ratios = [figure(peer) / figure(ours) for ours, peer in found]
+    if not ratios:
+        return ""
+    return f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}"

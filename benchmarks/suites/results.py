@@ -18,6 +18,8 @@ COLUMNS = (
     "cpu_level", "driver", "cuda", "cudnn", "python", "torch", "triton", "fused_attn", "commit",
     "date",
 )  # fmt: skip
+# One clock a device, for tables and pictures that show no more: what hardly notices neighbours.
+MAIN_CLOCKS = ("CPU time, 1 thread", "device events", "wall time a call")
 Row = dict[str, str]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,18 @@ from . import memory
 from .ceilings import ceiling
 from .judge import Judge, first_line
 from .peers.peer import Peer
-from .problem import SHORT_NAMES, Call, Problem, step, with_flags
+from .problem import (
+    ABSENT,
+    FAILED,
+    OK,
+    SHORT_NAMES,
+    WRONG,
+    Prepared,
+    Problem,
+    Side,
+    step,
+    with_flags,
+)
 from .suites import Suite
 from .timing import (
     DEVICE_ROUNDS,
@@ -28,32 +40,12 @@ from .timing import (
     HostClock,
     LaunchClock,
     ReportedClock,
+    Steps,
     Timing,
 )
 
 SMALL_FLOPS = 2e10  # below, a GPU's time is launches as much as work: a CUDA graph tells them apart
-OK, WRONG, FAILED, REFUSED, ABSENT = "ok", "wrong", "failed", "refused", "absent"
-Prepare = Callable[[dict[str, Tensor]], Call]
-Steps = dict[str, Callable[[], object]]
-
-
-@dataclass
-class Side:
-    """Who computes a problem, and what became of it.
-
-    Attributes:
-        status: "ok", or why there is no figure: "wrong: ...", "failed: ...", "refused: ..." (cannot
-            take this problem, or was not asked to), "absent: ..." (not on this machine).
-    """
-
-    name: str
-    ours: bool
-    prepare: Prepare
-    status: str = OK
-
-    @property
-    def verdict(self) -> str:
-        return self.status.partition(":")[0]
+SLOW_TO_COMPILE = "compiles for seconds; measured if asked for by name"
 
 
 @dataclass(frozen=True)
@@ -157,6 +149,7 @@ class Wanted:
         quick: leave out peers that compile for seconds on the CPU, unless they are named.
         rounds: samples a side, of all passes together; the clock's own number if None.
         passes: how often the case will be measured, see `passes.py`.
+        threads: numbers of threads on the CPU, a clock each; 1 and torch's if None.
     """
 
     peers: tuple[str, ...] | None = None
@@ -164,6 +157,7 @@ class Wanted:
     quick: bool = False
     rounds: int | None = None
     passes: int = 1
+    threads: tuple[int, ...] | None = None
 
 
 def sides_of(
@@ -171,35 +165,31 @@ def sides_of(
 ) -> list[Side]:
     """Our sides and the peers of the problem's operation, those that cannot run it refused."""
     sides = []
-    for ours in problem.ours(tensors):
-        backend = ours.name.partition(":")[2]
+    for side in problem.ours(tensors):
+        backend = side.name.partition(":")[2]
         named = wanted.backends is not None and backend in wanted.backends
         if wanted.backends is not None and backend and not named:
             continue
-        reasons = list(ours.reasons) or ([ours.by_name] if ours.by_name and not named else [])
-        sides.append(Side(ours.name, True, ours.prepare, _refused(reasons)))
+        side.refuse(named)
+        sides.append(side)
     for peer in peers:
         named = wanted.peers is not None and peer.name in wanted.peers
-        if not peer.serves(problem.operation) or (wanted.peers is not None and not named):
-            continue
-        absent = peer.missing()
-        if absent is not None:
-            status = f"{ABSENT}: {absent}"
-        else:
-            reasons = peer.why_not(problem)
-            if peer.compiles and wanted.quick and problem.device == "cpu" and not named:
-                reasons.append("compiles for seconds; measured if asked for by name")
-            status = _refused(reasons)
-        sides.append(Side(peer.name, False, _prepare_peer(peer, problem), status))
+        if peer.serves(problem.operation) and (wanted.peers is None or named):
+            sides.append(_peer_side(peer, problem, wanted, named))
     return sides
 
 
-def _prepare_peer(peer: Peer, problem: Problem) -> Prepare:
-    return lambda tensors: peer.prepare(problem, tensors)
-
-
-def _refused(reasons: Sequence[str]) -> str:
-    return f"{REFUSED}: {'; '.join(reasons)}" if reasons else OK
+def _peer_side(peer: Peer, problem: Problem, wanted: Wanted, named: bool) -> Side:
+    side = Side(peer.name, functools.partial(peer.prepare, problem), ours=False)
+    absent = peer.missing()
+    if absent is not None:
+        side.status = f"{ABSENT}: {absent}"
+        return side
+    side.reasons = peer.why_not(problem)
+    if peer.compiles and wanted.quick and problem.device == "cpu":
+        side.by_name = SLOW_TO_COMPILE
+    side.refuse(named)
+    return side
 
 
 def measure(
@@ -253,10 +243,11 @@ def time_again(
 def broken(suite: Suite, problem: Problem, error: Exception) -> Result:
     """The result of a case that could not be set up: nobody has a figure."""
 
-    def prepare(tensors: dict[str, Tensor]) -> Call:
+    def prepare(tensors: dict[str, Tensor]) -> Prepared:
         raise error
 
-    side = Side("fused_attn", True, prepare, f"{FAILED}: the case itself: {first_line(error)}")
+    status = f"{FAILED}: the case itself: {first_line(error)}"
+    side = Side("fused_attn", prepare, status=status)
     return Result(suite.name, problem, [side])
 
 
@@ -280,18 +271,12 @@ def _time(
 ) -> Steps:
     """Time all sides that are right, or those of `names` by clock; returns what was timed."""
     problem = result.problem
-    steps: Steps = {}
+    steps: dict[str, Callable[[], object]] = {}
     for side in result.sides:
         if side.status != OK:
             continue
         try:
-            inputs = with_flags(problem, {name: x.detach() for name, x in tensors.items()})
-            call = side.prepare(inputs)
-            dout = None
-            if problem.wants_gradient:
-                out = call.restore("out", call.main().detach())
-                dout = problem.output_gradient(out)
-            steps[side.name] = step(problem, call, dout)
+            steps[side.name] = step_of(problem, side, tensors)
         except Exception as error:
             side.status = f"{FAILED}: {first_line(error)}"
     by_name = {side.name: side for side in result.sides}
@@ -307,6 +292,16 @@ def _time(
                 by_name[name].status = f"{FAILED}: {first_line(why)}"
     result.drop_faulty()
     return {name: function for name, function in steps.items() if by_name[name].status == OK}
+
+
+def step_of(problem: Problem, side: Side, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
+    """What is timed of a side: one step of `problem` on tensors of its own flags."""
+    inputs = with_flags(problem, {name: x.detach() for name, x in tensors.items()})
+    prepared = side.prepare(inputs)
+    if not problem.wants_gradient:
+        return prepared.forward
+    out = prepared.restore("out", prepared.main().detach())
+    return step(problem, prepared, problem.output_gradient(out))
 
 
 def _measure_memory(result: Result, steps: Steps) -> None:
@@ -331,7 +326,8 @@ def clocks(suite: Suite, problem: Problem, wanted: Wanted | None = None) -> list
     if problem.operation == "import":
         return [ReportedClock(min(rounds(PROCESS_ROUNDS), PROCESS_ROUNDS))]
     if problem.device == "cpu":
-        threads = [1] if suite.launches else sorted({1, torch.get_num_threads()})
+        usual = {1} if suite.launches else {1, torch.get_num_threads()}
+        threads = sorted(wanted.threads or usual)
         return [HostClock(n, rounds(ROUNDS)) for n in threads]
     if suite.launches:
         clock: list[Clock] = [LaunchClock(rounds(ROUNDS))]

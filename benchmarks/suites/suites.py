@@ -83,6 +83,13 @@ class Suite:
                     problems[problem] = None
         return list(problems)
 
+    def problem(
+        self, shape: str, variant: str, dtype: torch.dtype, direction: str, **facts: Any
+    ) -> Problem:
+        """One case on the CPU; `shape` is one of numbers, `facts` are other fields of it."""
+        [sizes], _ = shapes.parse(self.kind, shape, self.variants)
+        return self.build(sizes, variant, dtype=dtype, device="cpu", direction=direction, **facts)
+
     def _cases(self, wanted: Sequence[str], quick: bool) -> list[tuple[Sizes, str]]:
         usual = (quick and self.quick_usual) or self.usual or self.variants or ("",)
         cases = []

@@ -23,7 +23,7 @@ DEVICE_ROUNDS = 25
 WARMUP = 3
 FLUSH_BYTES = 256 * 2**20  # more than any second-level cache
 
-Sides = Mapping[str, Callable[[], object]]
+Steps = Mapping[str, Callable[[], object]]  # what is timed, by side
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Clock(Protocol):
     threads: int
     rounds: int
 
-    def time(self, sides: Sides) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    def time(self, steps: Steps) -> tuple[dict[str, Timing], dict[str, Exception]]:
         """Seconds of every side, and the exceptions of those that raised."""
         ...
 
@@ -85,14 +85,14 @@ class _InTurn:
         """The number that stands for all samples."""
         return timing.median
 
-    def time(self, sides: Sides) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    def time(self, steps: Steps) -> tuple[dict[str, Timing], dict[str, Exception]]:
         failed: dict[str, Exception] = {}
         before = torch.get_num_threads()
         if before != self.threads:
             torch.set_num_threads(self.threads)
         try:
             samplers = {}
-            for name, function in sides.items():
+            for name, function in steps.items():
                 try:
                     samplers[name] = self.ready(function)
                 except Exception as error:
@@ -245,22 +245,3 @@ class GraphClock(DeviceClock):
         with torch.cuda.graph(graph):
             function()
         return functools.partial(self._sample, graph.replay)
-
-
-def time_in_turn(sides: Sides, threads: int = 1, rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Time the functions of `sides` on the host, one sample of each in every round.
-
-    Args:
-        sides: functions by name; each is called a few times a sample, so that a sample takes at
-            least `MIN_SAMPLE_SECONDS`.
-        threads: 1 measures CPU time of this thread, more measure wall time with torch set to as
-            many threads.
-        rounds: number of samples a side.
-
-    Raises:
-        whatever a side raises.
-    """
-    times, failed = HostClock(threads, rounds).time(sides)
-    for error in failed.values():
-        raise error
-    return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import measure, table
+from benchmarks.gpu.__main__ import PARTS, Part, run
+from benchmarks.gpu.guards import guarded
+from benchmarks.gpu.watchdog import Outcome, supervise
+from benchmarks.suites import cli, results
+from benchmarks.suites.suites import find
+from fused_attn.runtime import cuda as cuda_runtime
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from benchmarks.gpu import measure, table  # noqa: E402
-from benchmarks.gpu.__main__ import PARTS, Part, run  # noqa: E402
-from benchmarks.gpu.guards import guarded  # noqa: E402
-from benchmarks.gpu.watchdog import Outcome, supervise  # noqa: E402
-from benchmarks.suites import cli, results  # noqa: E402
-from benchmarks.suites.suites import find  # noqa: E402
-from fused_attn.runtime import cuda as cuda_runtime  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,33 @@ def test_limits_fit_the_time_that_is_lent() -> None:
     assert all(part.limit <= 300 for part in PARTS)
     first = [part.name for part in PARTS][:3]
     assert first == ["build", "info", "parity-cuda"]
+
+
+def test_every_part_is_there_to_be_run() -> None:
+    """Modules import, tests exist, measurements have a function: before a card is lent for them."""
+    for part in PARTS:
+        words = [word for word in part.command if word.startswith(("benchmarks.", "tests/"))]
+        for word in words:
+            if word.startswith("tests/"):
+                assert (ROOT / word).is_file(), part.name
+            else:
+                assert importlib.util.find_spec(word) is not None, part.name
+        if "benchmarks.gpu.measure" in part.command:
+            assert part.command[-1] in measure.PARTS, part.name
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["benchmarks.gpu", "benchmarks.gpu.parity", "benchmarks.compiler.ptxas",
+     "benchmarks.compiler.triton_report", "benchmarks.cpu_gates"],
+)  # fmt: skip
+def test_tools_say_how_they_are_called(module: str) -> None:
+    if module.endswith("triton_report"):
+        pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
 
 
 def test_the_table_shows_ratios_and_what_is_missing_on_one_screen(tmp_path: Path) -> None:

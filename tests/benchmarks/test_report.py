@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suites import cli, compare, machine, readme, report, results
+from benchmarks.suites import cli, compare, machine, report, results
+from benchmarks.suites.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,8 +59,8 @@ def test_report_has_every_case_and_pictures(tmp_path: Path) -> None:
     assert "| fp32 forward 1x1x256x64 | CPU time, 1 thread | cpu | 256 | 1 % |" in text
     assert "| sdpa-flash | 512 | 2.00 |" in text
     assert "| flex | wrong: out: error 1 | forward | w |" in text
-    pictures = {path.name.partition("-")[0] for path in folder.glob("*.png")}
-    assert pictures == {"speed", "memory", "roofline", "ratios"}
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"ratios-cpu.png", "speed-cpu.png", "memory-cpu.png"}
     for path in folder.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"({path.name})" in text
@@ -118,31 +119,44 @@ def test_wall_times_of_several_threads_count_by_their_minimum() -> None:
 
 def test_the_table_of_readme_is_that_of_the_recorded_results() -> None:
     text = (ROOT / "README.md").read_text()
-    _, _, rest = text.partition(readme.BEGIN)
-    shown, _, _ = rest.partition(readme.END)
-    assert shown.strip() == readme.table(machine.RESULTS), "run `make readme`"
+    _, _, rest = text.partition(report.BEGIN)
+    shown, _, _ = rest.partition(report.END)
+    assert shown.strip() == report.readme_table(machine.RESULTS), "run `make readme`"
+
+
+def test_the_table_of_readme_is_short_and_leaves_no_suite_out() -> None:
+    table = report.readme_table(machine.RESULTS)
+    folders = [path for path in machine.RESULTS.glob("*") if list(path.glob("*.csv"))]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "cases" not in line]
+    assert 0 < len(rows) <= 8 * len(folders)
+    shown = {name for _, suites, _ in report.SUMMARY for name in suites}
+    assert shown == {suite.name for suite in SUITES} - {"import"}
 
 
 def test_the_table_has_machine_commit_and_ratios(tmp_path: Path) -> None:
-    write(tmp_path / "some-cpu", recorded())
+    half = [row(side, 128, s, dtype="bf16", case="h") for side, s in
+            (("fused_attn:cpu", 1.0), ("sdpa-math", 4.0))]  # fmt: skip
+    write(tmp_path / "some-cpu", [*recorded(), *half])
     page = tmp_path / "README.md"
-    page.write_text(f"# It\n\n{readme.BEGIN}\nold\n{readme.END}\nmore\n")
+    page.write_text(f"# It\n\n{report.BEGIN}\nold\n{report.END}\nmore\n")
     assert cli.main(["report", str(tmp_path), "--readme", str(page)]) == 0
     text = page.read_text()
-    assert "Some CPU, one thread; torch 2.13; commit abc, 2026-01-02:" in text
-    assert "| forward | fp32 | 3 | 2.00, 2.00, 2.00 | sdpa-flash |" in text
-    assert "| backward | fp32 | 1 | 0.50, 0.50, 0.50 | sdpa-flash |" in text
+    assert "Some CPU, one thread; torch 2.13; commit abc, 2026-01-02. Fastest" in text
+    assert "| | fp32 | bf16 | cases | most often the fastest peer |" in text
+    assert "| attention, forward | 2.00, 2.00, 2.00 | 4.00, 4.00, 4.00 | 4 | sdpa-flash |" in text
+    assert "| attention, backward | 0.50, 0.50, 0.50 |  | 1 | sdpa-flash |" in text
+    assert "[some-cpu](benchmarks/results/some-cpu/report.md)" in text
     assert text.startswith("# It\n")
     assert text.endswith("more\n")
     assert "old" not in text
-    assert not readme.update(page, tmp_path)
+    assert not report.update_readme(page, tmp_path)
 
 
 def test_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page = tmp_path / "README.md"
     page.write_text("# It\n")
     assert cli.main(["report", str(tmp_path), "--readme", str(page)]) == 2
-    assert readme.BEGIN in capsys.readouterr().err
+    assert report.BEGIN in capsys.readouterr().err
 
 
 def test_a_class_measured_again_replaces_its_row_only(tmp_path: Path) -> None:

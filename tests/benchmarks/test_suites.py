@@ -89,9 +89,9 @@ def test_a_wrong_gradient_gets_no_figure() -> None:
 
 def test_wrong_attention_weights_get_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     [problem] = find("weights").problems("cpu", [torch.float32], ["toy"])
-    honest = type(problem).call
+    honest = type(problem).prepare
 
-    def call(self, module, tensors):
+    def prepare(self, module, tensors):
         made = honest(self, module, tensors)
 
         def forward() -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_wrong_attention_weights_get_no_figure(monkeypatch: pytest.MonkeyPatch) 
 
         return dataclasses.replace(made, forward=forward)
 
-    monkeypatch.setattr(type(problem), "call", call)
+    monkeypatch.setattr(type(problem), "prepare", prepare)
     result = run.measure(find("weights"), problem, ())
     assert [side.status.partition(": error")[0] for side in result.sides] == ["wrong: weights"]
 
@@ -109,8 +109,8 @@ def test_a_wrong_kernel_of_ours_gets_no_figure(monkeypatch: pytest.MonkeyPatch) 
     honest = Attention.prepare
 
     def prepare(self, backend, tensors):
-        call = honest(self, backend, tensors)
-        return dataclasses.replace(call, forward=lambda: call.forward() + 1e-3)
+        prepared = honest(self, backend, tensors)
+        return dataclasses.replace(prepared, forward=lambda: prepared.forward() + 1e-3)
 
     monkeypatch.setattr(Attention, "prepare", prepare)
     wanted = run.Wanted(peers=(), backends=("reference",))
@@ -131,12 +131,12 @@ def test_a_slower_kernel_is_a_regression(
     honest = Attention.prepare
 
     def prepare(self, backend, tensors):
-        call = honest(self, backend, tensors)
+        prepared = honest(self, backend, tensors)
 
         def twenty_times() -> object:
-            return [call.forward() for _ in range(20)][-1]
+            return [prepared.forward() for _ in range(20)][-1]
 
-        return dataclasses.replace(call, forward=twenty_times)
+        return dataclasses.replace(prepared, forward=twenty_times)
 
     monkeypatch.setattr(Attention, "prepare", prepare)
     assert cli.main([*command, "--save", str(after)]) == 0

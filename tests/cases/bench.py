@@ -11,7 +11,7 @@ from benchmarks.suites import ceilings, cli, timing
 from benchmarks.suites.operations import importing
 from benchmarks.suites.operations.attention import Attention
 from benchmarks.suites.peers.peer import Peer
-from benchmarks.suites.problem import Call, leaves
+from benchmarks.suites.problem import Prepared, leaves
 
 TOY = Attention(
     dtype=torch.float32, batch=2, heads=2, heads_kv=2, seqlen_q=12, seqlen_k=12, head_dim=8
@@ -38,13 +38,13 @@ def bench(*arguments: str) -> int:
 def peer(name: str, forward: Callable[[], object] | None = None, **facts: object) -> Peer:
     """A peer of attention that calls torch, or `forward` on top of it."""
 
-    def prepare(problem: Attention, tensors: dict[str, torch.Tensor]) -> Call:
+    def prepare(problem: Attention, tensors: dict[str, torch.Tensor]) -> Prepared:
         q, k, v = tensors["q"], tensors["k"], tensors["v"]
 
         def honest() -> torch.Tensor:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             return out if forward is None else forward(out)
 
-        return Call(honest, leaves(problem, tensors))
+        return Prepared(honest, leaves(problem, tensors))
 
     return Peer(name, {"attention": prepare}, **facts)

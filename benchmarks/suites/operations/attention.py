@@ -16,7 +16,7 @@ from fused_attn.ops.attention.call import Scalars
 from fused_attn.ops.attention.problem import Operands
 from fused_attn.testing import attention_noise
 
-from ..problem import Call, OurSide, Problem, leaves, with_flags
+from ..problem import Prepared, Problem, Side, leaves, with_flags
 from .sides import our_sides
 
 VARIANTS = ("full", "causal", "padding", "mask", "bias", "alibi", "window", "softcap")
@@ -32,6 +32,7 @@ class Attention(Problem):
         variant: one of `VARIANTS`. "padding": key padding, mean length 0.6; "mask": random bool
             (1, 1, Lq, Lk), half of it visible; "bias": (1, H, Lq, Lk), with its gradient in a
             backward; "window": causal, the last Lk // 4 keys.
+        mean_length: of "padding", over the longest.
     """
 
     operation: ClassVar[str] = "attention"
@@ -44,6 +45,7 @@ class Attention(Problem):
     seqlen_k: int
     head_dim: int
     variant: str = "full"
+    mean_length: float = MEAN_LENGTH
 
     @property
     def bound(self) -> str:  # type: ignore[override]
@@ -54,7 +56,7 @@ class Attention(Problem):
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}/{self.heads_kv}"
         same = self.seqlen_q == self.seqlen_k
         length = f"{self.seqlen_k}" if same else f"{self.seqlen_q}:{self.seqlen_k}"
-        variant = "" if self.variant == "full" else f" {self.variant}"
+        variant = "" if self.variant == "full" else f" {self.variant}{of_length(self.mean_length)}"
         return f"{self.batch}x{heads}x{length}x{self.head_dim}{variant}"
 
     def columns(self) -> dict[str, object]:
@@ -74,7 +76,7 @@ class Attention(Problem):
         if self.variant == "window":
             left = self.seqlen_k // 4
             return (left + 1) * (self.seqlen_k - left / 2) / self.seqlen_k**2
-        return {"causal": 0.5, "padding": MEAN_LENGTH}.get(self.variant, 1.0)
+        return {"causal": 0.5, "padding": self.mean_length}.get(self.variant, 1.0)
 
     @property
     def flops(self) -> float:
@@ -104,7 +106,7 @@ class Attention(Problem):
         }
         scores = (self.seqlen_q, self.seqlen_k)
         if self.variant == "padding":
-            lengths = padded_lengths(self.batch, self.seqlen_k)
+            lengths = padded_lengths(self.batch, self.seqlen_k, self.mean_length)
             position = torch.arange(self.seqlen_k)
             tensors["key_padding_mask"] = (position < lengths[:, None]).to(self.device)
         elif self.variant == "mask":
@@ -170,15 +172,15 @@ class Attention(Problem):
             extra["softcap"] = SOFTCAP
         return extra
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         operands = Operands(**with_flags(self, tensors))
         return our_sides(BACKENDS, call.problem_of(operands, self.scalars()), self.prepare)
 
-    def prepare(self, backend: str | None, tensors: dict[str, Tensor]) -> Call:
+    def prepare(self, backend: str | None, tensors: dict[str, Tensor]) -> Prepared:
         """Our call, by the backend of that name or by the one that is chosen."""
         q, k, v = (tensors[name] for name in "qkv")
         run = functools.partial(attention, q, k, v, **self.arguments(tensors), backend=backend)
-        return Call(run, leaves(self, tensors))
+        return Prepared(run, leaves(self, tensors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +201,16 @@ class TinyCall(Attention):
     def bytes(self) -> float:
         return 0.0
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
-        return [OurSide("fused_attn", functools.partial(self.prepare, None))]
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
+        return [Side("fused_attn", functools.partial(self.prepare, None))]
 
 
-def padded_lengths(batch: int, longest: int) -> Tensor:
-    """Lengths spread evenly about 0.6 of the longest; the first sequence has no padding."""
-    spread = torch.linspace(1.0, 2 * MEAN_LENGTH - 1, batch) if batch > 1 else torch.ones(1)
+def padded_lengths(batch: int, longest: int, mean: float = MEAN_LENGTH) -> Tensor:
+    """Lengths spread evenly about `mean` of the longest; the first sequence has no padding."""
+    spread = torch.linspace(1.0, 2 * mean - 1, batch) if batch > 1 else torch.ones(1)
     return (spread * longest).round().clamp(min=1).long()
+
+
+def of_length(mean: float) -> str:
+    """What a case's label says of the mean length, if it is not the usual one."""
+    return "" if mean == MEAN_LENGTH else f" {mean:.2f}"

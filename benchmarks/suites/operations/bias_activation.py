@@ -15,7 +15,7 @@ from fused_attn.ops.bias_activation.api import Activation, bias_activation
 from fused_attn.ops.bias_activation.call import Scalars
 from fused_attn.ops.bias_activation.problem import Operands
 
-from ..problem import Call, OurSide, Problem, leaves, with_flags
+from ..problem import Prepared, Problem, Side, leaves, with_flags
 from .sides import our_sides
 
 
@@ -26,6 +26,7 @@ class BiasActivation(Problem):
     Attributes:
         width: features of x.
         variant: "gelu" or "swiglu".
+        dropout: behind it; results are compared without.
     """
 
     operation: ClassVar[str] = "bias_activation"
@@ -35,6 +36,7 @@ class BiasActivation(Problem):
     rows: int
     width: int
     variant: str = "gelu"
+    dropout: float = 0.0
 
     @property
     def gated(self) -> bool:
@@ -42,7 +44,8 @@ class BiasActivation(Problem):
 
     @property
     def size(self) -> str:
-        return f"bias+{self.variant} {self.rows}x{self.width}"
+        dropout = f" dropout {self.dropout:g}" if self.dropout else ""
+        return f"bias+{self.variant} {self.rows}x{self.width}{dropout}"
 
     def columns(self) -> dict[str, object]:
         return {"rows": self.rows, "width": self.width, "variant": self.variant}
@@ -60,11 +63,14 @@ class BiasActivation(Problem):
     def formula(self, **tensors: Tensor) -> Sequence[Tensor | None]:
         h = tensors["x"] + tensors["bias"]
         if not self.gated:
-            return (F.gelu(h),)
+            return (F.dropout(F.gelu(h), self.dropout),)
         gate, up = h.chunk(2, dim=-1)
-        return (F.silu(gate) * up,)
+        return (F.dropout(F.silu(gate) * up, self.dropout),)
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
+    def checked(self) -> Problem:
+        return self.replace(dropout=0.0)
+
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         operands = Operands(**with_flags(self, tensors))
         description = call.problem_of(operands, Scalars(self.activation, self.gated))
         return our_sides(BACKENDS, description, self._prepare)
@@ -77,12 +83,18 @@ class BiasActivation(Problem):
         width = self.width // 2 if self.gated else self.width
         return torch.empty(self.rows, width, dtype=self.dtype, device=self.device)
 
-    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
+    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Prepared:
         x, bias = tensors.values()
         out = None if self.wants_gradient else self.empty_result()
-        return Call(
+        return Prepared(
             lambda: bias_activation(
-                x, bias, activation=self.activation, gated=self.gated, out=out, backend=backend
+                x,
+                bias,
+                activation=self.activation,
+                gated=self.gated,
+                dropout_p=self.dropout,
+                out=out,
+                backend=backend,
             ),
             leaves(self, tensors),
         )

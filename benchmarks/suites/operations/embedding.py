@@ -15,7 +15,7 @@ from fused_attn.ops.embedding.api import embedding
 from fused_attn.ops.embedding.call import Scalars
 from fused_attn.ops.embedding.problem import Operands
 
-from ..problem import Call, OurSide, Problem, leaves, with_flags
+from ..problem import Prepared, Problem, Side, leaves, with_flags
 from .sides import our_sides
 
 
@@ -64,14 +64,14 @@ class Embedding(Problem):
         y = F.embedding(tensors["tokens"], tensors["weight"]) * self.scale
         return (y + tensors["table"],)
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         operands = Operands(**with_flags(self, tensors))
         description = call.problem_of(operands, Scalars(self.scale))
         return our_sides(BACKENDS, description, self._prepare)
 
-    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
+    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Prepared:
         tokens, weight, table = tensors.values()
-        return Call(
+        return Prepared(
             lambda: embedding(tokens, weight, table, scale=self.scale, backend=backend),
             leaves(self, tensors),
         )

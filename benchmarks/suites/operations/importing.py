@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..problem import Call, OurSide, Problem
+from ..problem import Prepared, Problem, Side
 
 CODE = """
 import time, torch
@@ -43,13 +43,13 @@ class Import(Problem):
     def formula(self, **tensors: Tensor) -> Sequence[Tensor | None]:
         return ()
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
-        return [OurSide("fused_attn", lambda tensors: import_call("fused_attn"))]
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
+        return [Side("fused_attn", lambda tensors: import_call("fused_attn"))]
 
 
-def import_call(package: str) -> Call:
+def import_call(package: str) -> Prepared:
     """A call that imports `package` in a fresh process and returns the seconds that it took."""
-    return Call(lambda: seconds(package))
+    return Prepared(lambda: seconds(package))
 
 
 def seconds(package: str) -> float:

@@ -15,7 +15,7 @@ from fused_attn.ops.layer_norm.api import add_layer_norm, add_rms_norm
 from fused_attn.ops.layer_norm.call import Scalars
 from fused_attn.ops.layer_norm.problem import Operands
 
-from ..problem import Call, OurSide, Problem, leaves, with_flags
+from ..problem import Prepared, Problem, Side, leaves, with_flags
 from .sides import our_sides
 
 EPS = 1e-5
@@ -72,16 +72,16 @@ class AddNorm(Problem):
             return F.rms_norm(h, (self.width,), tensors["weight"], EPS), h
         return F.layer_norm(h, (self.width,), tensors["weight"], tensors["bias"], EPS), h
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         operands = Operands(**with_flags(self, tensors))
         scalars = Scalars((self.width,), EPS, self.rms, 0.0)
         return our_sides(BACKENDS, call.problem_of(operands, scalars), self._prepare)
 
-    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
+    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Prepared:
         add: Callable[..., Any] = add_rms_norm if self.rms else add_layer_norm
         x, residual, *parameters = tensors.values()
         if self.wants_gradient:
-            return Call(
+            return Prepared(
                 lambda: add(x, residual, (self.width,), *parameters, EPS, backend=backend),
                 leaves(self, tensors),
             )
@@ -91,4 +91,4 @@ class AddNorm(Problem):
             add(x, residual, (self.width,), *parameters, EPS, out=y, sum_out=h, backend=backend)
             return y, h
 
-        return Call(forward)
+        return Prepared(forward)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fused_attn.convert import fuse
 
-from ..problem import Call, OurSide, Problem
-from .attention import padded_lengths
+from ..problem import Prepared, Problem, Side
+from .attention import MEAN_LENGTH, of_length, padded_lengths
 
 LAYERS = 6  # of a whole encoder (Vaswani et al. 2017; half of BERT-base)
 KINDS = ("mha", "layer", "encoder")
@@ -28,7 +28,8 @@ class Module(Problem):
     Attributes:
         kind: "mha" (nn.MultiheadAttention), "layer" (nn.TransformerEncoderLayer, GELU, post-norm,
             feed-forward 4 * width) or "encoder" (6 such layers).
-        padded: key padding, mean length 0.6 of the longest.
+        padded: key padding, `mean_length` of the longest on average.
+        activation: of the feed-forward, "gelu" or "relu".
         need_weights: averaged attention weights are returned as well ("mha" alone).
         dropout: of training; results are compared without.
     """
@@ -45,6 +46,8 @@ class Module(Problem):
     need_weights: bool = False
     dropout: float = 0.1
     layers: int = LAYERS
+    mean_length: float = MEAN_LENGTH
+    activation: str = "gelu"
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -52,7 +55,10 @@ class Module(Problem):
 
     @property
     def size(self) -> str:
-        extras = " padding" * self.padded + " weights" * self.need_weights
+        extras = "" if self.activation == "gelu" else f" {self.activation}"
+        extras += " weights" * self.need_weights
+        if self.padded:
+            extras += f" padding{of_length(self.mean_length)}"
         return f"{self.kind} {self.batch}x{self.seqlen}x{self.width} h{self.heads}{extras}"
 
     def columns(self) -> dict[str, object]:
@@ -75,7 +81,7 @@ class Module(Problem):
 
     @property
     def lengths(self) -> Tensor:
-        return padded_lengths(self.batch, self.seqlen)
+        return padded_lengths(self.batch, self.seqlen, self.mean_length)
 
     def tensors(self) -> dict[str, Tensor]:
         """x, the padding, and the parameters by their names."""
@@ -88,12 +94,12 @@ class Module(Problem):
 
     @property
     def differentiable(self) -> tuple[str, ...]:  # type: ignore[override]
-        weights = _stock(self.kind, self.width, self.heads, self.layers).named_parameters()
+        weights = self._shared().named_parameters()
         return ("x", *(name for name, _ in weights))
 
     def stock(self, dtype: torch.dtype | None = None) -> nn.Module:
         """torch.nn's module, with the weights that all sides get; training mode if one trains."""
-        module = copy.deepcopy(_stock(self.kind, self.width, self.heads, self.layers))
+        module = copy.deepcopy(self._shared())
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = self.dropout
@@ -102,6 +108,9 @@ class Module(Problem):
         # Weights that the dtype can hold: float64 then starts from the same numbers.
         module = module.to(self.dtype).to(dtype or self.dtype).to(self.device)
         return module.train(self.wants_gradient)
+
+    def _shared(self) -> nn.Module:
+        return _stock(self.kind, self.width, self.heads, self.layers, self.activation)
 
     def fused(self) -> nn.Module:
         """Ours, with the same weights."""
@@ -117,11 +126,11 @@ class Module(Problem):
             return (x, x, x), keywords
         return (x,), {"src_key_padding_mask": padding}
 
-    def call(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Call:
+    def prepare(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Prepared:
         """One forward of `module`; gradients of x and of every parameter."""
         args, keywords = self.arguments(tensors)
         inputs = {"x": tensors["x"], **dict(module.named_parameters())}
-        return Call(
+        return Prepared(
             lambda: module(*args, **keywords),
             inputs if self.wants_gradient else {},
             restore=lambda name, x: self.only_real(x) if name == "out" else x,
@@ -150,18 +159,18 @@ class Module(Problem):
         out, *weights = outputs if isinstance(outputs, tuple) else (outputs,)
         return (self.only_real(out), *weights)
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
-        return [OurSide("fused_attn", lambda tensors: self.call(self.fused(), tensors))]
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
+        return [Side("fused_attn", lambda tensors: self.prepare(self.fused(), tensors))]
 
 
 @functools.lru_cache(maxsize=4)
-def _stock(kind: str, width: int, heads: int, layers: int) -> nn.Module:
+def _stock(kind: str, width: int, heads: int, layers: int, activation: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "mha":
             return nn.MultiheadAttention(width, heads, batch_first=True)
         layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, activation="gelu", batch_first=True
+            width, heads, 4 * width, activation=activation, batch_first=True
         )
         return layer if kind == "layer" else nn.TransformerEncoder(layer, layers)
 

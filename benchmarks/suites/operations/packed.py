@@ -16,14 +16,14 @@ from fused_attn.ops.attention.api import attention_varlen
 from fused_attn.ops.attention.call import Scalars
 from fused_attn.ops.attention.problem import Causal, Operands
 
-from ..problem import Call, OurSide, Problem, leaves, with_flags
-from .attention import Attention, padded_lengths
+from ..problem import Prepared, Problem, Side, leaves, with_flags
+from .attention import MEAN_LENGTH, Attention, of_length, padded_lengths
 from .sides import our_sides
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed(Problem):
-    """Self-attention of `batch` sequences, mean length 0.6 of `seqlen`, one after the other."""
+    """Self-attention of `batch` sequences, `mean_length` of `seqlen` on average, end to end."""
 
     operation: ClassVar[str] = "packed"
     bound: ClassVar[str] = "compute"
@@ -35,12 +35,14 @@ class Packed(Problem):
     seqlen: int
     head_dim: int
     variant: str = "full"  # or "causal"
+    mean_length: float = MEAN_LENGTH
 
     @property
     def size(self) -> str:
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}/{self.heads_kv}"
         variant = "" if self.variant == "full" else f" {self.variant}"
-        return f"packed {self.batch}x{heads}x{self.seqlen}x{self.head_dim}{variant}"
+        size = f"{self.batch}x{heads}x{self.seqlen}x{self.head_dim}"
+        return f"packed {size}{variant}{of_length(self.mean_length)}"
 
     def columns(self) -> dict[str, object]:
         names = ("batch", "heads", "heads_kv", "head_dim", "variant")
@@ -49,7 +51,7 @@ class Packed(Problem):
 
     @property
     def lengths(self) -> list[int]:
-        return padded_lengths(self.batch, self.seqlen).tolist()
+        return padded_lengths(self.batch, self.seqlen, self.mean_length).tolist()
 
     @property
     def flops(self) -> float:
@@ -110,7 +112,7 @@ class Packed(Problem):
         dense = (out.transpose(0, 1)[None], lse.transpose(0, 1)[None], None)
         return self._sequence(1).noise(dense, inputs)
 
-    def ours(self, tensors: dict[str, Tensor]) -> list[OurSide]:
+    def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         tensors = with_flags(self, tensors)
         q, k, v = (tensors[name].transpose(0, 1)[None] for name in "qkv")
         starts = tensors["cu_seqlens"]
@@ -123,11 +125,11 @@ class Packed(Problem):
         )
         return our_sides(BACKENDS, call.problem_of(operands, scalars), self._prepare)
 
-    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Call:
+    def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Prepared:
         q, k, v, starts = (tensors[name] for name in ("q", "k", "v", "cu_seqlens"))
         causal: Causal = "lower_right" if self.variant == "causal" else False
         run = functools.partial(
             attention_varlen, q, k, v, starts, starts, self.seqlen, self.seqlen,
             causal=causal, backend=backend,
         )  # fmt: skip
-        return Call(run, leaves(self, tensors))
+        return Prepared(run, leaves(self, tensors))

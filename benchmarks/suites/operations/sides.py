@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_attn.ops import dispatch
 
-from ..problem import Call, OurSide
+from ..problem import Prepared, Side
 
 ORACLE = "is the oracle; measured if asked for by name"
 STAND_IN = "is a slow stand-in for tests here; measured if asked for by name"
@@ -19,12 +19,12 @@ STAND_IN = "is a slow stand-in for tests here; measured if asked for by name"
 def our_sides(
     backends: Sequence[Any],
     description: Any,
-    prepare: Callable[[str, dict[str, Tensor]], Call],
-) -> list[OurSide]:
+    prepare: Callable[[str, dict[str, Tensor]], Prepared],
+) -> list[Side]:
     """Every backend, asked what it has against the call that is described."""
     reasons = dict(dispatch.explain(backends, description).reasons)
     return [
-        OurSide(
+        Side(
             f"fused_attn:{backend.NAME}",
             functools.partial(prepare, backend.NAME),
             reasons[backend.NAME],

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..operations.attention import SOFTCAP, Attention
 from ..operations.modules import Module
 from ..operations.packed import Packed
-from ..problem import Call, Problem, leaves
+from ..problem import Prepared, Problem, leaves
 from .peer import Peer
 from .sdpa import additive_or_bool_mask, too_many_scores
 
@@ -32,7 +32,7 @@ def compile_for_timing(function: Any, dynamic: bool | None = False, whole: bool 
     return torch.compile(function, dynamic=dynamic, fullgraph=whole)
 
 
-def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
+def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Prepared:
     mask = additive_or_bool_mask(problem, tensors)
     if problem.variant == "causal" and mask is None:
         shape = (problem.seqlen_q, problem.seqlen_k)
@@ -54,20 +54,21 @@ def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
 
     run = compile_for_timing(formula)
     q, k, v = (tensors[name] for name in "qkv")
-    return Call(lambda: run(q, k, v, mask), leaves(problem, tensors))
+    return Prepared(lambda: run(q, k, v, mask), leaves(problem, tensors))
 
 
-def _formula(problem: Problem, tensors: dict[str, Tensor]) -> Call:
+def _formula(problem: Problem, tensors: dict[str, Tensor]) -> Prepared:
     run = compile_for_timing(lambda **tensors: problem.formula(**tensors))
-    return Call(lambda: run(**tensors), leaves(problem, tensors))
+    return Prepared(lambda: run(**tensors), leaves(problem, tensors))
 
 
-def _module(problem: Module, tensors: dict[str, Tensor]) -> Call:
+def _module(problem: Module, tensors: dict[str, Tensor]) -> Prepared:
     module = problem.stock()
-    run, call = compile_for_timing(module, whole=False), problem.call(module, tensors)
+    run = compile_for_timing(module, whole=False)
+    prepared = problem.prepare(module, tensors)
     args, keywords = problem.arguments(tensors)
-    call.forward = lambda: run(*args, **keywords)
-    return call
+    prepared.forward = lambda: run(*args, **keywords)
+    return prepared
 
 
 def _limits(problem: Problem) -> list[str]:

@@ -9,13 +9,13 @@ from torch import Tensor
 from ..operations.bias_activation import BiasActivation
 from ..operations.embedding import Embedding
 from ..operations.layer_norm import EPS, AddNorm
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .peer import Peer
 
 
-def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
+def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Prepared:
     if problem.wants_gradient or problem.rms:  # torch's RMSNorm writes to no buffer of ours
-        return Call(lambda: problem.formula(**tensors), leaves(problem, tensors))
+        return Prepared(lambda: problem.formula(**tensors), leaves(problem, tensors))
     x, residual, weight, bias = tensors.values()
     y, h = torch.empty_like(x), torch.empty_like(x)
     statistics = torch.float32 if x.device.type == "cuda" else x.dtype
@@ -28,12 +28,12 @@ def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
         )
         return y, h
 
-    return Call(forward)
+    return Prepared(forward)
 
 
-def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Call:
+def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Prepared:
     if problem.wants_gradient:
-        return Call(lambda: problem.formula(**tensors), leaves(problem, tensors))
+        return Prepared(lambda: problem.formula(**tensors), leaves(problem, tensors))
     x, bias = tensors.values()
     h, y = torch.empty_like(x), problem.empty_result()
 
@@ -45,12 +45,12 @@ def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Cal
         torch.ops.aten.silu.out(gate, out=y)
         return torch.mul(y, up, out=y)
 
-    return Call(forward)
+    return Prepared(forward)
 
 
-def _embedding(problem: Embedding, tensors: dict[str, Tensor]) -> Call:
+def _embedding(problem: Embedding, tensors: dict[str, Tensor]) -> Prepared:
     tokens, weight, table = tensors.values()
-    return Call(
+    return Prepared(
         lambda: F.embedding(tokens, weight) * problem.scale + table, leaves(problem, tensors)
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..operations.attention import SOFTCAP, Attention
 from ..operations.packed import Packed
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .peer import Peer, import_error, needs_gpu
 
 MODULES = {
@@ -44,7 +44,7 @@ def _output(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _attention(name: str, problem: Attention, tensors: dict[str, Tensor]) -> Call:
+def _attention(name: str, problem: Attention, tensors: dict[str, Tensor]) -> Prepared:
     function = importlib.import_module(MODULES[name][0]).flash_attn_func
     arguments: dict[str, Any] = {"causal": problem.causal}
     if problem.window is not None:
@@ -54,7 +54,7 @@ def _attention(name: str, problem: Attention, tensors: dict[str, Tensor]) -> Cal
     if problem.variant == "alibi":
         arguments["alibi_slopes"] = tensors["alibi_slopes"].float()
     qkv = heads_last(tensors)
-    return Call(
+    return Prepared(
         lambda: _output(function(*qkv.values(), **arguments)),
         leaves(problem, qkv),
         arrange=lambda dout: dout.transpose(1, 2).contiguous(),
@@ -62,7 +62,7 @@ def _attention(name: str, problem: Attention, tensors: dict[str, Tensor]) -> Cal
     )
 
 
-def _packed(name: str, problem: Packed, tensors: dict[str, Tensor]) -> Call:
+def _packed(name: str, problem: Packed, tensors: dict[str, Tensor]) -> Prepared:
     function = importlib.import_module(MODULES[name][0]).flash_attn_varlen_func
     q, k, v, starts = (tensors[name] for name in ("q", "k", "v", "cu_seqlens"))
     run = functools.partial(
@@ -70,7 +70,7 @@ def _packed(name: str, problem: Packed, tensors: dict[str, Tensor]) -> Call:
         max_seqlen_q=problem.seqlen, max_seqlen_k=problem.seqlen,
         causal=problem.variant == "causal",
     )  # fmt: skip
-    return Call(lambda: _output(run()), leaves(problem, tensors))
+    return Prepared(lambda: _output(run()), leaves(problem, tensors))
 
 
 def _limits(name: str, problem: Attention | Packed) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operations.attention import SOFTCAP, Attention
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .compiled import compile_for_timing
 from .peer import Peer
 
@@ -77,13 +77,13 @@ def _score(problem: Attention, tensors: dict[str, Tensor]) -> Any:
     return {"bias": biased, "alibi": alibi, "softcap": capped}.get(problem.variant)
 
 
-def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
+def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Prepared:
     q, k, v = (tensors[name] for name in "qkv")
     run = functools.partial(
         _compiled(), q, k, v, score_mod=_score(problem, tensors),
         block_mask=_mask(problem, tensors), enable_gqa=problem.heads != problem.heads_kv,
     )  # fmt: skip
-    return Call(run, leaves(problem, tensors))
+    return Prepared(run, leaves(problem, tensors))
 
 
 def _limits(problem: Attention) -> list[str]:

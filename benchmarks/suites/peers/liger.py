@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..operations.bias_activation import BiasActivation
 from ..operations.layer_norm import EPS, AddNorm
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .peer import Peer, import_error, needs_gpu
 
 
@@ -18,7 +18,7 @@ def _functions() -> Any:
     return importlib.import_module("liger_kernel.transformers.functional")
 
 
-def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
+def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Prepared:
     """Its fused add + RMSNorm; for LayerNorm, which it has without the residual, torch adds."""
     functions = _functions()
     x, residual, *parameters = tensors.values()
@@ -31,10 +31,10 @@ def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
         h = x + residual
         return functions.liger_layer_norm(h, *parameters, EPS), h
 
-    return Call(forward, leaves(problem, tensors))
+    return Prepared(forward, leaves(problem, tensors))
 
 
-def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Call:
+def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Prepared:
     """Its SwiGLU takes two tensors; torch adds the bias."""
     functions = _functions()
     x, bias = tensors.values()
@@ -43,13 +43,15 @@ def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Cal
         gate, up = (x + bias).chunk(2, dim=-1)
         return functions.liger_swiglu(gate, up)
 
-    return Call(forward, leaves(problem, tensors))
+    return Prepared(forward, leaves(problem, tensors))
 
 
 def _limits(problem: AddNorm | BiasActivation) -> list[str]:
     reasons = needs_gpu(problem)
     if problem.operation == "bias_activation" and problem.variant != "swiglu":
         reasons.append("has no GELU without a gate")
+    if isinstance(problem, BiasActivation) and problem.dropout:
+        reasons.append("is asked without dropout")
     return reasons
 
 

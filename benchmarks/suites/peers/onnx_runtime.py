@@ -16,7 +16,7 @@ from torch import Tensor
 from ..operations.attention import Attention
 from ..operations.bias_activation import BiasActivation
 from ..operations.layer_norm import EPS, AddNorm
-from ..problem import Call, Problem
+from ..problem import Prepared, Problem
 from .peer import Peer, import_error
 
 DOMAIN = "com.microsoft"
@@ -95,7 +95,7 @@ def _model(
     return model.SerializeToString()
 
 
-def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
+def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Prepared:
     """MultiHeadAttention, which takes and gives (B, L, H D)."""
     width = problem.heads * problem.head_dim
     inputs = {
@@ -107,10 +107,10 @@ def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
         unidirectional=int(problem.variant == "causal"),
     )  # fmt: skip
     shape = (problem.batch, problem.seqlen_q, problem.heads, problem.head_dim)
-    return Call(node.run, restore=lambda name, x: x.view(shape).transpose(1, 2))
+    return Prepared(node.run, restore=lambda name, x: x.view(shape).transpose(1, 2))
 
 
-def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
+def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Prepared:
     kind = "SkipSimplifiedLayerNormalization" if problem.rms else "SkipLayerNormalization"
     x, residual, *parameters = (x.detach() for x in tensors.values())
     inputs = {"x": x[None], "residual": residual[None]}
@@ -123,13 +123,13 @@ def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
         node.run()
         return y, h
 
-    return Call(forward)
+    return Prepared(forward)
 
 
-def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Call:
+def _bias_activation(problem: BiasActivation, tensors: dict[str, Tensor]) -> Prepared:
     x, bias = (x.detach() for x in tensors.values())
     out = problem.empty_result()
-    return Call(Node("BiasGelu", {"x": x, "bias": bias}, {"out": out}).run)
+    return Prepared(Node("BiasGelu", {"x": x, "bias": bias}, {"out": out}).run)
 
 
 def _missing() -> str | None:
@@ -153,6 +153,8 @@ def _limits(problem: Problem) -> list[str]:
             reasons.append("is causal for equal lengths")
     if isinstance(problem, BiasActivation) and problem.gated:
         reasons.append("has no SwiGLU")
+    if isinstance(problem, BiasActivation) and problem.dropout:
+        reasons.append("is asked without dropout")
     return reasons
 
 

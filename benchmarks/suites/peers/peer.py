@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ..operations.importing import import_call
-from ..problem import Call, Problem
+from ..problem import Prepared, Problem
 
-Prepare = Callable[[Any, dict[str, Tensor]], Call]
+PrepareOf = Callable[[Any, dict[str, Tensor]], Prepared]
 
 
 def _nothing_missing() -> str | None:
@@ -30,7 +30,7 @@ class Peer:
     """Somebody else's implementation.
 
     Attributes:
-        operations: how a `Call` is made of a problem and its tensors, by operation.
+        operations: how a `Prepared` is made of a problem and its tensors, by operation.
         missing: why it is not on this machine; None if it is.
         limits: what it has against a problem of one of its operations.
         compiles: it compiles for seconds a problem on the CPU, so that quick runs leave it out.
@@ -38,7 +38,7 @@ class Peer:
     """
 
     name: str
-    operations: Mapping[str, Prepare]
+    operations: Mapping[str, PrepareOf]
     missing: Callable[[], str | None] = _nothing_missing
     limits: Callable[[Any], list[str]] = _no_limits
     compiles: bool = False
@@ -51,7 +51,7 @@ class Peer:
         """Every reason why it cannot take `problem`; empty if it can."""
         return [] if problem.operation == "import" else self.limits(problem)
 
-    def prepare(self, problem: Problem, tensors: dict[str, Tensor]) -> Call:
+    def prepare(self, problem: Problem, tensors: dict[str, Tensor]) -> Prepared:
         if problem.operation == "import" and self.package is not None:
             return import_call(self.package)
         return self.operations[problem.operation](problem, tensors)

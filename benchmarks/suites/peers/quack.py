@@ -8,16 +8,16 @@ import importlib
 from torch import Tensor
 
 from ..operations.layer_norm import EPS, AddNorm
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .peer import Peer, import_error, needs_gpu
 
 
-def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
+def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Prepared:
     x, residual, weight, *bias = tensors.values()
     if problem.rms:
         rmsnorm = importlib.import_module("quack").rmsnorm
         run = functools.partial(rmsnorm, x, weight, residual=residual, eps=EPS, prenorm=True)
-        return Call(run, leaves(problem, tensors))
+        return Prepared(run, leaves(problem, tensors))
     layernorm = importlib.import_module("quack.rmsnorm").layernorm_fwd
     weight, bias = weight.float(), [b.float() for b in bias]  # it takes no other dtype
 
@@ -25,7 +25,7 @@ def _add_norm(problem: AddNorm, tensors: dict[str, Tensor]) -> Call:
         h = x + residual
         return layernorm(h, weight, *bias, EPS), h
 
-    return Call(forward)
+    return Prepared(forward)
 
 
 def _limits(problem: AddNorm) -> list[str]:

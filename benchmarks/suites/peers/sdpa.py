@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..operations.attention import Attention
 from ..operations.packed import Packed
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .peer import Peer, needs_gpu
 
 BACKENDS = {
@@ -46,7 +46,9 @@ def additive_or_bool_mask(problem: Attention, tensors: dict[str, Tensor]) -> Ten
     return None
 
 
-def _attention(backend: SDPBackend | None, problem: Attention, tensors: dict[str, Tensor]) -> Call:
+def _attention(
+    backend: SDPBackend | None, problem: Attention, tensors: dict[str, Tensor]
+) -> Prepared:
     q, k, v = (tensors[name] for name in "qkv")
     mask = additive_or_bool_mask(problem, tensors)
     causal = problem.variant == "causal" and mask is None
@@ -54,7 +56,7 @@ def _attention(backend: SDPBackend | None, problem: Attention, tensors: dict[str
         scaled_dot_product_attention, q, k, v, attn_mask=mask, is_causal=causal,
         enable_gqa=problem.heads != problem.heads_kv,
     )  # fmt: skip
-    return Call(_forced(backend, run), leaves(problem, tensors))
+    return Prepared(_forced(backend, run), leaves(problem, tensors))
 
 
 def _forced(backend: SDPBackend | None, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -68,7 +70,7 @@ def _forced(backend: SDPBackend | None, run: Callable[[], Tensor]) -> Callable[[
     return forced
 
 
-def _packed(backend: SDPBackend, problem: Packed, tensors: dict[str, Tensor]) -> Call:
+def _packed(backend: SDPBackend, problem: Packed, tensors: dict[str, Tensor]) -> Prepared:
     """The same sequences as a padded batch: nobody is charged for padding or unpadding."""
     visible = torch.arange(problem.seqlen) < torch.tensor(problem.lengths)[:, None]
     visible = visible.to(problem.device)
@@ -88,7 +90,7 @@ def _packed(backend: SDPBackend, problem: Packed, tensors: dict[str, Tensor]) ->
         scaled_dot_product_attention, q, k, v, attn_mask=mask,
         enable_gqa=problem.heads != problem.heads_kv,
     )  # fmt: skip
-    return Call(
+    return Prepared(
         _forced(backend, run),
         leaves(problem, {"q": q, "k": k, "v": v}),
         arrange=pad,

@@ -7,20 +7,20 @@ import functools
 from torch import Tensor
 
 from ..operations.modules import Module, fast_path
-from ..problem import Call
+from ..problem import Prepared
 from .peer import Peer
 
 
-def _module(fast: bool, problem: Module, tensors: dict[str, Tensor]) -> Call:
-    call = problem.call(problem.stock(), tensors)
-    stock = call.forward
+def _module(fast: bool, problem: Module, tensors: dict[str, Tensor]) -> Prepared:
+    prepared = problem.prepare(problem.stock(), tensors)
+    stock = prepared.forward
 
     def forward() -> object:
         with fast_path(fast):
             return stock()
 
-    call.forward = forward
-    return call
+    prepared.forward = forward
+    return prepared
 
 
 def _limits(problem: Module) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..operations.attention import Attention
 from ..operations.packed import Packed
-from ..problem import Call, leaves
+from ..problem import Prepared, leaves
 from .flash_attn import heads_last
 from .peer import Peer, import_error, needs_gpu
 
@@ -41,11 +41,11 @@ def _bias(problem: Attention, tensors: dict[str, Tensor]) -> Any:
     return None
 
 
-def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
+def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Prepared:
     qkv, bias = heads_last(tensors), _bias(problem, tensors)
     inputs = {**qkv, "bias": tensors["bias"]} if problem.variant == "bias" else qkv
     run = functools.partial(_ops().memory_efficient_attention, *qkv.values(), attn_bias=bias)
-    return Call(
+    return Prepared(
         run,
         leaves(problem, inputs),
         arrange=lambda dout: dout.transpose(1, 2).contiguous(),
@@ -53,7 +53,7 @@ def _attention(problem: Attention, tensors: dict[str, Tensor]) -> Call:
     )
 
 
-def _packed(problem: Packed, tensors: dict[str, Tensor]) -> Call:
+def _packed(problem: Packed, tensors: dict[str, Tensor]) -> Prepared:
     biases = _fmha()
     kind = biases.BlockDiagonalMask
     if problem.variant == "causal":
@@ -63,7 +63,7 @@ def _packed(problem: Packed, tensors: dict[str, Tensor]) -> Call:
     run = functools.partial(
         _ops().memory_efficient_attention, *(x[None] for x in inputs.values()), attn_bias=bias
     )
-    return Call(lambda: run()[0], leaves(problem, inputs))
+    return Prepared(lambda: run()[0], leaves(problem, inputs))
 
 
 def _limits(problem: Attention | Packed) -> list[str]:

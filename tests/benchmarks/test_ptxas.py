@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu.ptxas`, as far as it goes without a GPU."""
+"""`python -m benchmarks.compiler.ptxas`, as far as it goes without a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compiler import ptxas
-from benchmarks.compiler.ptxas import Outcome
+from benchmarks.compiler.ptxas import Finding
 
-RIGHT = Outcome("", "12 registers")
+RIGHT = Finding("", "12 registers")
 
 
 def test_what_both_agree_on_is_not_listed() -> None:
@@ -18,14 +18,14 @@ def test_what_both_agree_on_is_not_listed() -> None:
 
 
 def test_other_registers_are_listed_and_no_fault() -> None:
-    lines, right = ptxas.compare({"a": RIGHT}, {"a": Outcome("", "14 registers")})
+    lines, right = ptxas.compare({"a": RIGHT}, {"a": Finding("", "14 registers")})
     assert lines == ["a: own: 12 registers; other: 14 registers"]
     assert right
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_what_is_wrong_under_one_only_is_a_fault(swapped: bool) -> None:
-    sides = [{"a": RIGHT}, {"a": Outcome("AssertionError: dq", "")}]
+    sides = [{"a": RIGHT}, {"a": Finding("AssertionError: dq", "")}]
     [line], right = ptxas.compare(*(reversed(sides) if swapped else sides))
     assert "AssertionError: dq" in line
     assert "right" in line
@@ -33,7 +33,7 @@ def test_what_is_wrong_under_one_only_is_a_fault(swapped: bool) -> None:
 
 
 def test_what_is_wrong_under_both_or_missing_is_a_fault() -> None:
-    wrong = Outcome("AssertionError: dq", "")
+    wrong = Finding("AssertionError: dq", "")
     assert ptxas.compare({"a": wrong}, {"a": wrong}) == (["a: both: AssertionError: dq"], False)
     assert ptxas.compare({"a": RIGHT}, {}) == (["a: only under the own"], False)
     assert ptxas.compare({}, {"a": RIGHT}) == (["a: only under the other"], False)
@@ -83,4 +83,4 @@ def test_parity_cases_are_run_and_digested() -> None:
         pytest.skip("needs Triton's interpreter")
     found = dict(ptxas.cases("cpu", "below lanes"))
     assert len(found) == 2, "float16 and float32; bfloat16 is not served here"
-    assert all(not outcome.fault and len(outcome.facts) == 16 for outcome in found.values())
+    assert all(not finding.fault and len(finding.facts) == 16 for finding in found.values())
