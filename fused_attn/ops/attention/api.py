@@ -74,7 +74,8 @@ def attention(
         k: (B, Hkv, Lk, D); H must be a multiple of Hkv. Query head h reads head h // (H // Hkv).
         v: (B, Hkv, Lk, Dv).
         key_padding_mask: (B, Lk) bool, True = visible.
-        key_lengths: (B,) int64.
+        key_lengths: (B,) int64, in [0, Lk]. Checked on the CPU; elsewhere, where a look would cost
+            a wait, a longer one means Lk and a negative one 0.
         mask: bool, True = visible, broadcastable to (B, H, Lq, Lk). Nothing is expanded.
         bias: float32 or q's dtype, broadcastable to (B, H, Lq, Lk); its gradient has its shape.
         alibi_slopes: (H,) float32, the m of Press et al. 2022. Where their gradient is wanted, they
@@ -181,7 +182,8 @@ def attention_varlen(
 
     Args:
         q: (Tq, H, D). k: (Tk, Hkv, D). v: (Tk, Hkv, Dv). Any strides.
-        cu_seqlens_q, cu_seqlens_k: (N + 1,) int32, cumulative lengths, starting at 0.
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) int32, cumulative lengths, starting at 0. Checked on
+            the CPU; elsewhere the kernels stay inside the tensors whatever they hold.
         max_seqlen_q, max_seqlen_k: at least the longest length; numbers, so that nothing has to be
             read back from a device.
         causal, window, alibi_slopes, sinks, softcap, scale, dropout_p, dropout_rng, backend: as in

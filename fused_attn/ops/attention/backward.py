@@ -12,7 +12,7 @@ from torch import Tensor
 from ...runtime import checks, higher_order
 from .. import dispatch, operators
 from ..dispatch import OPERATOR
-from . import BACKENDS, call, fused, reference
+from . import BACKENDS, call, fused, reference, values
 from . import sinks as attention_sinks
 from .api import four_dimensional, heads_first, understood
 from .call import Scalars
@@ -101,6 +101,7 @@ def attention_backward(
     )
     scalars = Scalars(causal, window, softcap, scale, dropout_p, backend=backend)
     problem = call.problem_of(operands, scalars)
+    values.check(operands, problem.options)
     _check_results(operands, out, lse, dout, dlse)
     if dropout_p and dropout_rng is None:
         raise ValueError("`dropout_rng` must be that of the forward where `dropout_p` is not 0")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...runtime import autocast, checks, higher_order, philox
+from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, KERNEL
-from . import BACKENDS, fast_path, fused, reference, sinks
+from . import BACKENDS, fast_path, fused, reference, sinks, values
 from .problem import BHLD, WEIGHTS, AttentionProblem, Operands, describe, make_options
 
 
@@ -54,17 +55,28 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.q, "q")
         operands = operands._replace(rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
+    if plan.has_lengths:
+        values.check(operands, plan.options)
+    if profiler._is_profiler_enabled:
+        with recorded("attention", plan.settings.backend):
+            return _execute(plan, operands, scalars, out)
     if plan.fast and out is None:
         if not plan.needs_grad:
             return fast_path.run(operands, plan), None, None
         # By number: unpacking or names would take longer.
         return fast_path.apply(operands[0], operands[1], operands[2], operands, plan), None, None
+    return _execute(plan, operands, scalars, out)
+
+
+def _execute(
+    plan: fused.Plan, operands: Operands, scalars: Scalars, out: Tensor | None
+) -> fused.Result:
+    """Any call that is checked and planned."""
     if plan.route is not FORMULA:
         result, lse, weights = fused.attention(operands, plan, out)
     else:
-        result, lse, weights = reference.forward(
-            operands, plan.options, plan.settings.return_weights
-        )
+        wanted = plan.settings.return_weights
+        result, lse, weights = reference.forward(operands, plan.options, wanted)
     if out is not None and result is not out:
         result = out.copy_(result)
     return result, lse if scalars.return_lse else None, weights
@@ -165,7 +177,10 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     is_fast = route is KERNEL and fast_path.can_run(operands, settings, needs_grad)
     keeps = is_fast and needs_grad and not fast_path.computes_again(backend, problem)
     lse_like = fast_path.lse_like(operands.q) if keeps else None
-    return fused.Plan(problem.options, settings, backend, needs_grad, route, is_fast, lse_like)
+    has_lengths = operands.key_lengths is not None or operands.cu_seqlens_q is not None
+    return fused.Plan(
+        problem.options, settings, backend, needs_grad, route, is_fast, lse_like, has_lengths
+    )
 
 
 def _autocast(operands: Operands) -> Operands:

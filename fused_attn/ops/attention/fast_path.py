@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, empty_like
 
 from ...runtime import higher_order
+from ...runtime.profiling import profiler
 from .. import dispatch
 from .fused import Plan, Settings, dense_like, gradients, statistics_dtype
 from .problem import BHLD, NO_WEIGHTS, AttentionProblem, Operands
@@ -73,7 +74,7 @@ class _FastAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         out, lse = kept or (None, None)
         operands, plan, needs = Operands(q, k, v), ctx.plan, ctx.needs_input_grad
-        if not dispatch.backward_is_plain(dout):
+        if profiler._is_profiler_enabled or not dispatch.backward_is_plain(dout):
             wanted = (*needs[:3], False)
             options, settings = plan.options, plan.settings
             given = (dout, None, None)

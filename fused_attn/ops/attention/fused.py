@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, empty_like
 
 from ...runtime import higher_order
+from ...runtime.profiling import profiler, recorded
 from .. import dispatch, operators
 from ..dispatch import OPERATOR, Route
 from . import reference
@@ -48,6 +49,7 @@ class Plan:
     route: Route
     fast: bool  # `fast_path.run` or, with gradients, `fast_path.apply` can run the call
     lse_like: Tensor | None  # lse's shape and dtype, if that keeps out and lse for the backward
+    has_lengths: bool  # whose values are looked at where that costs nothing
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -271,6 +273,9 @@ def gradients(
     assert lse is not None
     tail = (out, lse, dout, dlse, dweights, needs)
     if not dispatch.is_traced():
+        if profiler._is_profiler_enabled:
+            with recorded("attention_backward", settings.backend):
+                return run_backward(operands, options, settings, *tail)
         return run_backward(operands, options, settings, *tail)
     found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
     return operators.only(found, needs)

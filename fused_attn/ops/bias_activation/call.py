@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, overlap, philox
+from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -56,6 +57,14 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tens
     plan = plans.get(_make_plan, operands, scalars)
     if out is not None:
         _check_out(out, operands, plan)
+    if profiler._is_profiler_enabled:
+        with recorded("bias_activation", plan.backend.NAME):
+            return _execute(plan, operands, out)
+    return _execute(plan, operands, out)
+
+
+def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> Tensor:
+    """Any call that is checked and planned."""
     if plan.route is not FORMULA:
         y = fused.bias_activation(
             operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route, out

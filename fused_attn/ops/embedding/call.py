@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import philox
+from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -47,6 +48,14 @@ def run(operands: Operands, scalars: Scalars) -> Tensor:
         rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.weight, "weight")
         operands = operands._replace(rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
+    if profiler._is_profiler_enabled:
+        with recorded("embedding", plan.backend.NAME):
+            return _execute(plan, operands)
+    return _execute(plan, operands)
+
+
+def _execute(plan: Plan, operands: Operands) -> Tensor:
+    """Any call that is checked and planned."""
     if plan.route is not FORMULA:
         return fused.embedding(
             operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route

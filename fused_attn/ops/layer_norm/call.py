@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, overlap, philox
+from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, Route
 from . import BACKENDS, fused, reference
@@ -74,6 +75,16 @@ def run(
             _check_out(name, tensor, operands, plan.needs_grad)
     if out is not None and sum_out is not None and overlap.share_memory(out, sum_out):
         raise ValueError("`out` must share no memory with `sum_out`, got tensors that do")
+    if profiler._is_profiler_enabled:
+        with recorded("layer_norm", plan.backend.NAME):
+            return _execute(plan, operands, out, sum_out)
+    return _execute(plan, operands, out, sum_out)
+
+
+def _execute(
+    plan: Plan, operands: Operands, out: Tensor | None, sum_out: Tensor | None
+) -> fused.Result:
+    """Any call that is checked and planned."""
     if plan.route is not FORMULA:
         y, h = fused.layer_norm(
             operands, plan.options, plan.settings, plan.needs_grad, plan.route, out, sum_out

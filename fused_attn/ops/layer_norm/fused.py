@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import higher_order
+from ...runtime.profiling import profiler, recorded
 from .. import dispatch, operators
 from ..dispatch import OPERATOR, Route
 from . import reference
@@ -213,6 +214,21 @@ def _gradients(
     shared = needs[0] and needs[1] and operands.rng is None and ctx.dtypes[0] == ctx.dtypes[1]
     wanted = (needs[0], needs[1] and not shared, *needs[2:])
     tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
+    if profiler._is_profiler_enabled:
+        with recorded("layer_norm_backward", settings.backend):
+            return _gradients_of(operands, options, settings, tail, shared)
+    return _gradients_of(operands, options, settings, tail, shared)
+
+
+def _gradients_of(
+    operands: Operands,
+    options: Options,
+    settings: Settings,
+    tail: tuple[Any, ...],
+    shared: bool,
+) -> dict[str, Tensor | None]:
+    wanted = tail[-1]
+    grads: Sequence[Tensor | None]
     if not dispatch.is_traced():
         grads = run_backward(operands, options, settings, *tail)
     else:

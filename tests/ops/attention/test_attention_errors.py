@@ -168,21 +168,37 @@ SEQUENCE_MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("which", ["q", "k"])
 @pytest.mark.parametrize("name", SEQUENCE_MISTAKES)
-def test_sequences_that_leave_the_tensor_are_refused_on_the_cpu(name: str) -> None:
-    if "cpu" not in usable_backends():
-        pytest.skip("no compiled part")
+def test_sequences_that_leave_the_tensor_are_refused_by_every_backend(
+    attention_backend: str, name: str, which: str
+) -> None:
     offsets, message = SEQUENCE_MISTAKES[name]
-    starts = torch.tensor(offsets, dtype=torch.int32)
+    wrong = torch.tensor(offsets, dtype=torch.int32)
+    right = torch.tensor([0, 1, 2][: len(offsets)], dtype=torch.int32)
     q = torch.randn(5, 2, 4)
     longest = 3 if name == "too long" else 9
-    with pytest.raises(ValueError, match=message):
-        attention_varlen(q, q, q, starts, starts, longest, longest)
+    starts = (wrong, right) if which == "q" else (right, wrong)
+    with pytest.raises(ValueError, match=message.replace("cu_seqlens_q", f"cu_seqlens_{which}")):
+        attention_varlen(q, q, q, *starts, longest, longest, backend=attention_backend)
 
 
-def usable_backends() -> list[str]:
-    q = torch.zeros(1, 1, 1, 1)
-    return [name for name, reasons in explain(q, q, q).reasons if not reasons]
+@pytest.mark.parametrize(("lengths", "number"), [([8, 400], 1), ([-4, 8], 0), ([9, 9], 0)])
+def test_lengths_that_no_batch_has_are_refused_by_every_backend(
+    attention_backend: str, lengths: list[int], number: int
+) -> None:
+    q = torch.randn(2, 2, 3, 4, requires_grad=True)
+    k = torch.randn(2, 2, 8, 4)
+    message = rf"`key_lengths` must be in .* \[0, 8\], got {lengths[number]} for batch element"
+    for tensor in (torch.tensor(lengths), torch.tensor(lengths).repeat_interleave(2)[::2]):
+        for x in (q, q.detach()):
+            with pytest.raises(ValueError, match=message):
+                attention(x, k, k, key_lengths=tensor, backend=attention_backend)
+    right = torch.tensor([0, 8])
+    for _ in range(2):  # a plan is kept, and the values are looked at all the same
+        attention(q, k, k, key_lengths=right, backend=attention_backend)
+        with pytest.raises(ValueError, match="`key_lengths` must be in"):
+            attention(q, k, k, key_lengths=right + 1, backend=attention_backend)
 
 
 def test_merging_different_shapes_is_refused() -> None:
