@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from ..runtime import higher_order
 from ..runtime.profiling import profiler, recorded
@@ -42,6 +43,7 @@ def define(
     results: Sequence[str],
     real: Callable[..., Results],
     fake: Callable[..., Results],
+    formula: Callable[..., Results] | None = None,
 ) -> None:
     """Define the operator `fused_attn::name`.
 
@@ -50,6 +52,7 @@ def define(
         results: names of the tensors that it returns.
         real, fake: take one argument for each group and return the results; the fake one their
             shapes and dtypes only. An operator returns tensors, so an empty one stands for None.
+        formula: likewise, in operators of torch's: for those who can run no others (ONNX).
     """
     arguments = [
         f"{_SCHEMA_TYPES[kind]} {field}"
@@ -69,6 +72,23 @@ def define(
     for device in ("CPU", "CUDA"):
         _library.impl(name, flat(real), device)
     torch.library.register_fake(f"fused_attn::{name}", flat(fake), lib=_library)
+    if formula is not None:
+        operator = getattr(torch.ops.fused_attn, name).default
+        register_decomposition(operator)(flat(_without_dropout(name, formula)))
+
+
+def _without_dropout(name: str, formula: Callable[..., Results]) -> Callable[..., Results]:
+    """`formula`, but for dropout, whose random numbers are integers that ONNX cannot compute."""
+
+    def run(operands: Any, *rest: Any) -> Results:
+        if operands.rng is not None:
+            raise dispatch.UnsupportedError(
+                f"fused_attn::{name} with dropout has no translation into ONNX; hint: call "
+                "`model.eval()` before the export, or pass dropout_p=0"
+            )
+        return formula(operands, *rest)
+
+    return run
 
 
 def differentiate(
@@ -187,6 +207,7 @@ def recomputing(
         ("y",),
         lambda given, how, settings: [run_forward(given, how, *settings)],
         lambda given, how, settings: [empty_result(given, how)],
+        lambda given, how, settings: [formula(given, how)],
     )
     define(
         f"{name}_backward",

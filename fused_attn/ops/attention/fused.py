@@ -198,6 +198,9 @@ operators.define(
     ("out", "lse", "weights"),
     _run_forward,
     _forward_fake,
+    lambda operands, options, settings: reference.forward(
+        operands, options, settings.return_weights
+    ),
 )
 operators.define(
     "attention_backward",
