@@ -23,7 +23,7 @@ def can_run(operands: Operands, settings: Settings, needs_grad: bool) -> bool:
     usual = settings[:3] == (NO_WEIGHTS, False, BHLD)
     if not usual or operands.q.shape[3] != operands.v.shape[3]:
         return False
-    if needs_grad and any(operand is not None for operand in operands[3:]):
+    if needs_grad and (not is_tested or any(operand is not None for operand in operands[3:])):
         return False
     return not higher_order.forward_mode() and all(map(higher_order.is_alive, operands[:3]))
 
@@ -88,9 +88,23 @@ class _FastAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+# The versions of torch that this way around its Python has been tested with. With any other one, or
+# where a piece of it is missing, calls with gradients take the plain way: `fused._Attention`.
+_TESTED = ((2, 9), (2, 13))
+
+
+def _is_tested() -> bool:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    known = hasattr(_FastAttention, "_backward_cls") and hasattr(torch._C, "_FunctionBase")
+    return _TESTED[0] <= version <= _TESTED[1] and known
+
+
 # `_FastAttention.apply` without what torch does in Python first (1.5 us): it asks for transforms
 # of torch.func, under which no kernel runs, and unwraps tensors that those left behind, which do
 # not come here (`can_run`). Likewise its way to `backward` (0.4 us), which asks whether a subclass
 # calls it `vjp`.
-apply = super(torch.autograd.Function, _FastAttention).apply
-_FastAttention._backward_cls.apply = _FastAttention.backward  # type: ignore[attr-defined]
+is_tested = _is_tested()
+apply = _FastAttention.apply
+if is_tested:
+    apply = super(torch.autograd.Function, _FastAttention).apply
+    _FastAttention._backward_cls.apply = _FastAttention.backward  # type: ignore[attr-defined]

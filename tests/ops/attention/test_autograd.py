@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn import attention
 from fused_attn.ops import dispatch
-from fused_attn.ops.attention import cpu
+from fused_attn.ops.attention import cpu, fast_path
 from fused_attn.runtime import native
 from tests.cases.attention import Case, finest_dtype, run_backend, skip_unless_supported
 
@@ -218,3 +218,29 @@ def test_a_tensor_that_a_transform_left_behind_is_a_tensor(attention_backend: st
     assert torch.equal(out, expected)
     gradients = [torch.autograd.grad(x.sum(), k)[0] for x in (out, expected)]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("needs", [("q",), ("k", "v"), ("q", "k", "v")])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 16), (2, 3, 70, 8)])
+def test_the_fast_path_and_the_plain_one_agree(
+    attention_backend: str,
+    shape: tuple[int, ...],
+    needs: tuple[str, ...],
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another version of torch takes the plain one."""
+    tensors = {name: torch.randn(shape, requires_grad=name in needs) for name in ("q", "k", "v")}
+    dout = torch.randn(shape)
+    results = []
+    for is_tested in (True, False):
+        monkeypatch.setattr(fast_path, "is_tested", is_tested)
+        dispatch.forget_plans()
+        out = attention(**tensors, causal=causal, backend=attention_backend)
+        is_fast = "FastAttention" in type(out.grad_fn).__name__
+        assert is_fast == (is_tested and attention_backend != "reference")
+        results.append((out, *torch.autograd.grad(out, [tensors[n] for n in needs], dout)))
+    dispatch.forget_plans()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
