@@ -9,6 +9,7 @@ policy.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import enum
 import functools
 import importlib
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..runtime import higher_order, native
+from ..runtime import higher_order, hints, native
 
 
 class Backend(Protocol):
@@ -128,8 +129,11 @@ def find(backends: Sequence[BackendT], name: str) -> BackendT:
     for backend in backends:
         if name == backend.NAME:
             return backend
-    known = ", ".join(repr(backend.NAME) for backend in backends)
-    raise ValueError(f"`backend` must be one of {known}, got {name!r}")
+    names = [backend.NAME for backend in backends]
+    known = ", ".join(map(repr, names))
+    close = difflib.get_close_matches(str(name), names, n=1)
+    message = f"`backend` must be one of {known}, got {name!r}"
+    raise ValueError(hints.with_hint(message, f"`backend={close[0]!r}`" if close else None))
 
 
 @functools.cache
@@ -160,8 +164,11 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
         if not reasons:
             return backend
         refusals.append((backend.NAME, reasons))
-    lines = [f"no backend can run {problem}"]
+    who = "no backend" if name is None else f"backend {name!r}"
+    lines = [f"{who} can run {problem}" if name is None else f"{who} cannot run {problem}"]
     lines += [f"  {backend}: {reason}" for backend, reasons in refusals for reason in reasons]
+    if name is not None:
+        lines.append("hint: leave `backend` out, and the first that can runs the call")
     raise UnsupportedError("\n".join(lines))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime import checks, overlap, subclasses
+from ...runtime import checks, hints, overlap, subclasses
 from .. import dispatch
 from . import BACKENDS, call
 from .call import Scalars
@@ -43,6 +43,7 @@ def attention(
     return_weights: Weights = None,
     out: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Any:
     """softmax(scale * q k^T + ...) v with every mask, fused (Vaswani et al. 2017, equation 1).
 
@@ -106,6 +107,8 @@ def attention(
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    if unknown:
+        hints.refuse_unknown("attention", unknown, attention.__annotations__)
     if layout != BHLD:
         q, k, v, out = heads_first(layout, q=q, k=k, v=v, out=out)
     if mask is not None or bias is not None:
@@ -167,6 +170,7 @@ def attention_varlen(
     dropout_rng: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Any:
     """Attention of sequences of unequal length, packed one after the other without padding.
 
@@ -199,6 +203,8 @@ def attention_varlen(
 
     Shape legend: N sequences, Tq and Tk rows in all, H and Hkv heads, D and Dv head sizes.
     """
+    if unknown:
+        hints.refuse_unknown("attention_varlen", unknown, attention_varlen.__annotations__)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.expect_rank(name, tensor, 3, "(T, heads, head size)")
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -281,7 +287,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> disp
     known = {"dropout_rng", "out", *Operands._fields, *Scalars._fields} - inner
     for name in arguments:
         if name not in known:
-            raise TypeError(f"`explain` got an unexpected argument `{name}`")
+            hints.refuse_unknown("explain", {name: None}, known)
     layout = arguments.get("layout", BHLD)
     if layout != BHLD:
         q, k, v, _ = heads_first(layout, q=q, k=k, v=v, out=None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import autocast, checks, higher_order, philox
+from ...runtime import autocast, checks, higher_order, hints, philox
 from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, KERNEL
@@ -158,7 +158,9 @@ def asked_of_backends(operands: Operands, scalars: Scalars) -> AttentionProblem:
 
 def _max_seqlen(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
-        raise ValueError(f"`{name}` must be an integer >= 0, got {checks.type_name(value)}")
+        message = f"`{name}` must be an integer >= 0, got {checks.type_name(value)}"
+        hint = f"`int({name})`, or any bound that is known without a look at the device"
+        raise ValueError(hints.with_hint(message, hint if isinstance(value, Tensor) else None))
     return value
 
 

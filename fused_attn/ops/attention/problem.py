@@ -184,7 +184,8 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if num_heads_kv == 0 or num_heads % num_heads_kv != 0:
         raise ValueError(
             "`k` must have a number of heads that divides that of `q`, "
-            f"got num_heads={num_heads}, num_heads_kv={num_heads_kv}"
+            f"got num_heads={num_heads}, num_heads_kv={num_heads_kv}\n"
+            "hint: tensors (B, L, heads, head size) want `layout='blhd'`"
         )
 
 
@@ -257,6 +258,7 @@ def make_options(
     if not (isinstance(causal, (bool, str)) and causal in CAUSAL):
         raise ValueError(
             f"`causal` must be False, True, 'upper_left' or 'lower_right', got {causal!r}"
+            + ("\nhint: masks are `mask=`" if isinstance(causal, Tensor) else "")
         )
     left, right = _window(window)
     return Options(
@@ -287,5 +289,6 @@ def _window(window: tuple[int, int] | None) -> tuple[int, int]:
     if not fits or any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window):
         raise ValueError(
             f"`window` must be (left, right), two integers >= 0 or -1 for no limit, got {window!r}"
+            + (f"\nhint: `window=({window}, 0)` looks back only" if type(window) is int else "")
         )
     return window[0], window[1]

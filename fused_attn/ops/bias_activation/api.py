@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from ...runtime import hints
 from . import call
 from .call import Scalars
 from .problem import Operands
@@ -23,6 +24,7 @@ def bias_activation(
     dropout_rng: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor:
     """What stands between the two linears of a feed-forward, in one pass over memory.
 
@@ -55,5 +57,7 @@ def bias_activation(
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    if unknown:
+        hints.refuse_unknown("bias_activation", unknown, bias_activation.__annotations__)
     operands = Operands(x, bias, dropout_rng if dropout_p else None)
     return call.run(operands, Scalars(activation, gated, dropout_p, backend), out)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, higher_order
+from ...runtime import checks, higher_order, hints
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -94,7 +94,8 @@ def make_options(*, activation: object, gated: object, dropout_p: float) -> Opti
     """Check the scalars of a call as a user gives them and put them in the kernels' form."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"`activation` must be one of {known}, got {activation!r}")
+        message = f"`activation` must be one of {known}, got {activation!r}"
+        raise ValueError(hints.with_hint(message, hints.for_activation(activation)))
     if not isinstance(gated, bool):
         raise TypeError(f"`gated` must be a bool, got {checks.type_name(gated)}")
     return Options(activation, gated, checks.expect_probability("dropout_p", dropout_p))

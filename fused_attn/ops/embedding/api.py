@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...runtime import hints
 from . import call
 from .call import Scalars
 from .problem import Operands
@@ -24,6 +25,7 @@ def embedding(
     dropout_p: float = 0.0,
     dropout_rng: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor:
     """What a Transformer's first layer reads, in one pass over memory.
 
@@ -59,6 +61,8 @@ def embedding(
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    if unknown:
+        hints.refuse_unknown("embedding", unknown, embedding.__annotations__)
     tokens, positions = (_as_int64(x) for x in (tokens, positions))
     operands = Operands(tokens, weight, table, positions, dropout_rng if dropout_p else None)
     return call.run(operands, Scalars(scale, offset, padding_idx, dropout_p, backend))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...runtime import hints
 from . import call
 from .call import Scalars
 from .problem import Operands
@@ -21,6 +22,7 @@ def layer_norm(
     *,
     out: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor:
     """Layer normalisation (Ba, Kiros, Hinton 2016), as `torch.nn.functional.layer_norm`.
 
@@ -43,6 +45,8 @@ def layer_norm(
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    if unknown:
+        hints.refuse_unknown("layer_norm", unknown, layer_norm.__annotations__)
     scalars = Scalars(_hashable(normalized_shape), eps, False, 0.0, backend)
     return call.run(Operands(x, None, weight, bias), scalars, out=out)[0]
 
@@ -55,6 +59,7 @@ def rms_norm(
     *,
     out: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor:
     """Root mean square normalisation (Zhang, Sennrich 2019), as `torch.nn.functional.rms_norm`.
 
@@ -73,6 +78,8 @@ def rms_norm(
     Raises:
         TypeError, ValueError, UnsupportedError: as `layer_norm`.
     """
+    if unknown:
+        hints.refuse_unknown("rms_norm", unknown, rms_norm.__annotations__)
     scalars = Scalars(_hashable(normalized_shape), eps, True, 0.0, backend)
     return call.run(Operands(x, None, weight), scalars, out=out)[0]
 
@@ -91,6 +98,7 @@ def add_layer_norm(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Any:
     """Dropout, residual connection and layer normalisation in one pass over memory.
 
@@ -118,6 +126,8 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError, UnsupportedError: as `layer_norm`.
     """
+    if unknown:
+        hints.refuse_unknown("add_layer_norm", unknown, add_layer_norm.__annotations__)
     scalars = Scalars(
         _hashable(normalized_shape),
         eps,
@@ -144,6 +154,7 @@ def add_rms_norm(
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Any:
     """Dropout, residual connection and root mean square normalisation in one pass over memory.
 
@@ -154,6 +165,8 @@ def add_rms_norm(
 
     Args, returns and raises: as `add_layer_norm`; weight and eps as in `rms_norm`.
     """
+    if unknown:
+        hints.refuse_unknown("add_rms_norm", unknown, add_rms_norm.__annotations__)
     scalars = Scalars(
         _hashable(normalized_shape),
         eps,
