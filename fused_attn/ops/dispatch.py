@@ -15,7 +15,7 @@ import functools
 import importlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -234,6 +234,15 @@ def route(operands: Iterable[Any], backend: Backend) -> Route:
     if is_formula(backend):
         return FORMULA
     return OPERATOR if is_traced() or not is_plain(operands) else KERNEL
+
+
+class Plan(NamedTuple):
+    """What a signature comes to: its scalars in the kernels' form, and who runs it, how."""
+
+    options: Any
+    backend: Any
+    needs_grad: bool
+    route: Route
 
 
 PlanT = TypeVar("PlanT")

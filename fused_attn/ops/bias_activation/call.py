@@ -6,7 +6,6 @@ out once per signature and remembered, so that a repeated call costs one diction
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,26 +14,16 @@ from torch import Tensor
 from ...runtime import checks, overlap, philox
 from ...runtime.profiling import profiler, recorded
 from .. import dispatch
-from ..dispatch import FORMULA, Route
+from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused, reference
 from .problem import (
     BiasActivationProblem,
     Operands,
-    Options,
     describe,
     make_options,
     result_dtype,
     result_shape,
 )
-
-
-class Plan(NamedTuple):
-    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
-
-    options: Options
-    backend: ModuleType
-    needs_grad: bool
-    route: Route
 
 
 class Scalars(NamedTuple):

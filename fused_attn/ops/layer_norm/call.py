@@ -6,7 +6,6 @@ out once per signature and remembered, so that a repeated call costs one diction
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,27 +14,16 @@ from torch import Tensor
 from ...runtime import checks, overlap, philox
 from ...runtime.profiling import profiler, recorded
 from .. import dispatch
-from ..dispatch import FORMULA, Route
+from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused, reference
 from .problem import (
     LayerNormProblem,
     Operands,
-    Options,
     describe,
     make_options,
     row_shape,
     sum_dtype,
 )
-
-
-class Plan(NamedTuple):
-    """What a signature comes to: its scalars in the kernels' form, and who runs it."""
-
-    options: Options
-    settings: fused.Settings
-    backend: ModuleType
-    needs_grad: bool
-    route: Route
 
 
 class Scalars(NamedTuple):
@@ -77,17 +65,18 @@ def run(
         raise ValueError("`out` must share no memory with `sum_out`, got tensors that do")
     if profiler._is_profiler_enabled:
         with recorded("layer_norm", plan.backend.NAME):
-            return _execute(plan, operands, out, sum_out)
-    return _execute(plan, operands, out, sum_out)
+            return _execute(plan, operands, scalars.need_sum, out, sum_out)
+    return _execute(plan, operands, scalars.need_sum, out, sum_out)
 
 
 def _execute(
-    plan: Plan, operands: Operands, out: Tensor | None, sum_out: Tensor | None
+    plan: Plan, operands: Operands, need_sum: bool, out: Tensor | None, sum_out: Tensor | None
 ) -> fused.Result:
     """Any call that is checked and planned."""
     if plan.route is not FORMULA:
+        settings = fused.Settings(need_sum, False, plan.backend.NAME)
         y, h = fused.layer_norm(
-            operands, plan.options, plan.settings, plan.needs_grad, plan.route, out, sum_out
+            operands, plan.options, settings, plan.needs_grad, plan.route, out, sum_out
         )
     else:
         y, h = reference.forward(operands, plan.options)
@@ -128,8 +117,7 @@ def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
     problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     route = dispatch.route(operands, backend)
-    settings = fused.Settings(scalars.need_sum, False, backend.NAME)
-    return Plan(problem.options, settings, backend, problem.requires_grad, route)
+    return Plan(problem.options, backend, problem.requires_grad, route)
 
 
 def _check_out(name: str, out: Tensor, operands: Operands, needs_grad: bool) -> None:
