@@ -17,6 +17,7 @@ from .runtime import native
 ENVIRONMENT = {
     "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",
     "FUSED_ATTN_TUNING": "off, read, on: what becomes of tiles that were found to be fastest",
+    "FUSED_ATTN_BACKENDS": "backends switched off or on by name: -cuda,triton",
     "FUSED_ATTN_CPU": "instruction-set level of the CPU kernels, for tests",
 }
 

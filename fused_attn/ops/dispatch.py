@@ -13,6 +13,7 @@ import difflib
 import enum
 import functools
 import importlib
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -27,8 +28,8 @@ from ..runtime import higher_order, hints, native
 class Backend(Protocol):
     """What every backend module of every operation provides; the operation adds its functions.
 
-    A backend that should not be taken unless it is asked for by name, though it could run, says so
-    by an optional function `only_by_name() -> bool`.
+    A backend that should not be taken unless it is asked for by name, though it could run, says why
+    by an optional function `only_by_name(problem) -> str | None`.
     """
 
     NAME: str
@@ -59,11 +60,9 @@ def why_not(backend: Backend, problem: Problem) -> list[str]:
 
     A new operand is thereby refused by all backends that do not name it yet.
     """
-    if is_formula(backend):
-        return backend.why_not(problem)
     unknown = [name for name in problem.operands if name not in backend.OPERANDS]
     without = [name for name in problem.gradients if name not in backend.GRADIENTS]
-    hidden = _hidden()
+    hidden = None if is_formula(backend) else _hidden()
     return (
         ([] if hidden is None else [hidden])
         + [f"has no kernels for `{name}`" for name in unknown]
@@ -73,7 +72,7 @@ def why_not(backend: Backend, problem: Problem) -> list[str]:
 
 
 def is_formula(backend: Backend) -> bool:
-    """True for the reference, which is ordinary torch code that everyone can look into."""
+    """True for a backend that is ordinary torch code, which everyone can look into."""
     return getattr(backend, "IS_FORMULA", False)
 
 
@@ -102,12 +101,14 @@ class Explanation:
         chosen: name of the backend that runs it, or None.
         reasons: (backend name, its reasons) in order of preference; no reasons means that it can.
         detail: what the chosen backend says of how it runs it, or "".
+        by_name: (backend name, why) of those that could run it, but only if asked for by name.
     """
 
     problem: Any
     chosen: str | None
     reasons: tuple[tuple[str, tuple[str, ...]], ...]
     detail: str = ""
+    by_name: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
@@ -115,7 +116,13 @@ class Explanation:
             if name == self.chosen:
                 verdict = f"runs this ({self.detail})" if self.detail else "runs this"
             else:
-                verdict = "; ".join(reasons) if reasons else "could run this, a better one is there"
+                why = dict(self.by_name).get(name)
+                able = (
+                    "could run this, a better one is there"
+                    if why is None
+                    else f"{_BY_NAME} ({why})"
+                )
+                verdict = "; ".join(reasons) if reasons else able
             lines.append(f"  {name:<10} {verdict}")
         return "\n".join(lines)
 
@@ -159,8 +166,8 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
     refusals = []
     for backend in candidates:
         reasons = why_not(backend, problem)
-        if not reasons and name is None and only_by_name(backend):
-            reasons = [_BY_NAME]
+        if not reasons and name is None and (why := only_by_name(backend, problem)):
+            reasons = [f"{_BY_NAME} ({why})"]
         if not reasons:
             return backend
         refusals.append((backend.NAME, reasons))
@@ -175,13 +182,14 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
 def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
     """What `select` would do with `problem`, and every backend's reasons; runs nothing."""
     reasons = tuple((backend.NAME, tuple(why_not(backend, problem))) for backend in backends)
-    asked = {b.NAME for b in backends if not only_by_name(b)} if name is None else {name}
+    by_name = {b.NAME: why for b in backends if (why := only_by_name(b, problem))}
+    asked = {b.NAME for b in backends} - by_name.keys() if name is None else {name}
     able = [backend for backend, why in reasons if not why and backend in asked]
     if name is not None:
         find(backends, name)
     chosen = able[0] if able else None
     detail = next((getattr(b, "detail", str)() for b in backends if chosen == b.NAME), "")
-    return Explanation(problem, chosen, reasons, detail)
+    return Explanation(problem, chosen, reasons, detail, tuple(by_name.items()))
 
 
 _watcher: Callable[[Explanation | str], None] | None = None
@@ -210,12 +218,31 @@ def note(text: str) -> None:
         _watcher(text)
 
 
-_BY_NAME = "could run this, but only when it is asked for by name"
+_BY_NAME = "runs only when it is asked for by name"
+_SWITCH = "FUSED_ATTN_BACKENDS"
 
 
-def only_by_name(backend: Backend) -> bool:
-    """True if `backend` is not to be taken unless it is asked for."""
-    return getattr(backend, "only_by_name", lambda: False)()
+def only_by_name(backend: Backend, problem: Any) -> str | None:
+    """Why `backend` is not to be taken for `problem` unless it is asked for; None if it may be."""
+    off, on = _switched(os.environ.get(_SWITCH, ""))
+    if backend.NAME in off:
+        return f"{_SWITCH} switches it off"
+    if backend.NAME in on:
+        return None
+    ask = getattr(backend, "only_by_name", None)
+    return None if ask is None else ask(problem)
+
+
+@functools.cache
+def _switched(value: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of backends that the environment switches off ("-cuda,triton") and on ("cuda")."""
+    off, on = set(), set()
+    for word in value.replace(" ", "").split(","):
+        if word.startswith("-"):
+            off.add(word[1:])
+        elif word:
+            on.add(word.removeprefix("+"))
+    return frozenset(off), frozenset(on)
 
 
 class Route(enum.Enum):

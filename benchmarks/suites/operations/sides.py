@@ -13,7 +13,6 @@ from fused_attn.ops import dispatch
 from ..problem import Prepared, Side
 
 ORACLE = "is the oracle; measured if asked for by name"
-STAND_IN = "is a slow stand-in for tests here; measured if asked for by name"
 
 
 def our_sides(
@@ -28,13 +27,14 @@ def our_sides(
             f"fused_attn:{backend.NAME}",
             functools.partial(prepare, backend.NAME),
             reasons[backend.NAME],
-            _by_name(backend),
+            _by_name(backend, description),
         )
         for backend in backends
     ]
 
 
-def _by_name(backend: Any) -> str:
+def _by_name(backend: Any, description: Any) -> str:
     if backend.NAME == "reference":
         return ORACLE
-    return STAND_IN if dispatch.only_by_name(backend) else ""
+    why = dispatch.only_by_name(backend, description)
+    return "" if why is None else f"{why}; measured if asked for by name"

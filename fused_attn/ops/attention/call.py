@@ -76,7 +76,7 @@ def _execute(
         result, lse, weights = fused.attention(operands, plan, out)
     else:
         wanted = plan.settings.return_weights
-        result, lse, weights = reference.forward(operands, plan.options, wanted)
+        result, lse, weights = plan.backend.forward(operands, plan.options, wanted)
     if out is not None and result is not out:
         result = out.copy_(result)
     return result, lse if scalars.return_lse else None, weights
@@ -145,7 +145,7 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
         softcap=scalars.softcap,
         dropout_p=scalars.dropout_p,
     )
-    return describe(operands, options, WEIGHTS[scalars.return_weights])
+    return describe(operands, options, WEIGHTS[scalars.return_weights], scalars.return_lse)
 
 
 def asked_of_backends(operands: Operands, scalars: Scalars) -> AttentionProblem:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import cuda as cuda_runtime
+from ...runtime import verified
 from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options, describe
 
 NAME = "cuda"
@@ -35,9 +36,13 @@ def why_not(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def only_by_name() -> bool:
-    """The emulator is for tests."""
-    return cuda_runtime.emulated()
+def only_by_name(problem: AttentionProblem) -> str | None:
+    """What ran on no such GPU yet is nobody's default; stand-ins are for tests."""
+    if cuda_runtime.emulated():
+        return "the emulated device is for tests"
+    return verified.why_not(
+        "attention", NAME, problem.device, problem.dtype, max(problem.head_dim, problem.head_dim_v)
+    )
 
 
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:

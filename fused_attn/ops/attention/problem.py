@@ -68,6 +68,7 @@ class AttentionProblem:
         bias_dtype, bias_shape: of the additive bias, or None.
         weights: NO_WEIGHTS, AVERAGE or PER_HEAD.
         gradients: names of the operands of which a derivative is wanted.
+        return_lse: lse is wanted.
         by_lse: optional operands that no kernel sees: they are worked into out and lse afterwards.
     """
 
@@ -87,6 +88,7 @@ class AttentionProblem:
     weights: int = NO_WEIGHTS
     gradients: tuple[str, ...] = ()
     by_lse: tuple[str, ...] = ()
+    return_lse: bool = False
 
     @property
     def requires_grad(self) -> bool:
@@ -130,7 +132,9 @@ class AttentionProblem:
         return ", ".join(parts)
 
 
-def describe(operands: Operands, options: Options, weights: int = NO_WEIGHTS) -> AttentionProblem:
+def describe(
+    operands: Operands, options: Options, weights: int = NO_WEIGHTS, return_lse: bool = False
+) -> AttentionProblem:
     """Check `operands` and `options` against each other and describe the call.
 
     Raises:
@@ -155,6 +159,7 @@ def describe(operands: Operands, options: Options, weights: int = NO_WEIGHTS) ->
         bias_dtype=None if operands.bias is None else operands.bias.dtype,
         bias_shape=None if operands.bias is None else tuple(operands.bias.shape),
         weights=weights,
+        return_lse=return_lse,
         gradients=higher_order.wanted_of(operands),
     )
     if packed:

@@ -52,7 +52,7 @@ def _forward_dense(
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v = operands.q, operands.k, operands.v
-    visible = _visible(operands, options, shift)
+    visible = visible_pairs(operands, options, shift)
     if visible is not None:
         # A key that no query sees may hold NaN, and 0 * NaN is NaN: take it out first.
         seen = visible.expand(q.shape[0], -1, -1, -1).flatten(1, 2).any(dim=1)
@@ -146,7 +146,7 @@ def _diagonal(seqlen_q: int, seqlen_k: int, shift: int | Tensor, device: torch.d
     return row + shift - torch.arange(seqlen_k, device=device)
 
 
-def _visible(operands: Operands, options: Options, shift: int | Tensor) -> Tensor | None:
+def visible_pairs(operands: Operands, options: Options, shift: int | Tensor) -> Tensor | None:
     """Which (query, key) pairs may meet: bool, broadcastable to (B, H, Lq, Lk), or None for all."""
     seqlen_q, seqlen_k = operands.q.shape[2], operands.k.shape[2]
     device = operands.q.device

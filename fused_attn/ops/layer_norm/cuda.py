@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import cuda as cuda_runtime
+from ...runtime import verified
 from .problem import LayerNormProblem, Operands, Options, describe
 
 NAME = "cuda"
@@ -27,9 +28,11 @@ def why_not(problem: LayerNormProblem) -> list[str]:
     return reasons
 
 
-def only_by_name() -> bool:
-    """The emulator is for tests."""
-    return cuda_runtime.emulated()
+def only_by_name(problem: LayerNormProblem) -> str | None:
+    """What ran on no such GPU yet is nobody's default; stand-ins are for tests."""
+    if cuda_runtime.emulated():
+        return "the emulated device is for tests"
+    return verified.why_not("layer_norm", NAME, problem.device, problem.dtype)
 
 
 def forward(

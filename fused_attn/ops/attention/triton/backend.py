@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....runtime import verified
 from ....runtime.triton import device as triton_device
 from ..problem import NO_WEIGHTS, AttentionProblem, Operands, Options
 from . import config
@@ -67,9 +68,13 @@ def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], in
     return kind, tuple(kernels), rows
 
 
-def only_by_name() -> bool:
-    """The interpreter is for tests: it is orders of magnitude slower than plain PyTorch."""
-    return triton_device.interpreted()
+def only_by_name(problem: AttentionProblem) -> str | None:
+    """What ran on no such GPU yet is nobody's default; stand-ins are for tests."""
+    if triton_device.interpreted():
+        return "Triton's interpreter is for tests"
+    return verified.why_not(
+        "attention", NAME, problem.device, problem.dtype, max(problem.head_dim, problem.head_dim_v)
+    )
 
 
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....runtime import verified
 from ....runtime.triton import device as triton_device
 from ..problem import BiasActivationProblem, Operands, Options
 
@@ -25,9 +26,11 @@ def why_not(problem: BiasActivationProblem) -> list[str]:
     return reasons
 
 
-def only_by_name() -> bool:
-    """The interpreter is for tests: it is orders of magnitude slower than plain PyTorch."""
-    return triton_device.interpreted()
+def only_by_name(problem: BiasActivationProblem) -> str | None:
+    """What ran on no such GPU yet is nobody's default; stand-ins are for tests."""
+    if triton_device.interpreted():
+        return "Triton's interpreter is for tests"
+    return verified.why_not("bias_activation", NAME, problem.device, problem.dtype)
 
 
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
