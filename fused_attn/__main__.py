@@ -1,4 +1,4 @@
-"""The command line: `python -m fused_attn {info,demo}`."""
+"""The command line: `python -m fused_attn {info,demo,selftest}`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:
         print(BENCH_MOVED, file=sys.stderr)
         return 2
+    if arguments[:1] == ["selftest"]:
+        from .selftest import main as selftest
+
+        return selftest(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends can run here, and why others cannot")
     _add_demo(commands)
+    commands.add_parser(
+        "selftest",
+        help="are the kernels right here? keeps a record",
+        add_help=False,
+    )
     options = parser.parse_args(arguments)
     if options.command == "info":
         from .info import report
