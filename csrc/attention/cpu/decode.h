@@ -419,11 +419,7 @@ class FewQueries {
   }
 
   // Of a block, in vectors: what the registers hold beside its operands.
-#if FUSED_ATTN_LEVEL_ID >= 2
-  static constexpr int kAccumulators = sizeof(Real) == 4 ? 16 : 8;
-#else
-  static constexpr int kAccumulators = sizeof(Real) == 4 ? 4 : 2;
-#endif
+  static constexpr int kAccumulators = larger(kRegisterVectors<Real> / 2, 16 / int{sizeof(Real)});
 
   const Params& p_;
   const FewTask task_;

@@ -166,16 +166,12 @@ FUSED_ATTN_INLINE void multiply_rows(const Product<E>& x, int64_t row, int group
 // more accumulators hide the latency of two multiply-adds a cycle.
 template <class Real>
 struct TileSize {
-#if FUSED_ATTN_LEVEL_ID >= 2
-  static constexpr int kMaxGroups = sizeof(Real) == 4 ? 4 : 2;
-  static constexpr int rows(int groups) { return sizeof(Real) == 8 || groups > 2 ? 4 : 8; }
-#elif FUSED_ATTN_LEVEL_ID == 1
-  static constexpr int kMaxGroups = 1;
-  static constexpr int rows(int) { return sizeof(Real) == 4 ? 4 : 2; }
-#else
-  static constexpr int kMaxGroups = 1;
-  static constexpr int rows(int) { return sizeof(Real) == 4 ? 2 : 1; }
-#endif
+  static constexpr int kVectors = kRegisterVectors<Real>;
+  static constexpr int kMaxGroups = kVectors >= 32 ? 4 : kVectors >= 16 ? 2 : 1;
+  static constexpr int rows(int groups) {
+    if (kVectors < 16) return kVectors / 2;
+    return kVectors < 32 || groups > 2 ? 4 : 8;
+  }
 };
 
 // About how many tiles a product of all queries of a block comes in.

@@ -75,13 +75,11 @@ class GradientTile {
     if constexpr (E::kPair == 1) {
       for (int c = segment.begin; c < segment.end; ++c) gradient(c);
     } else {
-#if FUSED_ATTN_LEVEL_ID >= 3
       for (int c = segment.begin; c < segment.end; c += 2) {
         const V even = gradient(c);
         const V odd = c + 1 < segment.end ? gradient(c + 1) : V::zero();
         pack_pairs(even, odd).store(t_.ds_pairs + c / 2 * kBlockQ + g * kLanes);
       }
-#endif
     }
   }
 

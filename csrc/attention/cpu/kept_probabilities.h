@@ -69,13 +69,11 @@ class KeptProbabilities {
         for (int c = segment.begin; c < segment.end; ++c)
           add(c, V::load(from + c * kBlockQ + lane));
       } else {
-#if FUSED_ATTN_LEVEL_ID >= 3
         for (int c = segment.begin; c < segment.end; c += 2) {
-          const VecU pair = VecU::load(from + c / 2 * kBlockQ + lane);
+          const auto pair = Vec<Unit>::load(from + c / 2 * kBlockQ + lane);
           add(c, even_of_pairs(pair));
           if (c + 1 < segment.end) add(c + 1, odd_of_pairs(pair));
         }
-#endif
       }
     }
   }

@@ -125,11 +125,9 @@ inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* ke
   return prepare_rows<E>(x, range, keep, buffer, x.columns);
 }
 
-#if FUSED_ATTN_LEVEL_ID >= 3
 inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t columns, uint32_t* to) {
   for (int64_t d = 0; d < columns; ++d) to[d] = even[d].bits | uint32_t{odd[d].bits} << 16;
 }
-#endif
 
 // The same rows in units across rows: with pairs, row u of the result holds rows 2u and 2u + 1.
 // `width` >= columns pads with zeros.

@@ -66,13 +66,11 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
           exponential(c).store(probabilities + c * kBlockQ + g * kLanes);
         }
       } else {
-#if FUSED_ATTN_LEVEL_ID >= 3
         for (int c = segment.begin; c < segment.end; c += 2) {
           const V even = exponential(c);
           const V odd = c + 1 < segment.end ? exponential(c + 1) : V::zero();
           pack_pairs(even, odd).store(probabilities + c / 2 * kBlockQ + g * kLanes);
         }
-#endif
       }
       (V::load(state.sum + g * kLanes) + sum).store(state.sum + g * kLanes);
     }

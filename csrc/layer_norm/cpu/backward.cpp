@@ -14,10 +14,11 @@
 #include "cpu/row_sums.h"
 #include "layer_norm/params.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL {
 
-using layer_norm::BackwardParams;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 // What the second pass needs of a row. H: the type of h in memory, that of the operands or, where
 // it is computed again, that of the arithmetic.
@@ -238,7 +239,7 @@ class Backward {
 };
 
 template <class T, class H>
-void backward(const BackwardParams& p) {
+void backward_as(const BackwardParams& p) {
   using A = Compute<T>;
   static thread_local Buffer weight_buffer, sums_buffer;
   const A* weight = parameter_row<A>(p.weight, p.width, A(1), weight_buffer);
@@ -264,7 +265,7 @@ void backward(const BackwardParams& p) {
 
 }  // namespace
 
-void layer_norm_backward(const BackwardParams& p) {
+void backward(const BackwardParams& p) {
   if (p.width == 0) return;
   // x is h where nothing was added to it.
   BackwardParams q = p;
@@ -272,11 +273,11 @@ void layer_norm_backward(const BackwardParams& p) {
   with_problem_type(q.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (q.h.data != nullptr) {
-      backward<T, T>(q);
+      backward_as<T, T>(q);
     } else {
-      backward<T, Compute<T>>(q);
+      backward_as<T, Compute<T>>(q);
     }
   });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL

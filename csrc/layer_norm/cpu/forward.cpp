@@ -6,10 +6,11 @@
 #include "cpu/rows.h"
 #include "layer_norm/params.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL {
 
-using layer_norm::Params;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 template <class V>
 FUSED_ATTN_INLINE V first(const V& v, AllLanes) {
@@ -182,7 +183,7 @@ class Forward {
 constexpr int64_t kTasksPerThread = 4;
 
 template <class T>
-void forward(const Params& p) {
+void forward_as(const Params& p) {
   using A = Compute<T>;
   static thread_local Buffer weight_buffer, bias_buffer;
   const A* weight = parameter_row<A>(p.weight, p.width, A(1), weight_buffer);
@@ -197,10 +198,10 @@ void forward(const Params& p) {
 
 }  // namespace
 
-void layer_norm_forward(const Params& p) {
+void forward(const Params& p) {
   if (p.rows == 0 || p.width == 0) return;
   with_problem_type(p.dtype,
-                    [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
+                    [&](auto* type) { forward_as<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL
