@@ -28,7 +28,7 @@ class ForwardHead {
   // Queries [begin, end). `next` is the head that probably follows, or null.
   void run(int64_t begin, int64_t end, const HeadOf* next) {
     if (next != nullptr) {
-      tile_.ask_for_head(
+      tile_.prefetch_head(
           *next,
           {tile_.keys_of(*next, p_.k, p_.head_dim), tile_.keys_of(*next, p_.v, p_.head_dim_v)},
           ceil_div(end - begin, kBlockQ));
@@ -37,9 +37,9 @@ class ForwardHead {
       const int rows = static_cast<int>(smaller<int64_t>(end - i, kBlockQ));
       const KeyRange keys = tile_.visibility.keys(i, i + rows);
       const int64_t count = keys.end - keys.begin;
-      tile_.ask_for_block(p_.out, p_.head_dim_v, i, end,
-                          product_tiles<Real>(rows, count) +
-                              ceil_div(count, kBlockK) * product_tiles<Real>(rows, p_.head_dim_v));
+      tile_.prefetch_block(p_.out, p_.head_dim_v, i, end,
+                           product_tiles<Real>(rows, count) +
+                               ceil_div(count, kBlockK) * product_tiles<Real>(rows, p_.head_dim_v));
       block(i, rows);
     }
   }
@@ -104,12 +104,12 @@ class ForwardHead {
                                segment.group_begin,
                                segment.group_end};
       if (!whole) {
-        multiply<E, Form::kColumns>(product, then_ask(Accumulate{}, tile_.ahead));
+        multiply<E, Form::kColumns>(product, then_prefetch(Accumulate{}, tile_.prefetcher));
       } else if (fresh_) {
-        multiply<E, Form::kColumns>(product, then_ask(Overwrite{}, tile_.ahead));
+        multiply<E, Form::kColumns>(product, then_prefetch(Overwrite{}, tile_.prefetcher));
       } else {
         multiply<E, Form::kColumns>(
-            product, then_ask(ScaleAndAccumulate<Real>{state_.correction}, tile_.ahead));
+            product, then_prefetch(ScaleAndAccumulate<Real>{state_.correction}, tile_.prefetcher));
       }
     }
   }
@@ -138,7 +138,7 @@ class ForwardHead {
 
   const Params& p_;
   HeadScores<E> tile_;
-  Rows<E> v_;
+  UnitRows<E> v_;
   Real* acc_;          // [column of v][query]
   bool fresh_ = true;  // nothing accumulated yet
   RunningSoftmax<Real> state_;

@@ -108,7 +108,7 @@ inline void gradient_tile(const TileMap& map, const ScoreFormula<typename E::Rea
 // Adds the gradient of a tile's final scores, [key][query] and 0 where hidden, to dbias: one number
 // of dbias receives all that its strides of 0 spread it over.
 template <class Real>
-inline void add_to_bias_gradient(const Tile& t, const View4& view, const Real* ds) {
+inline void add_to_bias_gradient(const ScoreTile& t, const View4& view, const Real* ds) {
   using V = Vec<Real>;
   Real* corner = at<Real>(view, t.sequence.batch, t.head, t.i, t.j);
   const int64_t stride_q = view.stride[2], stride_k = view.stride[3];

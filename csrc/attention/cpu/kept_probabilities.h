@@ -16,7 +16,7 @@ class KeptProbabilities {
   // Before a block that sees at most these keys.
   void reset(KeyRange keys) {
     values_ = value_buffer_.get<Unit>((units<E>(keys.end) + 1) * kBlockQ);
-    tiles_ = tile_buffer_.template get<Tile>(ceil_div(keys.end, kBlockK) + 1);
+    tiles_ = tile_buffer_.template get<KeptTile>(ceil_div(keys.end, kBlockK) + 1);
     count_ = 0;
   }
 
@@ -25,7 +25,7 @@ class KeptProbabilities {
 
   // They are there, relative to `shift` (RunningSoftmax::previous).
   void keep(int64_t j, const TileMap& map, const Real* shift) {
-    Tile& tile = tiles_[count_++];
+    KeptTile& tile = tiles_[count_++];
     tile.j = j;
     tile.num_segments = map.num_segments;
     std::memcpy(tile.segments, map.segments, sizeof tile.segments);
@@ -36,7 +36,7 @@ class KeptProbabilities {
   void add_to(Real* sums, const Real* last_shift, bool plain, const Real* factor) const {
     alignas(64) Real scale[kBlockQ];
     for (int64_t t = 0; t < count_; ++t) {
-      const Tile& tile = tiles_[t];
+      const KeptTile& tile = tiles_[t];
       for (int q = 0; q < kBlockQ; q += kLanes) {
         const V before = V::load(tile.shift + q), now = V::load(last_shift + q);
         const V correction =
@@ -48,14 +48,15 @@ class KeptProbabilities {
   }
 
  private:
-  struct Tile {
+  struct KeptTile {
     alignas(64) Real shift[kBlockQ];
     int64_t j;
     int num_segments;
     Segment segments[kBlockK / kSegment];
   };
 
-  void add_segment(const Tile& tile, const Segment& segment, const Real* scale, Real* sums) const {
+  void add_segment(const KeptTile& tile, const Segment& segment, const Real* scale,
+                   Real* sums) const {
     const Unit* from = values_ + tile.j / E::kPair * kBlockQ;
     sums += tile.j * kBlockQ;
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
@@ -80,7 +81,7 @@ class KeptProbabilities {
 
   Buffer value_buffer_, tile_buffer_;
   Unit* values_ = nullptr;
-  Tile* tiles_ = nullptr;
+  KeptTile* tiles_ = nullptr;
   int64_t count_ = 0;
 };
 

@@ -7,7 +7,7 @@
 //
 // Blocks of rows go through two passes: one for the averages, one for the gradients. In the second
 // pass the rows of a block add to dweight and dbias together, so that these are read and written
-// once a block (cpu/row_sums.h). Each pass asks memory for a part of the next block, a line at a
+// once a block (cpu/row_sums.h). Each pass prefetches a part of the next block, a line at a
 // time between the arithmetic, so that requests are in flight all the time: dy in the first pass,
 // the rest in the second. All of it in the second took half as long again.
 #include "cpu/row_dropout.h"
@@ -34,9 +34,9 @@ struct Row {
   A mean_g, mean_g_xhat;  // the two averages
 };
 
-// Rows of the next block that a pass asks for while it goes over the columns of this one.
+// Rows of the next block that a pass prefetches while it goes over the columns of this one.
 template <class T>
-struct Ahead {
+struct NextRows {
   const T* row[3 * kBlockRows];
   int count = 0;
 
@@ -45,7 +45,7 @@ struct Ahead {
   }
 
   // Twice a cache line's worth of loads would be wasted on 16-bit types.
-  FUSED_ATTN_INLINE void touch(int64_t column) const {
+  FUSED_ATTN_INLINE void prefetch_column(int64_t column) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     if (column % kLine != 0) return;
     for (int i = 0; i < count; ++i) prefetch(row[i] + column);
@@ -53,7 +53,7 @@ struct Ahead {
 };
 
 // Below this size of an operand the next rows are in a cache anyway.
-constexpr int64_t kMinBytesAhead = int64_t{1} << 20;
+constexpr int64_t kMinPrefetchBytes = int64_t{1} << 20;
 
 template <class T, class H>
 class Backward {
@@ -76,7 +76,7 @@ class Backward {
     const int64_t outputs = split_ ? 2 : 1;
     const bool large = p.rows * p.width * outputs * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
     stream_dx_ = large && dx_.aligned() && (!split_ || dresidual_.aligned());
-    ask_ahead_ = p.rows * p.width * static_cast<int64_t>(sizeof(T)) >= kMinBytesAhead;
+    prefetches_ = p.rows * p.width * static_cast<int64_t>(sizeof(T)) >= kMinPrefetchBytes;
   }
 
   // Adds the parameters' gradients of these rows to dweight and dbias (width elements).
@@ -127,9 +127,9 @@ class Backward {
         row.dx = dx_.get(i, scratch_dx + r * dx_.scratch_size());
         row.dresidual =
             split_ ? dresidual_.get(i, scratch_dresidual + r * dresidual_.scratch_size()) : nullptr;
-        Ahead<T> ahead;
-        if (ask_ahead_ && i + kBlockRows < end) ahead.add(dy_.direct(i + kBlockRows));
-        averages(i, ahead, row);
+        NextRows<T> next_rows;
+        if (prefetches_ && i + kBlockRows < end) next_rows.add(dy_.direct(i + kBlockRows));
+        averages(i, next_rows, row);
       }
       std::fill(rows + count, rows + kBlockRows, missing);
       gradients(rows, rows_after(first, end), dweight, dbias);
@@ -162,7 +162,7 @@ class Backward {
     return values;
   }
 
-  void averages(int64_t i, const Ahead<T>& ahead, Row<T, H, A>& row) const {
+  void averages(int64_t i, const NextRows<T>& next_rows, Row<T, H, A>& row) const {
     row.mean = p_.mean == nullptr ? A(0) : static_cast<const A*>(p_.mean)[i];
     row.rstd = static_cast<const A*>(p_.rstd)[i];
     const V mean = V::set1(row.mean), rstd = V::set1(row.rstd);
@@ -171,7 +171,7 @@ class Backward {
     const A* weight = weight_;
     double sums[2];
     sum_columns<A>(p_.width, sums, [=](int64_t j, auto lanes, V(&acc)[2]) FUSED_ATTN_BODY {
-      ahead.touch(j);
+      next_rows.prefetch_column(j);
       const V g = load(dy + j, lanes) * load(weight + j, lanes);
       const V xhat = (load(h + j, lanes) - mean) * rstd;
       acc[0] = acc[0] + g;
@@ -183,18 +183,19 @@ class Backward {
   }
 
   // What the block after the one at `first` needs besides dy.
-  Ahead<T> rows_after(int64_t first, int64_t end) const {
-    Ahead<T> ahead;
-    if (!ask_ahead_) return ahead;
+  NextRows<T> rows_after(int64_t first, int64_t end) const {
+    NextRows<T> next_rows;
+    if (!prefetches_) return next_rows;
     const int64_t from = first + kBlockRows, to = std::min(end, from + kBlockRows);
     for (const Reader<T>* reader : {&dh_, h_.absent() ? &x_ : &h_, &residual_}) {
       if (reader->absent()) continue;
-      for (int64_t i = from; i < to; ++i) ahead.add(reader->direct(i));
+      for (int64_t i = from; i < to; ++i) next_rows.add(reader->direct(i));
     }
-    return ahead;
+    return next_rows;
   }
 
-  void gradients(const Row<T, H, A>* rows, const Ahead<T>& ahead, A* dweight, A* dbias) const {
+  void gradients(const Row<T, H, A>* rows, const NextRows<T>& next_rows, A* dweight,
+                 A* dbias) const {
     const bool streamed = stream_dx_;
     const V factor =
         V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
@@ -209,7 +210,7 @@ class Backward {
     for_columns(p_.width, [&](int64_t j, auto lanes) FUSED_ATTN_BODY {
       const V w = load(weight + j, lanes);
       V dw = V::zero(), db = V::zero();
-      ahead.touch(j);
+      next_rows.prefetch_column(j);
       FUSED_ATTN_UNROLL
       for (int r = 0; r < kBlockRows; ++r) {
         const Row<T, H, A>& row = rows[r];
@@ -235,7 +236,7 @@ class Backward {
   Reader<T> dy_, dh_, h_, x_, residual_;
   Writer<T> dx_, dresidual_;
   bool split_;  // dx and dresidual are two outputs
-  bool stream_dx_ = false, ask_ahead_ = false;
+  bool stream_dx_ = false, prefetches_ = false;
 };
 
 template <class T, class H>
