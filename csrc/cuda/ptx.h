@@ -218,12 +218,12 @@ FUSED_ATTN_DEVICE void mma_wait() {
 // Reads and writes every register as far as the compiler knows: results are not read before the
 // wait that precedes it, and operands live until then.
 template <int kCount>
-FUSED_ATTN_DEVICE void pin(float (&registers)[kCount]) {
+FUSED_ATTN_DEVICE void keep_in_registers(float (&registers)[kCount]) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 template <int kCount>
-FUSED_ATTN_DEVICE void pin(uint32_t (&registers)[kCount]) {
+FUSED_ATTN_DEVICE void keep_in_registers(uint32_t (&registers)[kCount]) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }

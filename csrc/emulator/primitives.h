@@ -196,9 +196,9 @@ void mma_wait() {
   matrix_unit().wait(machine(), kLeft);
 }
 template <int kCount>
-void pin(float (&)[kCount]) {}
+void keep_in_registers(float (&)[kCount]) {}
 template <int kCount>
-void pin(uint32_t (&)[kCount]) {}
+void keep_in_registers(uint32_t (&)[kCount]) {}
 
 inline int opaque(int x) {
   return x;

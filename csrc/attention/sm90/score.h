@@ -32,6 +32,9 @@ struct ScoreAt {
     return query_of(i) < band.seqlen_q() && key_of(i) < band.end(query_of(i));
   }
 
+  // Which of the two queries of registers 4 j to 4 j + 3 is that of 4 j + e?
+  static FUSED_ATTN_DEVICE constexpr int which_query(int e) { return kTransposed ? e & 1 : e >> 1; }
+
   static FUSED_ATTN_DEVICE constexpr int down(int i) { return (i & 2) * 4; }
   static FUSED_ATTN_DEVICE constexpr int along(int i) { return (i >> 2) * 8 + (i & 1); }
 };

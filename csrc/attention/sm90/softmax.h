@@ -12,11 +12,11 @@ struct OnlineSoftmax {
   FUSED_ATTN_DEVICE OnlineSoftmax()
       : max{-device::infinity(), -device::infinity()}, sum{0.0f, 0.0f} {}
 
-  // scores -> exp(multiplier * (scores - max)) in base 2; `shrink` is what sums so far, and what
-  // was accumulated with them, have to be multiplied by. `kHidden`: there may be rows of nothing
-  // but -inf so far.
+  // scores -> exp(multiplier * (scores - max)) in base 2; `correction` is what sums so far, and
+  // what was accumulated with them, have to be multiplied by. `kHidden`: there may be rows of
+  // nothing but -inf so far.
   template <bool kHidden, int kCount>
-  FUSED_ATTN_DEVICE void step(float (&scores)[kCount], float multiplier, float (&shrink)[2]) {
+  FUSED_ATTN_DEVICE void step(float (&scores)[kCount], float multiplier, float (&correction)[2]) {
     float new_max[2] = {max[0], max[1]};
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kCount; ++i) {
@@ -28,9 +28,9 @@ struct OnlineSoftmax {
       new_max[row] = over_row(new_max[row], Largest());
       const float base = kHidden && new_max[row] == -device::infinity() ? 0.0f : new_max[row];
       shift[row] = base * multiplier;
-      shrink[row] = device::exp2_fast(device::multiply_add(max[row], multiplier, -shift[row]));
+      correction[row] = device::exp2_fast(device::multiply_add(max[row], multiplier, -shift[row]));
       max[row] = new_max[row];
-      sum[row] *= shrink[row];
+      sum[row] *= correction[row];
     }
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kCount; ++i) {
