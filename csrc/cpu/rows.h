@@ -213,7 +213,7 @@ FUSED_ATTN_INLINE Vec<Compute<T>> put_rounded(T* to, const Vec<Compute<T>>& v, A
     put(to, v, AllLanes{}, streamed);
     return v;
   } else {
-    return streamed ? stream_rounded(to, v) : store_rounded(to, v);
+    return store_rounded(to, v, streamed);
   }
 }
 template <class T>

@@ -5,7 +5,7 @@
 //   load(p), load(p, n), store(p, v), store(p, v, n)   the same, and for BFloat16 and Float16 in
 //       memory, converted (round to nearest even); n: the first n lanes only, the rest is 0
 //   stream(p, v), stream_fence()   stores past the caches; p aligned to a vector
-//   store_rounded(p, v), stream_rounded(p, v)   to 16 bits, and v as it would come back
+//   store_rounded(p, v, streamed)   to 16 bits, either way; returns v as it would come back
 //   + - * / fma max min abs sqrt sum sum_each largest round exp2 exp log tanh select greater
 //   transpose reciprocal_estimate (at least 14 bits of 1 / x)
 //

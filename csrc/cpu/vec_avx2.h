@@ -247,15 +247,13 @@ FUSED_ATTN_INLINE void stream_fence() {
 }
 
 template <class S>
-FUSED_ATTN_INLINE VecF store_rounded(S* to, VecF v) {
+FUSED_ATTN_INLINE VecF store_rounded(S* to, VecF v, bool streamed) {
   const __m256i bits = narrow(v, S{});
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
-  return widen(bits, S{});
-}
-template <class S>
-FUSED_ATTN_INLINE VecF stream_rounded(S* to, VecF v) {
-  const __m256i bits = narrow(v, S{});
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+  if (streamed) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
   return widen(bits, S{});
 }
 

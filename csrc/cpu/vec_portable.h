@@ -71,13 +71,9 @@ FUSED_ATTN_INLINE void stream(T* to, const VecF& v) {
 FUSED_ATTN_INLINE void stream_fence() {}
 
 template <class T>
-FUSED_ATTN_INLINE VecF store_rounded(T* to, const VecF& v) {
+FUSED_ATTN_INLINE VecF store_rounded(T* to, const VecF& v, bool) {
   store(to, v);
   return load(to);
-}
-template <class T>
-FUSED_ATTN_INLINE VecF stream_rounded(T* to, const VecF& v) {
-  return store_rounded(to, v);
 }
 
 }  // namespace fused_attn::FUSED_ATTN_LEVEL
