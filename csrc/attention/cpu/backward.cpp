@@ -131,8 +131,7 @@ class BackwardHead {
     RowStatistics<Real>& row = rows_[b];
     tile_.i = b * kBlockQ;
     tile_.rows = rows_of(b);
-    bool coarse;
-    load_lse(tile_.queries(p_.lse, 1), tile_.rows, row, &coarse);
+    const bool too_large = load_lse(tile_.queries(p_.lse, 1), tile_.rows, row);
     const HeadView out = tile_.queries(p_.out, p_.head_dim_v);
     const HeadView dout = tile_.queries(p_.dout, p_.head_dim_v);
     const HeadView dlse = tile_.queries(p_.dlse, 1);
@@ -142,9 +141,9 @@ class BackwardHead {
       row.delta[q] = dot_rows<Real>(dout, out, q);
       if (p_.dlse.data != nullptr) row.delta[q] -= *dlse.row<const Real>(q);
     }
-    if (coarse || p_.dweights.data != nullptr) {
+    if (too_large || p_.dweights.data != nullptr) {
       tile_.select_queries(tile_.i, tile_.rows);
-      if (coarse) refine(tile_, visible_keys(), row);
+      if (too_large) recompute_statistics(tile_, visible_keys(), row);
       if (p_.dweights.data != nullptr) add_weights_to_delta(row);
     }
   }

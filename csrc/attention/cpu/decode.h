@@ -80,7 +80,7 @@ class DecodePass {
         copy_row<E>(q, i, width_, q_ + (h * queries_ + i) * width_);
       }
     }
-    state_.reset(formula_.plain, formula_.log2_scale());
+    state_.reset();
   }
 
   // Takes in part `part` of `parts` of the keys.
@@ -114,26 +114,35 @@ class DecodePass {
 
   // What a part of the keys comes to, for merge(): numbers of a record.
   static int64_t record_size(const Params& p) {
-    return kDecodeRows * (ceil_div(p.head_dim_v, kLanes) * kLanes + 2);
+    return kDecodeRows * (ceil_div(p.head_dim_v, kLanes) * kLanes + 4);
   }
   void save(Real* record) const {
     std::memcpy(record, acc_, sizeof(Real) * static_cast<size_t>(rows_ * width_v_));
     record += kDecodeRows * width_v_;
     V::load(state_.largest).store(record);
-    V::load(state_.sum).store(record + kDecodeRows);
+    V::load(state_.shift.base).store(record + kDecodeRows);
+    V::load(state_.shift.offset).store(record + 2 * kDecodeRows);
+    V::load(state_.sum).store(record + 3 * kDecodeRows);
   }
 
   // Takes in what save() wrote of another part of the keys.
   void merge(const Real* record) {
     const Real* statistics = record + kDecodeRows * width_v_;
-    const V scale = V::set1(formula_.log2_scale());
-    const V mine = V::load(state_.largest), theirs = V::load(statistics);
-    const V now = max(mine, theirs);
+    const Shift<Real> mine = state_.shift;
+    Shift<Real> theirs;
+    V::load(statistics + kDecodeRows).store(theirs.base);
+    V::load(statistics + 2 * kDecodeRows).store(theirs.offset);
+    max(V::load(state_.largest), V::load(statistics)).store(state_.largest);
     alignas(64) Real keep[kLanes], add[kLanes];
-    exp2(clamp_exponent((mine - now) * scale)).store(keep);
-    exp2(clamp_exponent((theirs - now) * scale)).store(add);
-    now.store(state_.largest);
-    fma(V::load(statistics + kDecodeRows), V::load(add), V::load(state_.sum) * V::load(keep))
+    const auto corrections = [&](auto plain) {
+      constexpr bool kPlain = decltype(plain)::value;
+      const V scale = V::set1(formula_.log2_scale());
+      renew_shift<kPlain>(state_, 0, scale, state_.shift);
+      correction_between<kPlain>(mine, state_.shift, 0, scale).store(keep);
+      correction_between<kPlain>(theirs, state_.shift, 0, scale).store(add);
+    };
+    formula_.plain ? corrections(std::true_type{}) : corrections(std::false_type{});
+    fma(V::load(statistics + 3 * kDecodeRows), V::load(add), V::load(state_.sum) * V::load(keep))
         .store(state_.sum);
     for (int r = 0; r < rows_; ++r) {
       for (int64_t d = r * width_v_; d < (r + 1) * width_v_; d += kLanes) {
@@ -259,23 +268,25 @@ class DecodePass {
 
   // Where every query sees all listed keys, vectors can run along the keys.
   void softmax_of_rows() {
+    const Real hidden = -std::numeric_limits<Real>::infinity();
     for (int r = 0; r < rows_; ++r) {
-      for (int n = count_; n % kLanes != 0; ++n) weights_[r][n] = hidden_score<Real>(true);
+      for (int n = count_; n % kLanes != 0; ++n) weights_[r][n] = hidden;
       V most = V::load(weights_[r]);
       for (int n = kLanes; n < count_; n += kLanes) most = max(most, V::load(weights_[r] + n));
       state_.largest[r] = larger(state_.largest[r], largest(most));
     }
     const V scale = V::set1(formula_.log2_scale());
-    const V now = V::zero() - V::load(state_.largest) * scale;
-    const V correction = exp2(now - V::load(state_.previous));
+    const Shift<Real> before = state_.shift;
+    renew_shift<true>(state_, 0, scale, state_.shift);
+    const V correction = correction_between<true>(before, state_.shift, 0, scale);
     correction.store(state_.correction);
-    now.store(state_.previous);
     alignas(64) Real sums[kLanes];
     for (int r = 0; r < rows_; ++r) {
-      const V offset = V::set1(state_.previous[r]);
+      const V base = V::set1(state_.shift.base[r]), offset = V::set1(state_.shift.offset[r]);
       V total = V::zero();
       for (int n = 0; n < count_; n += kLanes) {
-        const V p = exp2(fma(V::load(weights_[r] + n), scale, offset));
+        const V exponent = fma(V::load(weights_[r] + n) - base, scale, offset);
+        const V p = exp2(clamp_exponent(exponent));
         total = total + p;
         p.store(weights_[r] + n);
       }
@@ -290,7 +301,7 @@ class DecodePass {
     scores_to_tile(h);
     const ScoreTile tile{p_, task_.sequence, task_.first_head + h, 0, queries_, j, map_};
     RunningSoftmax<Real> state;
-    state.reset(formula_.plain, formula_.log2_scale());
+    state.reset();
     copy_lanes(state_, h * queries_, state, 0);
     apply_formula<Real>(tile, formula_, scores_, bias_, nullptr, state.largest);
     uint64_t keep[kBlockK];
@@ -309,7 +320,8 @@ class DecodePass {
                   int target) const {
     for (int i = 0; i < queries_; ++i) {
       to.largest[target + i] = from.largest[first + i];
-      to.previous[target + i] = from.previous[first + i];
+      to.shift.base[target + i] = from.shift.base[first + i];
+      to.shift.offset[target + i] = from.shift.offset[first + i];
       to.sum[target + i] = from.sum[first + i];
       to.correction[target + i] = from.correction[first + i];
     }

@@ -49,7 +49,7 @@ class ForwardHead {
     kept_ = kept;
     if (kept != nullptr) kept->reset(tile_.visibility.keys());
     tile_.select_queries(i, rows);
-    state_.reset(tile_.formula.plain, tile_.formula.log2_scale());
+    state_.reset();
     fresh_ = true;
     tile_.for_each_tile(tile_.visibility.keys(i, i + rows), kBlockK, [&] {
       tile_.compute(state_.largest);
@@ -62,7 +62,7 @@ class ForwardHead {
 
   // sums[key][query] += what the block's probabilities came to, after dropout.
   void add_probabilities(const KeptProbabilities<E>& kept, Real* sums) const {
-    kept.add_to(sums, state_.previous, tile_.formula.plain, factor_);
+    kept.add_to(sums, state_.shift, tile_.formula, factor_);
   }
 
  private:
@@ -83,7 +83,7 @@ class ForwardHead {
                          : (plain ? softmax_tile<E, true, false> : softmax_tile<E, false, false>);
     run(tile_.map, tile_.groups, tile_.formula.log2_scale(), keep, tile_.scores, probabilities(),
         state_);
-    if (kept_ != nullptr) kept_->keep(tile_.j, tile_.map, state_.previous);
+    if (kept_ != nullptr) kept_->keep(tile_.j, tile_.map, state_.shift);
   }
 
   // acc = correction acc + V^T probabilities

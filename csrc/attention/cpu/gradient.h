@@ -22,7 +22,7 @@ struct GradientTiles {
   Real* ds_full;               // of the final score, for dbias; may be null
 };
 
-// kExtras: anything that may be null above is there, or the rows are refined.
+// kExtras: anything that may be null above is there, or the row statistics are exact.
 template <class E, bool kPlain, bool kMask, bool kExtras>
 class GradientTile {
   using Real = typename E::Real;
@@ -44,9 +44,12 @@ class GradientTile {
   FUSED_ATTN_INLINE void run_group(const Segment& segment, int g) const {
     const V shift = V::load(row_.shift + g * kLanes), delta = V::load(row_.delta + g * kLanes);
     const V weight = V::load(row_.weight + g * kLanes), scale = V::set1(scale_);
+    const V base = V::load(row_.base + g * kLanes);
     auto gradient = [&](int c) {
       const int64_t at = c * kBlockQ + g * kLanes;
-      V p = probability<E, kPlain>(V::load(t_.scores + at), scale, shift);
+      V score = V::load(t_.scores + at);
+      if (kExtras && row_.exact) score = score - base;
+      V p = probability<E, kPlain>(score, scale, shift);
       V dp = V::load(t_.dp + at);
       V dropped = p;
       if constexpr (kExtras) {
@@ -95,7 +98,7 @@ inline void gradient_tile(const TileMap& map, const ScoreFormula<typename E::Rea
                           const GradientTiles<E>& tiles) {
   const bool mask = map.seen == Seen::kSome;
   const bool extras = tiles.dweights != nullptr || tiles.slope != nullptr ||
-                      tiles.keep != nullptr || tiles.ds_full != nullptr || row.refined;
+                      tiles.keep != nullptr || tiles.ds_full != nullptr || row.exact;
   const auto scale = formula.scale;
   if (formula.plain && !extras) {
     return mask ? GradientTile<E, true, true, false>(map, scale, row, tiles).run()

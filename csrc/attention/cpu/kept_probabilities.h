@@ -23,24 +23,26 @@ class KeptProbabilities {
   // Where the probabilities of the tile of keys from j on go, [key unit][query].
   Unit* tile(int64_t j) { return values_ + j / E::kPair * kBlockQ; }
 
-  // They are there, relative to `shift` (RunningSoftmax::previous).
-  void keep(int64_t j, const TileMap& map, const Real* shift) {
+  // They are there, relative to `shift`.
+  void keep(int64_t j, const TileMap& map, const Shift<Real>& shift) {
     KeptTile& tile = tiles_[count_++];
     tile.j = j;
     tile.num_segments = map.num_segments;
     std::memcpy(tile.segments, map.segments, sizeof tile.segments);
-    std::memcpy(tile.shift, shift, sizeof tile.shift);
+    tile.shift = shift;
   }
 
   // sums[key][query] += factor times the probabilities relative to the last shift.
-  void add_to(Real* sums, const Real* last_shift, bool plain, const Real* factor) const {
+  void add_to(Real* sums, const Shift<Real>& last, const ScoreFormula<Real>& formula,
+              const Real* factor) const {
     alignas(64) Real scale[kBlockQ];
+    const V to_exponent = V::set1(formula.log2_scale());
     for (int64_t t = 0; t < count_; ++t) {
       const KeptTile& tile = tiles_[t];
       for (int q = 0; q < kBlockQ; q += kLanes) {
-        const V before = V::load(tile.shift + q), now = V::load(last_shift + q);
-        const V correction =
-            plain ? correction_of<true>(before, now) : correction_of<false>(before, now);
+        const V correction = formula.plain
+                                 ? correction_between<true>(tile.shift, last, q, to_exponent)
+                                 : correction_between<false>(tile.shift, last, q, to_exponent);
         (correction * V::load(factor + q)).store(scale + q);
       }
       for (int s = 0; s < tile.num_segments; ++s) add_segment(tile, tile.segments[s], scale, sums);
@@ -49,7 +51,7 @@ class KeptProbabilities {
 
  private:
   struct KeptTile {
-    alignas(64) Real shift[kBlockQ];
+    Shift<Real> shift;
     int64_t j;
     int num_segments;
     Segment segments[kBlockK / kSegment];

@@ -26,11 +26,14 @@ struct ScoreFormula {
   Real log2_scale() const { return static_cast<Real>((plain ? double(scale) : 1.0) * kLog2e); }
 };
 
-// The score of a hidden key. In plain tiles it is finite, so that the exponential needs no clamp;
-// a power of two, so that scaling it is exact.
+// Below all scores but -inf.
+template <class Real>
+constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+
+// The score of a hidden key. In plain tiles it is finite, so that the exponential needs no clamp.
 template <class Real>
 constexpr Real hidden_score(bool plain) {
-  return plain ? Real(-0x1p100) : -std::numeric_limits<Real>::infinity();
+  return plain ? kLowest<Real> : -std::numeric_limits<Real>::infinity();
 }
 
 // Exponents never need to be smaller than this, which gives 0 in either precision; it keeps -inf

@@ -7,26 +7,88 @@
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
+// What the exponentials of each query's scores are relative to: exponents are
+// (score - base) * scale + offset, to base 2, in plain tiles, and score - base, to base e, in
+// others.
+template <class Real>
+struct Shift {
+  alignas(64) Real base[kBlockQ];
+  alignas(64) Real offset[kBlockQ];
+};
+
+// Beyond this largest |score * scale|, half a unit of its last place is no small exponent, and at
+// 2^31 overflows the exponential: the base takes the place of the offset then.
+template <class Real>
+constexpr Real kMaxOffset = 1 / std::numeric_limits<Real>::epsilon();
+
 template <class Real>
 struct RunningSoftmax {
-  alignas(64) Real largest[kBlockQ];   // score so far, in the tile's own scale
-  alignas(64) Real previous[kBlockQ];  // its value before this tile (plain: scaled, negated)
-  alignas(64) Real sum[kBlockQ];       // of exponentials relative to `largest`
+  alignas(64) Real largest[kBlockQ];  // score so far, in the tile's own scale
+  Shift<Real> shift;
+  alignas(64) Real sum[kBlockQ];  // of exponentials relative to `shift`
   alignas(64) Real correction[kBlockQ];
 
-  void reset(bool plain, Real log2_scale) {
+  void reset() {
     for (int q = 0; q < kBlockQ; ++q) {
-      largest[q] = plain ? hidden_score<Real>(true) : std::numeric_limits<Real>::lowest();
-      previous[q] = plain ? -largest[q] * log2_scale : largest[q];
-      sum[q] = 0;
+      largest[q] = shift.base[q] = kLowest<Real>;
+      shift.offset[q] = sum[q] = 0;
     }
   }
 };
 
-// What turns exponentials relative to `before` into those relative to `now`: values of `previous`.
-template <bool kPlain, class V>
-FUSED_ATTN_INLINE V correction_of(V before, V now) {
-  return kPlain ? exp2(now - before) : exp(clamp_exponent(before - now));
+// What turns exponentials relative to one shift into those relative to another.
+template <bool kPlain, class Real>
+FUSED_ATTN_INLINE Vec<Real> correction_between(const Shift<Real>& before, const Shift<Real>& now,
+                                               int q, Vec<Real> scale) {
+  using V = Vec<Real>;
+  const V apart = V::load(before.base + q) - V::load(now.base + q);
+  if constexpr (!kPlain) return exp(clamp_exponent(apart));
+  const V offset = V::load(now.offset + q) - V::load(before.offset + q);
+  return exp2(clamp_exponent(fma(apart, scale, offset)));
+}
+
+// Makes the exponents of 16 queries relative to their largest scores so far. Does any of them have
+// a base in a plain tile?
+template <bool kPlain, class Real>
+FUSED_ATTN_INLINE bool renew_shift(const RunningSoftmax<Real>& state, int q, Vec<Real> scale,
+                                   Shift<Real>& shift) {
+  using V = Vec<Real>;
+  const V largest = V::load(state.largest + q);
+  if constexpr (!kPlain) {
+    largest.store(shift.base + q);
+    V::zero().store(shift.offset + q);
+    return false;
+  }
+  const V scaled = largest * scale;
+  const Mask large = greater(abs(scaled), V::set1(kMaxOffset<Real>));
+  select(large, largest, V::zero()).store(shift.base + q);
+  select(large, V::zero(), V::zero() - scaled).store(shift.offset + q);
+  return large != 0;
+}
+
+// Is a score of this group of queries so low that its product with the scale overflows?
+template <class Real>
+inline bool overflows(const Segment& segment, int group, Real scale, const Real* scores) {
+  using V = Vec<Real>;
+  V least = V::zero();
+  for (int c = segment.begin; c < segment.end; ++c) {
+    least = min(least, V::load(scores + c * kBlockQ + group * kLanes));
+  }
+  return greater(V::set1(kLowest<Real> / 2 / scale), least) != 0;
+}
+
+// Takes the base off the scores of a group of queries, which then are as a plain tile's exponential
+// takes them. Few tiles need it: a loop of its own keeps it out of theirs.
+template <class Real>
+FUSED_ATTN_NOINLINE void subtract_base(const Segment& segment, int group, const Real* base,
+                                       Real* scores) {
+  using V = Vec<Real>;
+  const V floor = V::set1(Real(-0x1p100));  // its exponential is 0, and its exponent finite
+  const V from = V::load(base + group * kLanes);
+  for (int c = segment.begin; c < segment.end; ++c) {
+    Real* at = scores + c * kBlockQ + group * kLanes;
+    max(floor, V::load(at) - from).store(at);
+  }
 }
 
 // Replaces the scores of a tile by their exponentials, in the units of the product with V:
@@ -38,26 +100,30 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
   using Real = typename E::Real;
   using V = Vec<Real>;
   const V scale = V::set1(log2_scale);
-  for (int q = 0; q < groups * kLanes; q += kLanes) {
-    V now = V::load(state.largest + q);
-    const V before = V::load(state.previous + q);
-    if (kPlain) now = V::zero() - now * scale;
-    const V correction = correction_of<kPlain>(before, now);
+  const Shift<Real> before = state.shift;
+  bool has_base[kGroups];
+  for (int g = 0; g < groups; ++g) {
+    const int q = g * kLanes;
+    has_base[g] = renew_shift<kPlain>(state, q, scale, state.shift);
+    const V correction = correction_between<kPlain>(before, state.shift, q, scale);
     correction.store(state.correction + q);
     (V::load(state.sum + q) * correction).store(state.sum + q);
-    now.store(state.previous + q);
   }
   for (int s = 0; s < map.num_segments; ++s) {
     const Segment& segment = map.segments[s];
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
-      const V largest = V::load(state.largest + g * kLanes);
-      const V offset = V::load(state.previous + g * kLanes);
+      if (kPlain &&
+          (has_base[g] || (log2_scale > 1 && overflows(segment, g, log2_scale, scores)))) {
+        subtract_base(segment, g, state.shift.base, scores);
+      }
+      const V base = V::load(state.shift.base + g * kLanes);
+      const V offset = V::load(state.shift.offset + g * kLanes);
       // Of this segment alone: one running sum over all keys would lose twice as many bits.
       V sum = V::zero();
       auto exponential = [&](int c) {
         const V score = V::load(scores + c * kBlockQ + g * kLanes);
         const V p = kPlain ? exp2<E::kPrecision>(fma(score, scale, offset))
-                           : exp<E::kPrecision>(clamp_exponent(score - largest));
+                           : exp<E::kPrecision>(clamp_exponent(score - base));
         sum = sum + p;
         return kDropout ? select(lanes_of(keep, c, g), p, V::zero()) : p;
       };
@@ -81,15 +147,24 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
 template <class Real>
 inline void finish(const RunningSoftmax<Real>& state, const ScoreFormula<Real>& formula,
                    const Dropout& dropout, int rows, Real* factor, Real* lse) {
-  const Real scale = formula.plain ? formula.scale : Real(1);
   for (int q = 0; q < kBlockQ; ++q) {
-    const bool hidden =
-        q >= rows || (formula.plain && state.largest[q] <= hidden_score<Real>(true));
+    const double largest = static_cast<double>(state.largest[q]);
+    const bool hidden = q >= rows || (formula.plain && state.largest[q] == kLowest<Real>);
     const Real sum = hidden ? Real(0) : state.sum[q];
     // Not `sum > 0`: a NaN must reach the output.
     factor[q] = sum == 0 ? Real(0) : static_cast<Real>(dropout.factor()) / sum;
-    lse[q] = sum == 0 ? -std::numeric_limits<Real>::infinity()
-                      : state.largest[q] * scale + std::log(sum);
+    if (sum == 0) {
+      lse[q] = -std::numeric_limits<Real>::infinity();
+    } else if (formula.plain) {
+      // The exponent of the largest score is 0 but for rounding.
+      const double exponent = std::fma(largest - static_cast<double>(state.shift.base[q]),
+                                       static_cast<double>(formula.log2_scale()),
+                                       static_cast<double>(state.shift.offset[q]));
+      lse[q] = static_cast<Real>(largest * static_cast<double>(formula.scale) - exponent * kLn2 +
+                                 static_cast<double>(std::log(sum)));
+    } else {
+      lse[q] = state.largest[q] + std::log(sum);
+    }
   }
 }
 

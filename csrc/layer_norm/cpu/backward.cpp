@@ -31,6 +31,7 @@ struct Row {
   T* dx;
   T* dresidual;  // null unless it differs from dx
   A mean, rstd;
+  A normal_rstd;  // of h as it lies here, which may be times a power of two, and so may its mean
   A mean_g, mean_g_xhat;  // the two averages
 };
 
@@ -127,9 +128,10 @@ class Backward {
         row.dx = dx_.get(i, scratch_dx + r * dx_.scratch_size());
         row.dresidual =
             split_ ? dresidual_.get(i, scratch_dresidual + r * dresidual_.scratch_size()) : nullptr;
+        row.h = load_statistics(i, row, scratch_h + r * width);
         NextRows<T> next_rows;
         if (prefetches_ && i + kBlockRows < end) next_rows.add(dy_.direct(i + kBlockRows));
-        averages(i, next_rows, row);
+        averages(next_rows, row);
       }
       std::fill(rows + count, rows + kBlockRows, missing);
       gradients(rows, rows_after(first, end), dweight, dbias);
@@ -162,10 +164,22 @@ class Backward {
     return values;
   }
 
-  void averages(int64_t i, const NextRows<T>& next_rows, Row<T, H, A>& row) const {
+  // Where h of row i is to be read. Differences of rows near the end of the range of numbers would
+  // overflow: they are made smaller.
+  const H* load_statistics(int64_t i, Row<T, H, A>& row, H* values) const {
     row.mean = p_.mean == nullptr ? A(0) : static_cast<const A*>(p_.mean)[i];
-    row.rstd = static_cast<const A*>(p_.rstd)[i];
-    const V mean = V::set1(row.mean), rstd = V::set1(row.rstd);
+    row.rstd = row.normal_rstd = static_cast<const A*>(p_.rstd)[i];
+    constexpr A kLarge = sizeof(A) == 4 ? A(0x1p-100) : A(0x1p-1000);
+    if (!(row.rstd < kLarge)) return row.h;
+    constexpr A kFactor = A(0x1p-32);
+    for (int64_t j = 0; j < p_.width; ++j) values[j] = convert<H>(convert<A>(row.h[j]) * kFactor);
+    row.mean *= kFactor;
+    row.normal_rstd /= kFactor;
+    return values;
+  }
+
+  void averages(const NextRows<T>& next_rows, Row<T, H, A>& row) const {
+    const V mean = V::set1(row.mean), rstd = V::set1(row.normal_rstd);
     const T* dy = row.dy;
     const H* h = row.h;
     const A* weight = weight_;
@@ -199,9 +213,11 @@ class Backward {
     const bool streamed = stream_dx_;
     const V factor =
         V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
-    V mean[kBlockRows], rstd[kBlockRows], mean_g[kBlockRows], mean_g_xhat[kBlockRows];
+    V mean[kBlockRows], normal_rstd[kBlockRows], rstd[kBlockRows], mean_g[kBlockRows],
+        mean_g_xhat[kBlockRows];
     for (int r = 0; r < kBlockRows; ++r) {
       mean[r] = V::set1(rows[r].mean);
+      normal_rstd[r] = V::set1(rows[r].normal_rstd);
       rstd[r] = V::set1(rows[r].rstd);
       mean_g[r] = V::set1(rows[r].mean_g);
       mean_g_xhat[r] = V::set1(rows[r].mean_g_xhat);
@@ -215,7 +231,7 @@ class Backward {
       for (int r = 0; r < kBlockRows; ++r) {
         const Row<T, H, A>& row = rows[r];
         const V dy = load(row.dy + j, lanes);
-        const V xhat = (load(row.h + j, lanes) - mean[r]) * rstd[r];
+        const V xhat = (load(row.h + j, lanes) - mean[r]) * normal_rstd[r];
         dw = fma(dy, xhat, dw);
         db = db + dy;
         // The difference first: it is exactly 0 where all of a row's g are equal.
