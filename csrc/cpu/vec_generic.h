@@ -12,6 +12,13 @@ namespace fused_attn::FUSED_ATTN_LEVEL {
 
 constexpr int kNativeBytes = FUSED_ATTN_VECTOR_BYTES;
 
+// Does fma() round once, in all types?
+#if defined(__FP_FAST_FMA)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 template <class T>
 struct Native;
 #if defined(__GNUC__)

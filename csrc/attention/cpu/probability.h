@@ -22,7 +22,7 @@ struct RowStatistics {
 
 // Beyond this |lse|, its rounding error shows in the probabilities: rows of large scores that come
 // out equal, such as those hidden by adding the lowest number, would not even sum to 1.
-constexpr double kMaxLse = 1e4;
+constexpr double kMaxLse = 512;
 
 // The statistics that lse gives; is one of them too large for that?
 template <class Real>

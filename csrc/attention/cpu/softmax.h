@@ -16,10 +16,11 @@ struct Shift {
   alignas(64) Real offset[kBlockQ];
 };
 
-// Beyond this largest |score * scale|, half a unit of its last place is no small exponent, and at
-// 2^31 overflows the exponential: the base takes the place of the offset then.
+// Beyond this largest |score * scale| the base takes the place of the offset. A fused multiply-add
+// makes an exponent with one rounding, but at 2^31 the offset's own overflows the exponential;
+// without, a product is off by half a unit of its last place.
 template <class Real>
-constexpr Real kMaxOffset = 1 / std::numeric_limits<Real>::epsilon();
+constexpr Real kMaxOffset = kFusedMultiplyAdd ? 1 / std::numeric_limits<Real>::epsilon() : Real(16);
 
 template <class Real>
 struct RunningSoftmax {

@@ -12,15 +12,11 @@
 #pragma once
 
 #include "attention/sm90/consumer.h"
-#include "attention/sm90/score.h"
 
 namespace fused_attn::attention {
 
 struct BackwardProblem : DeviceProblem {
-  // Per head and query, in base 2 and with rows padded to tiles: see statistics_start.
-  float* lse2;
-  float* delta;
-  int padded_rows;
+  float* delta;                 // like lse2
   DeviceView result_out, dout;  // for delta
   const float* forward_lse;
   int64_t forward_lse_stride[3];
@@ -34,20 +30,23 @@ struct BackwardProblem : DeviceProblem {
   bool dbias_shared;  // several (batch, head) add to an element
 };
 
-// Rows of statistics are padded, a sequence's to whole tiles of this many.
-constexpr int kStatisticsTile = 64;
+// Beyond this |lse| its rounding shows in the probabilities.
+constexpr float kMaxLse = 5000.0f;
 
-// Where the statistics of a sequence begin among those of its head.
-FUSED_ATTN_DEVICE int statistics_start(const DeviceProblem& p, const Sequence& s) {
-  if (p.cu_seqlens_q != nullptr) {
-    return (s.start_q / kStatisticsTile + s.batch) * kStatisticsTile;
-  }
-  return s.batch * ((p.seqlen_q + kStatisticsTile - 1) / kStatisticsTile * kStatisticsTile);
+// p = 2^(scale_log2 * score - lse2)
+FUSED_ATTN_DEVICE float probability(float score, float scale_log2, float lse2) {
+  return device::exp2_fast(device::multiply_add(score, scale_log2, -lse2));
 }
 
-// p = 2^(score - lse2)
-FUSED_ATTN_DEVICE float probability(float score, float multiplier, float lse2) {
-  return device::exp2_fast(device::multiply_add(score, multiplier, -lse2));
+// Takes the base of its row off each score. No score is above its base, but for rounding.
+template <class At, int kCount>
+FUSED_ATTN_DEVICE void subtract_base(float (&scores)[kCount], const float* base) {
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount; ++i) {
+    const float from = base[At::query_offset(i)];
+    const float apart = scores[i] - from;
+    scores[i] = from != 0.0f && apart > 0.0f ? 0.0f : apart;
+  }
 }
 
 // ds of one element. `kDrops`: a dropped probability is marked by its sign. `kHides`: where p is 0,
@@ -85,23 +84,26 @@ struct QueryPair {
 };
 
 // scores -> probabilities; what dropout drops is negative. `hide()` hides what band and padding
-// hide; `lse2(i)` is that of the queries of register i and the next.
+// hide; `lse2(i)` is that of the queries of register i and the next; `base` those of the queries
+// from the fragment's first on, null where all are 0.
 template <class Config, bool kMasked, int kCount, class At, class Block, class SlopeOf, class Hide,
           class Lse2>
 FUSED_ATTN_DEVICE void recompute_probabilities(float (&scores)[kCount], const BackwardProblem& p,
-                                               const At& at, const Block& block, float multiplier,
-                                               SlopeOf& slope, const Hide& hide, const Lse2& lse2) {
+                                               const At& at, const Block& block, float scale_log2,
+                                               SlopeOf& slope, const Hide& hide, const Lse2& lse2,
+                                               const float* base) {
   if constexpr (Config::kGeneral) {
     modify_scores<typename Config::Element>(scores, p, at, block.band, block.sequence, slope);
     hide_by_mask(scores, p, at, block.band);
   }
   if constexpr (kMasked) hide();
+  if (base != nullptr) subtract_base<At>(scores, base);
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; i += 4) {
     const QueryPair shift = lse2(i);
     FUSED_ATTN_UNROLL_LOOP
     for (int e = 0; e < 4; ++e) {
-      scores[i + e] = probability(scores[i + e], multiplier, shift.of[At::which_query(e)]);
+      scores[i + e] = probability(scores[i + e], scale_log2, shift.of[At::which_query(e)]);
     }
   }
   if constexpr (Config::kGeneral) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/sm90/block.h"
+#include "attention/sm90/score.h"
 
 namespace fused_attn::attention {
 
@@ -35,8 +36,10 @@ class Consumer {
         thread_(device::thread_index() % device::kWarpgroupThreads),
         fragment_(thread_) {}
 
-  // Of scores, to come to base 2.
-  FUSED_ATTN_DEVICE float multiplier() const { return Config::kGeneral ? 1.0f : p_.scale_log2; }
+  // Of scores as the kernel keeps them, to come to base e and to base 2: the plain kernels keep
+  // q . k.
+  FUSED_ATTN_DEVICE float scale() const { return Config::kGeneral ? 1.0f : p_.scale; }
+  FUSED_ATTN_DEVICE float scale_log2() const { return Config::kGeneral ? kLog2E : p_.scale_log2; }
   // This warpgroup has read what the barrier is the "empty" one of.
   FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
     if (thread_ == 0) device::barrier_arrive(empty);

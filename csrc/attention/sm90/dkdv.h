@@ -147,8 +147,7 @@ class DkDvProducer {
   FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Config::kStages>& ring) const {
     const RaggedRows queries = query_rows(p_, block_.sequence, head);
     const int row = tile * Config::kBlockM, stage = ring.stage;
-    const int64_t statistics =
-        int64_t{head} * p_.padded_rows + statistics_start(p_, block_.sequence) + row;
+    const int64_t statistics = statistics_at(p_, block_.sequence, head, row);
     const uint32_t bytes = Config::QTile::kBytes + Config::kStatisticsBytes;
     device::barrier_wait(shared_.q_empty(stage), ring.phase ^ 1);
     device::barrier_expect(shared_.q_full(stage), bytes);
@@ -174,7 +173,7 @@ template <class Config>
 class DkDvConsumer : Consumer<Config, BackwardProblem> {
   using Base = Consumer<Config, BackwardProblem>;
   using Base::fragment_, Base::group_, Base::p_, Base::ring_, Base::thread_;
-  using Base::multiplier, Base::release;
+  using Base::release, Base::scale_log2;
 
  public:
   FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
@@ -259,9 +258,10 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     Slope<kGeneral ? kBlockM / 2 : 1> slope;
     issue_scores();
     issue_dp();
+    const float* const base = base_of(tile);
     device::mma_wait<1>();
     device::keep_in_registers(scores_);
-    recompute<kMasked>(at, slope);
+    recompute<kMasked>(at, base, slope);
     pack_probabilities();
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
@@ -301,9 +301,10 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     const ScoreAt<true> at = place(tile);
     NoSlope unwanted;
     issue_scores();
+    const float* const base = base_of(tile);
     device::mma_wait<0>();
     device::keep_in_registers(scores_);
-    recompute<kMasked>(at, unwanted);
+    recompute<kMasked>(at, base, unwanted);
     pack_probabilities();
     device::barrier_wait(shared_.dout_full(stage), ring_.phase);
     issue_gradient(dk_, probabilities_, shared_.dout(stage));
@@ -333,9 +334,10 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     Slope<kGeneral ? kBlockM / 2 : 1> slope;
     issue_scores();
     issue_dp();
+    const float* const base = base_of(tile);
     device::mma_wait<1>();
     device::keep_in_registers(scores_);
-    recompute<kMasked>(at, slope);
+    recompute<kMasked>(at, base, slope);
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     differentiate<kMasked>(at, slope);
@@ -378,11 +380,17 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
 
   // scores -> probabilities
   template <bool kMasked, class SlopeOf>
-  FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, SlopeOf& slope) {
+  FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, const float* base, SlopeOf& slope) {
     const SharedAddress lse = shared_.lse(ring_.stage);
     recompute_probabilities<Config, kMasked>(
-        scores_, p_, at, block_, multiplier(), slope, [&] { hide_by_band(scores_, at); },
-        [&](int i) { return statistic(lse, i); });
+        scores_, p_, at, block_, scale_log2(), slope, [&] { hide_by_band(scores_, at); },
+        [&](int i) { return statistic(lse, i); }, base);
+  }
+
+  // The bases of this thread's queries; null where those of the tile are all 0.
+  FUSED_ATTN_DEVICE const float* base_of(int tile) const {
+    const float* base = p_.base + statistics_at(p_, block_.sequence, head_, tile * kBlockM);
+    return any_base<kBlockM>(base, kBlockM) ? base + fragment_.column : nullptr;
   }
 
   FUSED_ATTN_DEVICE void pack_probabilities() {

@@ -98,7 +98,7 @@ template <class Config>
 class DqConsumer : Consumer<Config, BackwardProblem> {
   using Base = Consumer<Config, BackwardProblem>;
   using Base::fragment_, Base::group_, Base::p_, Base::ring_, Base::thread_;
-  using Base::multiplier, Base::release;
+  using Base::release, Base::scale_log2;
 
  public:
   FUSED_ATTN_DEVICE DqConsumer(const DqMaps& maps, const BackwardProblem& p,
@@ -111,11 +111,12 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
     for (int row = 0; row < 2; ++row) {
       const int i = query() + 8 * row;
       const bool there = i < block.sequence.seqlen_q;
-      const int64_t at =
-          int64_t{block.head} * p.padded_rows + statistics_start(p, block.sequence) + i;
+      const int64_t at = statistics_at(p, block.sequence, block.head, i);
       lse2_.of[row] = there ? p.lse2[at] : device::infinity();
       delta_.of[row] = there ? p.delta[at] : 0.0f;
     }
+    const int first = block.query_begin + group * 64;
+    has_base_ = any_base<64>(base_of(first), block.sequence.seqlen_q - first);
   }
 
   FUSED_ATTN_DEVICE void run() {
@@ -157,8 +158,9 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
       hide_by_band(scores_, at, block_.band);
       hide_by_padding(scores_, block_.padding, tile, fragment_.column);
     };
-    recompute_probabilities<Config, kMasked>(scores_, p_, at, block_, multiplier(), slope, hide,
-                                             [&](int) { return lse2_; });
+    recompute_probabilities<Config, kMasked>(
+        scores_, p_, at, block_, scale_log2(), slope, hide, [&](int) { return lse2_; },
+        has_base_ ? base_of(query()) : nullptr);
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     release(shared_.v_empty(stage));
@@ -187,12 +189,16 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
         group_ * 64, 1 + group_);
   }
 
+  FUSED_ATTN_DEVICE const float* base_of(int query) const {
+    return p_.base + statistics_at(p_, block_.sequence, block_.head, query);
+  }
   FUSED_ATTN_DEVICE int query() const { return block_.query_begin + group_ * 64 + fragment_.row; }
 
   const DqMaps& maps_;
   const Block<Config>& block_;
   const DqShared<Config>& shared_;
   QueryPair lse2_, delta_;
+  bool has_base_;
   float scores_[kBlockN / 2], dp_[kBlockN / 2];
   uint32_t packed_[kBlockN / 4];
   float dq_[Config::kHeadDim / 2];

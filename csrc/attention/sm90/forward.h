@@ -4,6 +4,9 @@
 // warpgroups holds 64 queries, and their running softmax and output in registers (Shah et al.,
 // "FlashAttention-3", 2024, whose structure this is).
 //
+// For a backward it finds the row statistics of large scores again, from the scores: blocks of no
+// such row return at once.
+//
 // Barriers, and how often each must be arrived at:
 //   q_full            1   producer, with the bytes of q            waits: consumers, once
 //   k_full[stage]     1   producer, with the bytes of the tile     waits: consumers
@@ -17,7 +20,6 @@
 #pragma once
 
 #include "attention/sm90/consumer.h"
-#include "attention/sm90/score.h"
 #include "attention/sm90/softmax.h"
 
 namespace fused_attn::attention {
@@ -78,7 +80,7 @@ template <class Config>
 class ForwardConsumer : Consumer<Config, DeviceProblem> {
   using Base = Consumer<Config, DeviceProblem>;
   using Base::fragment_, Base::group_, Base::p_, Base::ring_, Base::thread_;
-  using Base::multiplier, Base::release;
+  using Base::release, Base::scale, Base::scale_log2;
 
  public:
   FUSED_ATTN_DEVICE ForwardConsumer(const ForwardMaps& maps, const DeviceProblem& p,
@@ -209,7 +211,7 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
       hide_by_band(scores_, at, block_.band);
       hide_by_padding(scores_, block_.padding, tile, fragment_.column);
     }
-    softmax_.template step<kMasked>(scores_, multiplier(), correction);
+    softmax_.template step<kMasked>(scores_, scale_log2(), correction);
     if constexpr (kGeneral) {
       if (p_.rng != nullptr) drop<false>(scores_, p_, at);
     }
@@ -224,6 +226,13 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
 
   FUSED_ATTN_DEVICE void finish() {
     softmax_.finish();
+    if (p_.base != nullptr) {
+      if (thread_ % 4 == 0) {
+        store_statistics(0);
+        store_statistics(1);
+      }
+      return;
+    }
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     float factor[2];
     FUSED_ATTN_UNROLL_LOOP
@@ -246,7 +255,16 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
     const int i = query() + 8 * row;
     if (i >= block_.sequence.seqlen_q || block_.sequence.start_q + i >= p_.rows_q) return;
     p_.lse[block_.sequence.tensor_batch * p_.lse_stride[0] + block_.head * p_.lse_stride[1] +
-           (block_.sequence.start_q + i) * p_.lse_stride[2]] = softmax_.lse(row, multiplier());
+           (block_.sequence.start_q + i) * p_.lse_stride[2]] = softmax_.lse(row, scale());
+  }
+
+  FUSED_ATTN_DEVICE void store_statistics(int row) const {
+    const int i = query() + 8 * row;
+    if (i >= block_.sequence.seqlen_q) return;
+    const int64_t at = statistics_at(p_, block_.sequence, block_.head, i);
+    if (p_.base[at] == 0.0f) return;
+    p_.base[at] = softmax_.max[row];
+    p_.lse2[at] = device::log2_fast(softmax_.sum[row]);
   }
 
   FUSED_ATTN_DEVICE int query() const { return block_.query_begin + group_ * 64 + fragment_.row; }
@@ -272,6 +290,12 @@ forward_kernel(FUSED_ATTN_GRID_CONSTANT ForwardMaps maps,
   const SharedMap<Config> shared;
   const Block<Config> block(p, device::block_index(), shared.padding());
   if (block.empty()) return;
+  if (p.base != nullptr &&
+      !any_base<Config::kBlockM>(
+          p.base + statistics_at(p, block.sequence, block.head, block.query_begin),
+          block.sequence.seqlen_q - block.query_begin)) {
+    return;
+  }
   run_warpgroups<Config>(
       shared, [&] { block.fill_padding(p); },
       [&](int warp) {

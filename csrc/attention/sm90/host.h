@@ -18,6 +18,7 @@ DeviceProblem device_problem(const Params& p);
 // if dq is not added up.
 struct Workspace {
   float* lse2;
+  float* base;
   float* delta;
   float* dq_sum;
   int64_t rows;
