@@ -18,10 +18,12 @@ ROOT = Path(__file__).parents[2]
 OPS = ROOT / "tests" / "ops"
 FILES = (
     "attention/test_api.py",
+    "attention/test_extreme_scores.py",
     "attention/test_semantics.py",
     "bias_activation/test_api.py",
     "embedding/test_api.py",
     "layer_norm/test_api.py",
+    "layer_norm/test_extreme_rows.py",
 )
 
 

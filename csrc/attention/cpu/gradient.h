@@ -10,12 +10,13 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 template <class E>
 struct GradientTiles {
   using Real = typename E::Real;
-  const Real* scores;
-  const Real* dp;        // dout V^T
+  Real* scores;
+  Real* dp;              // dout V^T
   const Real* dweights;  // gradient of the returned weights; may be null
   const Real* slope;     // derivative of the softcap; may be null
   const uint64_t* keep;  // dropout; may be null
   Real drop_factor;
+  // Where units are numbers, these two take the place of scores and dp.
   typename E::Element* p;      // after dropout
   typename E::Element* ds;     // of q . k, without `scale`
   typename E::Unit* ds_pairs;  // the same, [key unit][query]; unused where units are numbers
@@ -44,13 +45,14 @@ class GradientTile {
   FUSED_ATTN_INLINE void run_group(const Segment& segment, int g) const {
     const V shift = V::load(row_.shift + g * kLanes), delta = V::load(row_.delta + g * kLanes);
     const V weight = V::load(row_.weight + g * kLanes), scale = V::set1(scale_);
-    const V base = V::load(row_.base + g * kLanes);
+    const V base = kExtras ? V::load(row_.base + g * kLanes) : V::zero();
+    Real *const scores = t_.scores, *const dps = t_.dp;
     auto gradient = [&](int c) {
       const int64_t at = c * kBlockQ + g * kLanes;
-      V score = V::load(t_.scores + at);
+      V score = V::load(scores + at);
       if (kExtras && row_.exact) score = score - base;
       V p = probability<E, kPlain>(score, scale, shift);
-      V dp = V::load(t_.dp + at);
+      V dp = V::load(dps + at);
       V dropped = p;
       if constexpr (kExtras) {
         p = dropped = p * weight;
@@ -71,8 +73,13 @@ class GradientTile {
         if (t_.ds_full != nullptr) ds.store(t_.ds_full + at);
         if (t_.slope != nullptr) ds = ds * V::load(t_.slope + at);
       }
-      store(t_.p + at, dropped);
-      store(t_.ds + at, ds);
+      if constexpr (E::kPair == 1) {
+        store(scores + at, dropped);
+        store(dps + at, ds);
+      } else {
+        store(t_.p + at, dropped);
+        store(t_.ds + at, ds);
+      }
       return ds;
     };
     if constexpr (E::kPair == 1) {

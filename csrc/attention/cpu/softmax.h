@@ -78,17 +78,23 @@ inline bool overflows(const Segment& segment, int group, Real scale, const Real*
   return greater(V::set1(kLowest<Real> / 2 / scale), least) != 0;
 }
 
-// Takes the base off the scores of a group of queries, which then are as a plain tile's exponential
-// takes them. Few tiles need it: a loop of its own keeps it out of theirs.
+// Takes the base off the scores of each group of queries that has one, or whose exponents would
+// overflow: they then are as a plain tile's exponential takes them. Few tiles need it.
 template <class Real>
-FUSED_ATTN_NOINLINE void subtract_base(const Segment& segment, int group, const Real* base,
-                                       Real* scores) {
+FUSED_ATTN_NOINLINE void subtract_base(const TileMap& map, const bool (&has_base)[kGroups],
+                                       Real scale, const Real* base, Real* scores) {
   using V = Vec<Real>;
   const V floor = V::set1(Real(-0x1p100));  // its exponential is 0, and its exponent finite
-  const V from = V::load(base + group * kLanes);
-  for (int c = segment.begin; c < segment.end; ++c) {
-    Real* at = scores + c * kBlockQ + group * kLanes;
-    max(floor, V::load(at) - from).store(at);
+  for (int s = 0; s < map.num_segments; ++s) {
+    const Segment& segment = map.segments[s];
+    for (int g = segment.group_begin; g < segment.group_end; ++g) {
+      if (!has_base[g] && !(scale > 1 && overflows(segment, g, scale, scores))) continue;
+      const V from = V::load(base + g * kLanes);
+      for (int c = segment.begin; c < segment.end; ++c) {
+        Real* at = scores + c * kBlockQ + g * kLanes;
+        max(floor, V::load(at) - from).store(at);
+      }
+    }
   }
 }
 
@@ -102,21 +108,18 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
   using V = Vec<Real>;
   const V scale = V::set1(log2_scale);
   const Shift<Real> before = state.shift;
-  bool has_base[kGroups];
+  bool has_base[kGroups], any = log2_scale > 1;
   for (int g = 0; g < groups; ++g) {
     const int q = g * kLanes;
-    has_base[g] = renew_shift<kPlain>(state, q, scale, state.shift);
+    any |= has_base[g] = renew_shift<kPlain>(state, q, scale, state.shift);
     const V correction = correction_between<kPlain>(before, state.shift, q, scale);
     correction.store(state.correction + q);
     (V::load(state.sum + q) * correction).store(state.sum + q);
   }
+  if (kPlain && any) subtract_base(map, has_base, log2_scale, state.shift.base, scores);
   for (int s = 0; s < map.num_segments; ++s) {
     const Segment& segment = map.segments[s];
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
-      if (kPlain &&
-          (has_base[g] || (log2_scale > 1 && overflows(segment, g, log2_scale, scores)))) {
-        subtract_base(segment, g, state.shift.base, scores);
-      }
       const V base = V::load(state.shift.base + g * kLanes);
       const V offset = V::load(state.shift.offset + g * kLanes);
       // Of this segment alone: one running sum over all keys would lose twice as many bits.

@@ -1,5 +1,7 @@
 // The row statistics of the backward: delta = rowsum(dout * out) - dlse, and lse in base 2. Where
 // dq is to be added up, its sum starts from the zeros that this kernel writes.
+//
+// Barriers: none; a warp works by itself.
 #pragma once
 
 #include "attention/sm90/dq_sum.h"

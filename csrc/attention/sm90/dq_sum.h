@@ -3,6 +3,8 @@
 //
 // It comes transposed, dq^T = k^T ds^T, so that the product's 64 rows are columns of k however few
 // queries a tile has. Bulk reductions add it up: float32 sums in an order that nobody promises.
+//
+// Barriers: of the dk, dv kernel, those in dkdv.h; of the other kernel, none.
 #pragma once
 
 #include "attention/sm90/backward.h"

@@ -6,6 +6,9 @@
 //
 // A block walks over many rows and adds up dweight and dbias of them; a second kernel adds up those
 // of the blocks. No atomics: the result does not depend on who comes first.
+//
+// Barriers: the block's, which all of its threads arrive at and wait for: twice in each over_row()
+// of a row that more than a warp holds, and between the turns of finish().
 #pragma once
 
 #include "layer_norm/cuda/rows.h"

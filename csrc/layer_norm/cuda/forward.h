@@ -1,5 +1,8 @@
 // h = dropout(x) + residual, y = (h - mean) * rstd * weight + bias, for NVIDIA GPUs from sm_80 on.
 // Rows that fit are held in registers: read once, centred before they are squared.
+//
+// Barriers: the block's, which all of its threads arrive at and wait for, twice in each over_row()
+// of a row that more than a warp holds.
 #pragma once
 
 #include "layer_norm/cuda/rows.h"

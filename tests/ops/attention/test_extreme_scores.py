@@ -1,7 +1,7 @@
 """Scores of any finite size give the right output, lse, weights and gradients.
 
-All operands are small integers times powers of two, so that every score is exact in float32 whatever
-the order of its sum: what is compared is the softmax.
+All operands are small integers times powers of two, so that every score is exact in float32,
+whatever the order of its sum: what is compared is the softmax.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ SCORES: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
 each_score = pytest.mark.parametrize("scores", SCORES)
 
 
+# Backward passes recompute probabilities from lse: they are off by half a unit of its last place,
+# which counts up to an lse of 512 in the CPU's kernels.
+LSE_ROUNDING = 256.0
+
+
 def operands(scores: str, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     q, k = SCORES[scores](*shape)
     if not torch.isfinite(q.to(dtype)).all() or not torch.isfinite(k.to(dtype)).all():
@@ -76,12 +81,17 @@ def operands(scores: str, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[T
 
 
 def check(
-    name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype, size: float | Tensor
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    size: float | Tensor,
+    more: float = 0.0,
 ) -> None:
-    """Within a few roundings of numbers of this size (one, or by column)."""
+    """Within a few roundings of numbers of this size (one, or by column), and `more`."""
     assert actual.isfinite().all(), f"{name} is not finite"
     error = (actual.double() - expected).abs()
-    budget = (4 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps * size
+    budget = (4 if dtype.itemsize == 2 else 64 + more) * torch.finfo(dtype).eps * size
     assert (error <= budget).all(), f"{name}: off by {(error / size).max():.3g} of its size"
 
 
@@ -117,7 +127,9 @@ def check_call(given: tuple[Tensor, ...], backend: str, **options: Any) -> None:
     if bias is not None and bias.requires_grad:
         want_bias = exact_options["bias"].grad
         size = max(1.0, want_bias.abs().max().item())
-        check("dbias", bias.grad, want_bias, max(dtype, torch.float32, key=eps_of), size)
+        check(
+            "dbias", bias.grad, want_bias, max(dtype, torch.float32, key=eps_of), size, LSE_ROUNDING
+        )
 
 
 def eps_of(dtype: torch.dtype) -> float:
@@ -137,7 +149,8 @@ def check_gradients(
     ):
         assert x.grad is not None
         assert precise.grad is not None
-        check(name, x.grad, precise.grad, x.dtype, torch.maximum(columns(precise.grad), parts))
+        size = torch.maximum(columns(precise.grad), parts)
+        check(name, x.grad, precise.grad, x.dtype, size, more=LSE_ROUNDING)
 
 
 def test_one_score_of_1e10(backend: str) -> None:
@@ -148,8 +161,10 @@ def test_one_score_of_1e10(backend: str) -> None:
     assert out.item() == 1.0
     torch.testing.assert_close(lse.item(), 1e10, rtol=1e-7, atol=0.0)
     out.sum().backward()
-    assert v.grad is not None and v.grad.flatten().tolist() == [1.0, 0.0]
-    assert q.grad is not None and q.grad.item() == 0.0
+    assert v.grad is not None
+    assert v.grad.flatten().tolist() == [1.0, 0.0]
+    assert q.grad is not None
+    assert q.grad.item() == 0.0
 
 
 @each_dtype
@@ -221,7 +236,8 @@ def test_softcap(scores: str, dtype: torch.dtype, backend: str) -> None:
     check("lse", lse, want_lse, torch.float32, 8.0)
     out.sum().backward()
     for x in (q, k, v):
-        assert x.grad is not None and x.grad.isfinite().all()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
 
 
 @each_dtype
@@ -276,7 +292,7 @@ def test_packed(scores: str, dtype: torch.dtype, backend: str) -> None:
 
 @each_score
 def test_halves_merge(scores: str) -> None:
-    """Keys may be split, and what the halves give merged, as far as a float32 lse tells them apart."""
+    """Keys may be split and the halves merged, as far as a float32 lse tells them apart."""
     q, k, v = (x.detach() for x in operands(scores, torch.float32, (3, 130)))
     halves = [
         attention(q, k[:, :, half], v[:, :, half], scale=0.5, return_lse=True)

@@ -1,4 +1,4 @@
-"""Finite rows of any size are normalised rightly, forward and backward: statistics do not overflow."""
+"""Finite rows of any size are normalised rightly, forward and backward: no statistic overflows."""
 
 from __future__ import annotations
 
