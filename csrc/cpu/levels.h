@@ -32,12 +32,12 @@
     FUSED_ATTN_HAS("avx512bf16"))
 
 // Columns of a row.
-#define FUSED_ATTN_COLUMN_HEADER(header, bytes, registers, bf16_dot, dtypes, processor) header
-#define FUSED_ATTN_COLUMN_BYTES(header, bytes, registers, bf16_dot, dtypes, processor) bytes
-#define FUSED_ATTN_COLUMN_REGISTERS(header, bytes, registers, bf16_dot, dtypes, processor) registers
-#define FUSED_ATTN_COLUMN_BF16_DOT(header, bytes, registers, bf16_dot, dtypes, processor) bf16_dot
-#define FUSED_ATTN_COLUMN_DTYPES(header, bytes, registers, bf16_dot, dtypes, processor) (dtypes)
-#define FUSED_ATTN_COLUMN_PROCESSOR(header, bytes, registers, bf16_dot, dtypes, processor) (processor)
+#define FUSED_ATTN_COLUMN_HEADER(header, bytes, registers, dot, dtypes, processor) header
+#define FUSED_ATTN_COLUMN_BYTES(header, bytes, registers, dot, dtypes, processor) bytes
+#define FUSED_ATTN_COLUMN_REGISTERS(header, bytes, registers, dot, dtypes, processor) registers
+#define FUSED_ATTN_COLUMN_BF16_DOT(header, bytes, registers, dot, dtypes, processor) dot
+#define FUSED_ATTN_COLUMN_DTYPES(header, bytes, registers, dot, dtypes, processor) (dtypes)
+#define FUSED_ATTN_COLUMN_PROCESSOR(header, bytes, registers, dot, dtypes, processor) (processor)
 
 // clang-format on
 
