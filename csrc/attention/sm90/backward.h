@@ -39,11 +39,12 @@ FUSED_ATTN_DEVICE float probability(float score, float scale_log2, float lse2) {
 }
 
 // Takes the base of its row off each score. No score is above its base, but for rounding.
-template <class At, int kCount>
-FUSED_ATTN_DEVICE void subtract_base(float (&scores)[kCount], const float* base) {
+// `base(i)`: that of register i.
+template <int kCount, class Base>
+FUSED_ATTN_DEVICE void subtract_base(float (&scores)[kCount], const Base& base) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) {
-    const float from = base[At::query_offset(i)];
+    const float from = base(i);
     const float apart = scores[i] - from;
     scores[i] = from != 0.0f && apart > 0.0f ? 0.0f : apart;
   }
@@ -84,20 +85,20 @@ struct QueryPair {
 };
 
 // scores -> probabilities; what dropout drops is negative. `hide()` hides what band and padding
-// hide; `lse2(i)` is that of the queries of register i and the next; `base` those of the queries
-// from the fragment's first on, null where all are 0.
+// hide; `lse2(i)` is that of the queries of register i and the next; `base(i)` that of register i,
+// which only matters if `has_base`.
 template <class Config, bool kMasked, int kCount, class At, class Block, class SlopeOf, class Hide,
-          class Lse2>
+          class Lse2, class Base>
 FUSED_ATTN_DEVICE void recompute_probabilities(float (&scores)[kCount], const BackwardProblem& p,
                                                const At& at, const Block& block, float scale_log2,
                                                SlopeOf& slope, const Hide& hide, const Lse2& lse2,
-                                               const float* base) {
+                                               bool has_base, const Base& base) {
   if constexpr (Config::kGeneral) {
     modify_scores<typename Config::Element>(scores, p, at, block.band, block.sequence, slope);
     hide_by_mask(scores, p, at, block.band);
   }
   if constexpr (kMasked) hide();
-  if (base != nullptr) subtract_base<At>(scores, base);
+  if (has_base) subtract_base(scores, base);
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; i += 4) {
     const QueryPair shift = lse2(i);

@@ -38,7 +38,10 @@ struct DqConfig {
   static constexpr uint32_t kV = kK + kStages * KvTile::kBytes;
   static constexpr uint32_t kBarriers = kV + kStages * KvTile::kBytes;
   static constexpr uint32_t kPadding = kBarriers + 128;
-  static constexpr uint32_t kSharedBytes = kPadding + kMaxKeyBits / 8 + 1024;
+  // Of the row statistics: a base for each query, and whether any is not 0.
+  static constexpr uint32_t kBases = kPadding + kMaxKeyBits / 8;
+  static constexpr uint32_t kHasBase = kBases + 4 * kBlockM;
+  static constexpr uint32_t kSharedBytes = kHasBase + 16 + 1024;
   static_assert(kSharedBytes <= 227 * 1024, "the tiles exceed the shared memory of an SM");
 };
 
@@ -48,7 +51,24 @@ struct DqMaps {
 
 template <class Config>
 struct DqShared : SharedMap<Config> {
-  FUSED_ATTN_DEVICE SharedAddress dout() const { return this->base + Config::kDout; }
+  using SharedMap<Config>::base;
+
+  FUSED_ATTN_DEVICE SharedAddress dout() const { return base + Config::kDout; }
+  FUSED_ATTN_DEVICE float base_of(int query) const {
+    return device::shared_load_float(base + Config::kBases + 4 * query);
+  }
+  FUSED_ATTN_DEVICE bool has_base() const {
+    return device::shared_load_word(base + Config::kHasBase) != 0;
+  }
+  // All threads; a barrier of the block must follow.
+  FUSED_ATTN_DEVICE void fill_bases(const float* from, int count) const {
+    const bool any = any_base<Config::kBlockM>(from, count);
+    const int i = device::thread_index();
+    if (i == 0) device::shared_store(base + Config::kHasBase, any ? 1u : 0u);
+    if (i < Config::kBlockM) {
+      device::shared_store(base + Config::kBases + 4 * i, i < count ? from[i] : 0.0f);
+    }
+  }
 };
 
 template <class Config>
@@ -115,8 +135,6 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
       lse2_.of[row] = there ? p.lse2[at] : device::infinity();
       delta_.of[row] = there ? p.delta[at] : 0.0f;
     }
-    const int first = block.query_begin + group * 64;
-    has_base_ = any_base<64>(base_of(first), block.sequence.seqlen_q - first);
   }
 
   FUSED_ATTN_DEVICE void run() {
@@ -158,9 +176,12 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
       hide_by_band(scores_, at, block_.band);
       hide_by_padding(scores_, block_.padding, tile, fragment_.column);
     };
+    const auto base = [&](int i) {
+      return shared_.base_of(group_ * 64 + fragment_.row + ScoreAt<false>::query_offset(i));
+    };
     recompute_probabilities<Config, kMasked>(
         scores_, p_, at, block_, scale_log2(), slope, hide, [&](int) { return lse2_; },
-        has_base_ ? base_of(query()) : nullptr);
+        shared_.has_base(), base);
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     release(shared_.v_empty(stage));
@@ -189,16 +210,12 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
         group_ * 64, 1 + group_);
   }
 
-  FUSED_ATTN_DEVICE const float* base_of(int query) const {
-    return p_.base + statistics_at(p_, block_.sequence, block_.head, query);
-  }
   FUSED_ATTN_DEVICE int query() const { return block_.query_begin + group_ * 64 + fragment_.row; }
 
   const DqMaps& maps_;
   const Block<Config>& block_;
   const DqShared<Config>& shared_;
   QueryPair lse2_, delta_;
-  bool has_base_;
   float scores_[kBlockN / 2], dp_[kBlockN / 2];
   uint32_t packed_[kBlockN / 4];
   float dq_[Config::kHeadDim / 2];
@@ -211,7 +228,12 @@ dq_kernel(FUSED_ATTN_GRID_CONSTANT DqMaps maps, FUSED_ATTN_GRID_CONSTANT Backwar
   const Block<Config> block(p, device::block_index(), shared.padding());
   if (block.empty()) return;
   run_warpgroups<Config>(
-      shared, [&] { block.fill_padding(p); },
+      shared,
+      [&] {
+        block.fill_padding(p);
+        shared.fill_bases(p.base + statistics_at(p, block.sequence, block.head, block.query_begin),
+                          block.sequence.seqlen_q - block.query_begin);
+      },
       [&](int warp) {
         const DqProducer<Config> producer(maps, p, block, shared);
         if (device::thread_index() == 0) producer.load();
