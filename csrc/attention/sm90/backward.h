@@ -85,20 +85,20 @@ struct QueryPair {
 };
 
 // scores -> probabilities; what dropout drops is negative. `hide()` hides what band and padding
-// hide; `lse2(i)` is that of the queries of register i and the next; `base(i)` that of register i,
-// which only matters if `has_base`.
+// hide; `lse2(i)` is that of the queries of register i and the next; `subtract()` takes the bases
+// off, where the tile `has_base`.
 template <class Config, bool kMasked, int kCount, class At, class Block, class SlopeOf, class Hide,
-          class Lse2, class Base>
+          class Lse2, class Subtract>
 FUSED_ATTN_DEVICE void recompute_probabilities(float (&scores)[kCount], const BackwardProblem& p,
                                                const At& at, const Block& block, float scale_log2,
                                                SlopeOf& slope, const Hide& hide, const Lse2& lse2,
-                                               bool has_base, const Base& base) {
+                                               bool has_base, const Subtract& subtract) {
   if constexpr (Config::kGeneral) {
     modify_scores<typename Config::Element>(scores, p, at, block.band, block.sequence, slope);
     hide_by_mask(scores, p, at, block.band);
   }
   if constexpr (kMasked) hide();
-  if (has_base) subtract_base(scores, base);
+  if (has_base) subtract();
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; i += 4) {
     const QueryPair shift = lse2(i);

@@ -385,7 +385,9 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     recompute_probabilities<Config, kMasked>(
         scores_, p_, at, block_, scale_log2(), slope, [&] { hide_by_band(scores_, at); },
         [&](int i) { return statistic(lse, i); }, base != nullptr,
-        [&](int i) { return base[ScoreAt<true>::query_offset(i)]; });
+        [&] {
+          subtract_base(scores_, [&](int i) { return base[ScoreAt<true>::query_offset(i)]; });
+        });
   }
 
   // The bases of this thread's queries; null where those of the tile are all 0.

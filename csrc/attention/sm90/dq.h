@@ -27,8 +27,8 @@ struct DqConfig {
   static constexpr int kStages = kHeadDim > 192 ? 1 : 2;
   static constexpr int kThreads = (kGroups + 1) * device::kWarpgroupThreads;
   static constexpr int kLaunchRegisters = 168;
-  static constexpr int kProducerRegisters = kGeneral ? 56 : 40;
-  static constexpr int kConsumerRegisters = kGeneral ? 224 : 232;
+  static constexpr int kProducerRegisters = kGeneral ? 56 : kHeadDim > 192 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kGeneral ? 224 : kHeadDim > 192 ? 240 : 232;
 
   using QTile = SharedTile<kBlockM, kHeadDim>;
   using KvTile = SharedTile<kBlockN, kHeadDim>;
@@ -142,7 +142,7 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
     FUSED_ATTN_KEEP_LOOP
     for (int tile = block_.next(block_.tiles.end); tile >= block_.tiles.begin;
          tile = block_.next(tile)) {
-      if (!kGeneral && block_.kind(tile) == TileKind::kPlain) {
+      if (!kGeneral && block_.kind(tile) == TileKind::kPlain && !shared_.has_base()) {
         step<false>(tile);
       } else {
         step<true>(tile);
@@ -176,12 +176,14 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
       hide_by_band(scores_, at, block_.band);
       hide_by_padding(scores_, block_.padding, tile, fragment_.column);
     };
-    const auto base = [&](int i) {
-      return shared_.base_of(group_ * 64 + fragment_.row + ScoreAt<false>::query_offset(i));
+    const auto subtract = [&] {
+      const int row = device::opaque(group_ * 64 + fragment_.row);
+      const float base[2] = {shared_.base_of(row), shared_.base_of(row + 8)};
+      subtract_base(scores_, [&](int i) { return base[i >> 1 & 1]; });
     };
     recompute_probabilities<Config, kMasked>(
         scores_, p_, at, block_, scale_log2(), slope, hide, [&](int) { return lse2_; },
-        shared_.has_base(), base);
+        kMasked && shared_.has_base(), subtract);
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     release(shared_.v_empty(stage));
