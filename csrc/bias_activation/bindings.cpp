@@ -53,7 +53,7 @@ void forward_binding(py::handle x, py::handle bias, py::handle rng, py::handle y
        activation, gated, dropout_p, threads);
   params.y = rows(y, 1);
   const py::gil_scoped_release release;
-  forward(params);
+  forward_cpu(params);
 }
 
 void backward_binding(py::handle x_, py::handle bias_, py::handle rng, py::handle dy_,
@@ -70,7 +70,7 @@ void backward_binding(py::handle x_, py::handle bias_, py::handle rng, py::handl
   params.dx = rows(dx, 1);
   params.dbias = rows(dbias, 1);
   const py::gil_scoped_release release;
-  backward(params);
+  backward_cpu(params);
 }
 
 }  // namespace

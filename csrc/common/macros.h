@@ -2,7 +2,7 @@
 
 // Functions of files that are compiled once per instruction set must not leave a shared out-of-line
 // copy behind: the linker would keep one of them for all levels. Forced inlining and the namespace
-// of the level (see cpu_level.h) both prevent it.
+// of the level (see cpu/level.h) both prevent it.
 #if defined(_MSC_VER)
 #define FUSED_ATTN_INLINE __forceinline
 #define FUSED_ATTN_NOINLINE __declspec(noinline)

@@ -1,25 +1,29 @@
-// Which dtypes have kernels of their own at which instruction-set level. A level that computes a
-// dtype no better than the level below does not compile it again: the kernels of that one run.
+// The levels as numbers, and which dtypes have kernels of their own at which of them.
 #pragma once
 
 #include "common/macros.h"
 #include "common/types.h"
+#include "cpu/levels.h"
 
 namespace fused_attn {
 
-// Does this level (its number in cpu/level.h) have kernels for problems of this dtype? In float64
-// the portable ones beat avx2's; only bfloat16 has instructions that avx512 lacks.
-FUSED_ATTN_INLINE constexpr bool level_has_kernels(int level, DType dtype) {
-  if (level == 1) return dtype != DType::kFloat64;
-  if (level == 3) return dtype == DType::kBFloat16;
-  return true;
+#define FUSED_ATTN_NAME(level, ...) level,
+enum class CpuLevel : int { FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_NAME) };
+#undef FUSED_ATTN_NAME
+
+// Does this level have kernels for problems of this dtype?
+FUSED_ATTN_INLINE constexpr bool level_has_kernels(CpuLevel level, DType dtype) {
+#define FUSED_ATTN_HAS_DTYPE(level, ...) FUSED_ATTN_OF_LEVEL(DTYPES, level),
+  const bool has[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_HAS_DTYPE)};
+#undef FUSED_ATTN_HAS_DTYPE
+  return (void)dtype, has[static_cast<int>(level)];
 }
 
 #if defined(FUSED_ATTN_LEVEL)
 namespace FUSED_ATTN_LEVEL {
 // Does this level have kernels for problems of this dtype?
 FUSED_ATTN_INLINE constexpr bool has_kernels(DType dtype) {
-  return level_has_kernels(FUSED_ATTN_LEVEL_ID, dtype);
+  return level_has_kernels(CpuLevel::FUSED_ATTN_LEVEL, dtype);
 }
 }  // namespace FUSED_ATTN_LEVEL
 #endif

@@ -1,34 +1,21 @@
 #include "cpu/level.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
-
-#include "cpu/kernel_dtypes.h"
 
 namespace fused_attn {
 namespace {
 
-constexpr const char* kNames[kNumCpuLevels] = {"portable", "avx2", "avx512", "avx512_bf16"};
+#define FUSED_ATTN_NAME(level, ...) #level,
+constexpr const char* kNames[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_NAME)};
+constexpr int kLevels = sizeof(kNames) / sizeof(kNames[0]);
 
-bool available(CpuLevel level) {
-#if defined(FUSED_ATTN_X86_LEVELS)
-  switch (level) {
-    case CpuLevel::kPortable:
-      return true;
-    case CpuLevel::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
-    case CpuLevel::kAvx512:
-      return available(CpuLevel::kAvx2) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
-    case CpuLevel::kAvx512Bf16:
-      return available(CpuLevel::kAvx512) && __builtin_cpu_supports("avx512bf16");
-  }
-  return false;
-#else
-  return level == CpuLevel::kPortable;
-#endif
+bool available(int level) {
+#define FUSED_ATTN_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#define FUSED_ATTN_RUNS(level, ...) FUSED_ATTN_OF_LEVEL(PROCESSOR, level),
+  static const bool runs[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_RUNS)};
+  return std::all_of(runs, runs + level + 1, [](bool x) { return x; });
 }
 
 std::string join(const std::vector<std::string>& names) {
@@ -38,21 +25,21 @@ std::string join(const std::vector<std::string>& names) {
 }
 
 struct Choice {
-  CpuLevel level = CpuLevel::kPortable;
+  CpuLevel level = CpuLevel::portable;
   std::string error;
 };
 
 Choice choose() {
   Choice choice;
-  for (int i = 0; i < kNumCpuLevels; ++i) {
-    if (available(static_cast<CpuLevel>(i))) choice.level = static_cast<CpuLevel>(i);
+  for (int i = 0; i < kLevels; ++i) {
+    if (available(i)) choice.level = static_cast<CpuLevel>(i);
   }
   const char* wanted = std::getenv("FUSED_ATTN_CPU");
   if (wanted == nullptr || *wanted == '\0') return choice;
-  for (int i = 0; i < kNumCpuLevels; ++i) {
+  for (int i = 0; i < kLevels; ++i) {
     if (std::string(wanted) != kNames[i]) continue;
     choice.level = static_cast<CpuLevel>(i);
-    if (!available(choice.level)) {
+    if (!available(i)) {
       choice.error =
           std::string("FUSED_ATTN_CPU=") + wanted +
           ": this machine or build lacks that level; available: " + join(available_levels());
@@ -74,7 +61,7 @@ CpuLevel cpu_level() {
 
 CpuLevel kernel_level(DType dtype) {
   int level = static_cast<int>(cpu_level());
-  while (!level_has_kernels(level, dtype)) --level;
+  while (!level_has_kernels(static_cast<CpuLevel>(level), dtype)) --level;
   return static_cast<CpuLevel>(level);
 }
 
@@ -88,8 +75,8 @@ std::string current_level_name() {
 
 std::vector<std::string> available_levels() {
   std::vector<std::string> names;
-  for (int i = 0; i < kNumCpuLevels; ++i) {
-    if (available(static_cast<CpuLevel>(i))) names.push_back(kNames[i]);
+  for (int i = 0; i < kLevels; ++i) {
+    if (available(i)) names.push_back(kNames[i]);
   }
   return names;
 }

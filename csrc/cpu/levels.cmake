@@ -2,20 +2,26 @@
 #
 #   fused_attn_add_cpu_kernel(<target> <source>)
 #
-# adds <source> to <target> once for each level of this processor family, with FUSED_ATTN_LEVEL (the
-# level's name, which is also the namespace of everything in the file) and FUSED_ATTN_LEVEL_ID (its
-# number in cpu/level.h) defined. `cpu/vec.h` picks the vector types by that number.
-# `cpu/kernel_dtypes.h` says which dtypes a level has kernels of its own for.
+# adds <source> to <target> once for each level of this family of processors, with FUSED_ATTN_LEVEL
+# (the level's name, which is also the namespace of everything in the file) defined. What a level is
+# and can do, and their order, is said in csrc/cpu/levels.h; here are its compiler flags.
 
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" _fused_attn_processor)
 if(_fused_attn_processor MATCHES "^(x86_64|amd64)$" AND NOT MSVC)
-  set(FUSED_ATTN_X86_LEVELS ON)
+  set(FUSED_ATTN_LEVEL_FAMILY x86)
 else()
-  set(FUSED_ATTN_X86_LEVELS OFF)
+  set(FUSED_ATTN_LEVEL_FAMILY other)
 endif()
 
+file(READ ${CMAKE_CURRENT_LIST_DIR}/levels.h _fused_attn_levels_h)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/levels.h)
+string(REGEX MATCH "FUSED_ATTN_LEVELS_${FUSED_ATTN_LEVEL_FAMILY}\\(X, \\.\\.\\.\\)[^#]*"
+  _fused_attn_row "${_fused_attn_levels_h}")
+string(REGEX MATCHALL "X\\([a-z0-9_]+" FUSED_ATTN_LEVELS "${_fused_attn_row}")
+list(TRANSFORM FUSED_ATTN_LEVELS REPLACE "X\\(" "")
+
 # Next to faster levels, the portable one is worth half of the time that -O3 takes to compile it.
-if(FUSED_ATTN_X86_LEVELS)
+if(FUSED_ATTN_LEVEL_FAMILY STREQUAL "x86")
   set(_fused_attn_flags_portable -O2)
 else()
   set(_fused_attn_flags_portable -O3)
@@ -26,23 +32,20 @@ set(_fused_attn_flags_avx512 ${_fused_attn_flags_avx2} -mavx512f -mavx512bw -mav
 set(_fused_attn_flags_avx512_bf16 ${_fused_attn_flags_avx512} -mavx512bf16)
 
 function(fused_attn_add_cpu_kernel target source)
-  if(FUSED_ATTN_X86_LEVELS)
-    set(levels portable avx2 avx512 avx512_bf16)
-    target_compile_definitions(${target} PRIVATE FUSED_ATTN_X86_LEVELS)
-  else()
-    set(levels portable)
-  endif()
+  target_compile_definitions(${target} PRIVATE FUSED_ATTN_LEVEL_FAMILY=${FUSED_ATTN_LEVEL_FAMILY})
   string(REGEX REPLACE "^csrc/|\\.cpp$" "" stem ${source})
   string(REPLACE "/" "_" stem ${stem})
-  set(id 0)
-  foreach(level IN LISTS levels)
+  foreach(level IN LISTS FUSED_ATTN_LEVELS)
+    if(NOT DEFINED _fused_attn_flags_${level})
+      message(FATAL_ERROR "csrc/cpu/levels.cmake has no compiler flags for the level ${level}")
+    endif()
     # An object library for each level: one file with four sets of flags cannot be in one target.
     set(object ${target}_${stem}_${level})
     add_library(${object} OBJECT ${source})
     target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
     target_compile_features(${object} PRIVATE cxx_std_17)
     target_compile_definitions(${object} PRIVATE
-      FUSED_ATTN_LEVEL=${level} FUSED_ATTN_LEVEL_ID=${id})
+      FUSED_ATTN_LEVEL=${level} FUSED_ATTN_LEVEL_FAMILY=${FUSED_ATTN_LEVEL_FAMILY})
     target_compile_options(${object} PRIVATE
       $<$<CXX_COMPILER_ID:GNU,Clang,AppleClang>:-Wall;-Wextra> ${_fused_attn_flags_${level}})
     # Passing 64-byte vectors by value changes between ABIs, but every such function is inlined; and
@@ -55,6 +58,5 @@ function(fused_attn_add_cpu_kernel target source)
       target_link_libraries(${object} PRIVATE OpenMP::OpenMP_CXX)
     endif()
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
-    math(EXPR id "${id} + 1")
   endforeach()
 endfunction()

@@ -8,7 +8,7 @@ namespace {
 
 using Run = double (*)(DType, int64_t);
 
-#define FUSED_ATTN_RUN(level) level::multiply_adds,
+#define FUSED_ATTN_RUN(level, ...) level::multiply_adds,
 constexpr Run kRuns[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_RUN)};
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include "common/types.h"
 #include "cpu/levels.h"
 
-#define FUSED_ATTN_DECLARE_PEAK(level)                \
+#define FUSED_ATTN_DECLARE_PEAK(level, ...)           \
   namespace fused_attn::level {                       \
   double multiply_adds(DType dtype, int64_t repeats); \
   }

@@ -11,10 +11,6 @@
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
-#if FUSED_ATTN_LEVEL_ID >= 1
-#include <immintrin.h>
-#endif
-
 namespace fused_attn::FUSED_ATTN_LEVEL {
 
 // Of statistics and arithmetic.
@@ -174,33 +170,6 @@ class Writer {
 // Outputs beyond this would only push useful lines out of the caches: stream them past.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-FUSED_ATTN_INLINE void stream(float* to, VecF v) {
-#if FUSED_ATTN_LEVEL_ID >= 2
-  _mm512_stream_ps(to, v.v);
-#elif FUSED_ATTN_LEVEL_ID == 1
-  _mm256_stream_ps(to, v.lo);
-  _mm256_stream_ps(to + 8, v.hi);
-#else
-  store(to, v);
-#endif
-}
-FUSED_ATTN_INLINE void stream(double* to, const Vec<double>& v) {
-  store(to, v);
-}
-template <class T>
-FUSED_ATTN_INLINE void stream(T* to, VecF v) {
-#if FUSED_ATTN_LEVEL_ID >= 1
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(v, T{}));
-#else
-  store(to, v);
-#endif
-}
-FUSED_ATTN_INLINE void stream_fence() {
-#if FUSED_ATTN_LEVEL_ID >= 1
-  _mm_sfence();
-#endif
-}
-
 // After the parameters of a lambda that is a loop's body: without it the body may become a function
 // that is called for every 16 columns. Such lambdas capture by value, so that pointers and
 // constants stay in registers whatever the body stores.
@@ -244,18 +213,7 @@ FUSED_ATTN_INLINE Vec<Compute<T>> put_rounded(T* to, const Vec<Compute<T>>& v, A
     put(to, v, AllLanes{}, streamed);
     return v;
   } else {
-#if FUSED_ATTN_LEVEL_ID >= 1
-    const __m256i bits = narrow(v, T{});
-    if (streamed) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
-    } else {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
-    }
-    return widen(bits, T{});
-#else
-    store(to, v);
-    return load(to);
-#endif
+    return store_rounded(to, v, streamed);
   }
 }
 template <class T>

@@ -4,35 +4,35 @@
 //   Vec<T>::zero() set1(x) load(p) load(p, n), v.store(p) v.store(p, n)   T: float double uint32_t
 //   load(p), load(p, n), store(p, v), store(p, v, n)   the same, and for BFloat16 and Float16 in
 //       memory, converted (round to nearest even); n: the first n lanes only, the rest is 0
+//   stream(p, v), stream_fence()   stores past the caches; p aligned to a vector
+//   store_rounded(p, v, streamed)   to 16 bits, either way; returns v as it would come back
 //   + - * / fma max min abs sqrt sum sum_each largest round exp2 exp log tanh select greater
-//   transpose
+//   transpose reciprocal_estimate (at least 14 bits of 1 / x)
 //
 // max(a, b) and min(a, b) give b where either is NaN. Nothing here may be included by a file that
-// is not compiled per level (see cpu/level.h).
+// is not compiled per level (see cpu/level.h). Intrinsics stand in the header of a level's vectors
+// (cpu/levels.h) and nowhere else.
 #pragma once
 
 #include <cstdint>
 
-#if !defined(FUSED_ATTN_LEVEL) || !defined(FUSED_ATTN_LEVEL_ID)
+#include "cpu/levels.h"
+
+#if !defined(FUSED_ATTN_LEVEL)
 #error "vec.h is for sources compiled once per instruction-set level: see csrc/cpu/levels.cmake"
 #endif
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 constexpr int kLanes = 16;
 using Mask = uint16_t;  // one bit per lane
+
+// How many Vec<T> the registers hold.
+template <class T>
+constexpr int kRegisterVectors =
+    FUSED_ATTN_VECTOR_REGISTERS * FUSED_ATTN_VECTOR_BYTES / (kLanes * int{sizeof(T)});
 }  // namespace fused_attn::FUSED_ATTN_LEVEL
 
-#if FUSED_ATTN_LEVEL_ID >= 2
-#include "cpu/vec_avx512.h"
-#elif FUSED_ATTN_LEVEL_ID == 1
-#include "cpu/vec_avx2.h"
-#else
-#include "cpu/vec_generic.h"
-namespace fused_attn::FUSED_ATTN_LEVEL {
-using VecF = Vec<float>;
-using VecU = Vec<uint32_t>;
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
-#endif
+#include FUSED_ATTN_VECTOR_HEADER
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 
@@ -45,9 +45,7 @@ enum class Precision { kFull, kHalf };
 // 1 / x.
 template <Precision kPrecision, class T>
 FUSED_ATTN_INLINE Vec<T> reciprocal(Vec<T> x) {
-#if FUSED_ATTN_LEVEL_ID >= 2
-  if constexpr (kPrecision == Precision::kHalf && sizeof(T) == 4) return reciprocal_estimate(x);
-#endif
+  if constexpr (kPrecision == Precision::kHalf) return reciprocal_estimate(x);
   return Vec<T>::set1(T(1)) / x;
 }
 

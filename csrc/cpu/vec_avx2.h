@@ -234,6 +234,29 @@ FUSED_ATTN_INLINE void store(S* to, VecF v, int n) {
   std::memcpy(to, lanes, sizeof(S) * static_cast<size_t>(n));
 }
 
+FUSED_ATTN_INLINE void stream(float* to, VecF v) {
+  _mm256_stream_ps(to, v.lo);
+  _mm256_stream_ps(to + 8, v.hi);
+}
+template <class S>
+FUSED_ATTN_INLINE void stream(S* to, VecF v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(v, S{}));
+}
+FUSED_ATTN_INLINE void stream_fence() {
+  _mm_sfence();
+}
+
+template <class S>
+FUSED_ATTN_INLINE VecF store_rounded(S* to, VecF v, bool streamed) {
+  const __m256i bits = narrow(v, S{});
+  if (streamed) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+  return widen(bits, S{});
+}
+
 // Bit i of the result: is byte i of n <= 64 non-zero?
 FUSED_ATTN_INLINE uint64_t nonzero_bytes(const uint8_t* from, int n) {
   alignas(32) uint8_t bytes[64] = {};

@@ -128,7 +128,7 @@ FUSED_ATTN_INLINE __m256i narrow(VecF a, Float16) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 FUSED_ATTN_INLINE __m256i narrow(VecF a, BFloat16) {
-#if FUSED_ATTN_LEVEL_ID >= 3
+#if FUSED_ATTN_BF16_DOT
   return (__m256i)_mm512_cvtneps_pbh(a.v);
 #else
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -168,6 +168,28 @@ FUSED_ATTN_INLINE void store(S* to, VecF v) {
 template <class S>
 FUSED_ATTN_INLINE void store(S* to, VecF v, int n) {
   _mm256_mask_storeu_epi16(to, first_lanes(n), narrow(v, S{}));
+}
+
+FUSED_ATTN_INLINE void stream(float* to, VecF v) {
+  _mm512_stream_ps(to, v.v);
+}
+template <class S>
+FUSED_ATTN_INLINE void stream(S* to, VecF v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), narrow(v, S{}));
+}
+FUSED_ATTN_INLINE void stream_fence() {
+  _mm_sfence();
+}
+
+template <class S>
+FUSED_ATTN_INLINE VecF store_rounded(S* to, VecF v, bool streamed) {
+  const __m256i bits = narrow(v, S{});
+  if (streamed) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+  return widen(bits, S{});
 }
 
 // Bit i of the result: is byte i of n <= 64 non-zero?
@@ -230,7 +252,7 @@ FUSED_ATTN_INLINE VecF sum_each(const VecF (&rows)[16]) {
   return {_mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd))};
 }
 
-#if FUSED_ATTN_LEVEL_ID >= 3
+#if FUSED_ATTN_BF16_DOT
 
 // Adds the products of bf16 pairs: acc + low(a) * low(b) + high(a) * high(b).
 FUSED_ATTN_INLINE VecF dot_pairs(VecU a, VecU b, VecF acc) {

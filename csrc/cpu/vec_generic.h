@@ -1,5 +1,6 @@
 // Vec<T> out of the compiler's own vector extension (or plain scalars where there is none).
-// It is every type of the portable level and Vec<double> of all levels.
+// It is every type of the portable level and Vec<double> of all levels. What only the portable
+// level has this way is in cpu/vec_portable.h.
 #pragma once
 
 #include <cmath>
@@ -9,12 +10,13 @@
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 
-#if FUSED_ATTN_LEVEL_ID >= 2
-constexpr int kNativeBytes = 64;
-#elif FUSED_ATTN_LEVEL_ID == 1
-constexpr int kNativeBytes = 32;
+constexpr int kNativeBytes = FUSED_ATTN_VECTOR_BYTES;
+
+// Does fma() round once, in all types?
+#if defined(__FP_FAST_FMA)
+constexpr bool kFusedMultiplyAdd = true;
 #else
-constexpr int kNativeBytes = 16;
+constexpr bool kFusedMultiplyAdd = false;
 #endif
 
 template <class T>
@@ -232,64 +234,15 @@ FUSED_ATTN_INLINE void store(double* to, const Vec<double>& v) {
 FUSED_ATTN_INLINE void store(double* to, const Vec<double>& v, int n) {
   v.store(to, n);
 }
-
-#if FUSED_ATTN_LEVEL_ID == 0
-
-template <class S>
-FUSED_ATTN_INLINE Vec<float> load(const S* from, int n) {
-  alignas(64) float lanes[16] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = to_float(from[i]);
-  return Vec<float>::load(lanes);
-}
-template <class S>
-FUSED_ATTN_INLINE Vec<float> load(const S* from) {
-  return load(from, 16);
-}
-FUSED_ATTN_INLINE Vec<float> load(const float* from) {
-  return Vec<float>::load(from);
-}
-template <class S>
-FUSED_ATTN_INLINE void store(S* to, const Vec<float>& v, int n) {
-  alignas(64) float lanes[16];
-  v.store(lanes);
-  for (int i = 0; i < n; ++i) from_float(lanes[i], to + i);
-}
-template <class S>
-FUSED_ATTN_INLINE void store(S* to, const Vec<float>& v) {
-  store(to, v, 16);
-}
-FUSED_ATTN_INLINE void store(float* to, const Vec<float>& v) {
+FUSED_ATTN_INLINE void stream(double* to, const Vec<double>& v) {
   v.store(to);
 }
 
-FUSED_ATTN_INLINE Vec<float> from_int_bits(const Vec<uint32_t>& a) {
-  Vec<float> c;
-  std::memcpy(&c, &a, sizeof(c));
-  return c;
+// 1 / a, where a level has no cheaper estimate.
+template <class T>
+FUSED_ATTN_INLINE Vec<T> reciprocal_estimate(const Vec<T>& a) {
+  return Vec<T>::set1(T(1)) / a;
 }
-
-// Bit i of the result: is byte i of n <= 64 non-zero?
-FUSED_ATTN_INLINE uint64_t nonzero_bytes(const uint8_t* from, int n) {
-  uint64_t bits = 0;
-  for (int i = 0; i < n; ++i) bits |= uint64_t{from[i] != 0} << i;
-  return bits;
-}
-
-// The low and high half of the 64-bit products of a and the constant b.
-FUSED_ATTN_INLINE void multiply_wide(const Vec<uint32_t>& a, uint32_t b, Vec<uint32_t>& low,
-                                     Vec<uint32_t>& high) {
-  alignas(64) uint32_t x[16], y[16];
-  a.store(x);
-  for (int i = 0; i < 16; ++i) {
-    const uint64_t product = uint64_t{x[i]} * b;
-    x[i] = static_cast<uint32_t>(product);
-    y[i] = static_cast<uint32_t>(product >> 32);
-  }
-  low = Vec<uint32_t>::load(x);
-  high = Vec<uint32_t>::load(y);
-}
-
-#endif
 
 // Bits of the lanes where a >= b, as unsigned numbers.
 template <class T>

@@ -218,12 +218,12 @@ FUSED_ATTN_DEVICE void mma_wait() {
 // Reads and writes every register as far as the compiler knows: results are not read before the
 // wait that precedes it, and operands live until then.
 template <int kCount>
-FUSED_ATTN_DEVICE void pin(float (&registers)[kCount]) {
+FUSED_ATTN_DEVICE void keep_in_registers(float (&registers)[kCount]) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 template <int kCount>
-FUSED_ATTN_DEVICE void pin(uint32_t (&registers)[kCount]) {
+FUSED_ATTN_DEVICE void keep_in_registers(uint32_t (&registers)[kCount]) {
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
@@ -254,11 +254,23 @@ FUSED_ATTN_DEVICE float log2_fast(float x) {
 FUSED_ATTN_DEVICE float reciprocal_root(float x) {
   return __frsqrt_rn(x);
 }
+FUSED_ATTN_DEVICE float square_root(float x) {
+  return __fsqrt_rn(x);
+}
 FUSED_ATTN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return __umulhi(a, b);
 }
 FUSED_ATTN_DEVICE float infinity() {
   return __int_as_float(0x7f800000);
+}
+FUSED_ATTN_DEVICE uint32_t bits_of(float x) {
+  return __float_as_uint(x);
+}
+FUSED_ATTN_DEVICE float float_of(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+FUSED_ATTN_DEVICE float magnitude(float x) {
+  return fabsf(x);
 }
 FUSED_ATTN_DEVICE float largest(float a, float b) {
   return fmaxf(a, b);

@@ -75,7 +75,7 @@ void forward_binding(py::handle tokens, py::handle weight, py::handle table, py:
        scale, offset, padding_idx, dropout_p, threads);
   params.y = rows(y, 1);
   const py::gil_scoped_release release;
-  forward(params);
+  forward_cpu(params);
 }
 
 void backward_binding(py::handle tokens, py::handle weight_, py::handle table_,
@@ -97,7 +97,7 @@ void backward_binding(py::handle tokens, py::handle weight_, py::handle table_,
   params.dweight = rows(dweight, 1);
   params.dtable = rows(dtable, 1);
   const py::gil_scoped_release release;
-  backward(params);
+  backward_cpu(params);
 }
 
 }  // namespace

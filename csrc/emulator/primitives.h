@@ -196,9 +196,9 @@ void mma_wait() {
   matrix_unit().wait(machine(), kLeft);
 }
 template <int kCount>
-void pin(float (&)[kCount]) {}
+void keep_in_registers(float (&)[kCount]) {}
 template <int kCount>
-void pin(uint32_t (&)[kCount]) {}
+void keep_in_registers(uint32_t (&)[kCount]) {}
 
 inline int opaque(int x) {
   return x;
@@ -228,6 +228,9 @@ inline float exp2_fast(float x) {
 inline float log2_fast(float x) {
   return std::log2(std::fabs(x) < std::numeric_limits<float>::min() ? 0.0f : x);
 }
+inline float square_root(float x) {
+  return std::sqrt(x);
+}
 inline float reciprocal_root(float x) {
   return 1.0f / std::sqrt(x);
 }
@@ -236,6 +239,19 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 }
 inline float infinity() {
   return std::numeric_limits<float>::infinity();
+}
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float magnitude(float x) {
+  return std::fabs(x);
 }
 inline float largest(float a, float b) {
   return std::fmax(a, b);

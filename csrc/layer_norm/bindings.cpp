@@ -66,7 +66,7 @@ void forward_binding(py::handle x_, py::handle residual_, py::handle weight_, py
   params.mean = statistics(tensor_view(mean_, "mean"), params);
   params.rstd = statistics(tensor_view(rstd_, "rstd"), params);
   const py::gil_scoped_release release;
-  forward(params);
+  forward_cpu(params);
 }
 
 void backward_binding(py::handle x_, py::handle residual_, py::handle weight_, py::handle bias_,
@@ -101,7 +101,7 @@ void backward_binding(py::handle x_, py::handle residual_, py::handle weight_, p
   params.dweight = rows(dweight, dims);
   params.dbias = rows(dbias, dims);
   const py::gil_scoped_release release;
-  backward(params);
+  backward_cpu(params);
 }
 
 }  // namespace

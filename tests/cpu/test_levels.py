@@ -6,6 +6,7 @@ The level is chosen when the compiled part is loaded, so each runs in a process 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ ROOT = Path(__file__).parents[2]
 OPS = ROOT / "tests" / "ops"
 FILES = (
     "attention/test_api.py",
+    "attention/test_extreme_scores.py",
     "attention/test_semantics.py",
     "bias_activation/test_api.py",
     "embedding/test_api.py",
     "layer_norm/test_api.py",
+    "layer_norm/test_extreme_rows.py",
 )
 
 
@@ -65,3 +68,18 @@ def test_an_unknown_level_is_an_error_that_lists_the_known_ones() -> None:
     assert done.returncode != 0
     assert "FUSED_ATTN_CPU" in done.stderr
     assert "portable" in done.stderr
+
+
+def test_intrinsics_stand_in_the_vector_headers_only() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp")]
+    holders = {path.name for path in sources if re.search(r"\b_mm\d*_|immintrin", path.read_text())}
+    assert holders == {"vec_avx2.h", "vec_avx512.h"}
+
+
+def test_levels_are_asked_for_what_they_can_do() -> None:
+    """Nothing in the kernels compares a level with another: levels.h says what each has."""
+    named = re.compile(r"\b(avx2|avx512|avx512_bf16|portable)\b")
+    for path in (ROOT / "csrc").rglob("*.*"):
+        if path.suffix in (".h", ".cpp"):
+            code = re.sub(r"//.*|\"[^\"\n]*\"", "", path.read_text())
+            assert not named.search(code) or path.name in ("levels.h", "level.cpp"), path

@@ -99,11 +99,11 @@ class BackwardHead {
     const auto keys = [&](const View4& view, int64_t columns) {
       return new_keys ? tile_.keys_of(next, view, columns) : ByteRows{};
     };
-    tile_.ask_for_head(next,
-                       {tile_.queries_of(next, p_.dout, p_.head_dim_v),
-                        tile_.queries_of(next, p_.out, p_.head_dim_v), keys(p_.k, p_.head_dim),
-                        keys(p_.v, p_.head_dim_v)},
-                       chunks * ceil_div(tile_.sequence.seqlen_q, kBlockQ));
+    tile_.prefetch_head(next,
+                        {tile_.queries_of(next, p_.dout, p_.head_dim_v),
+                         tile_.queries_of(next, p_.out, p_.head_dim_v), keys(p_.k, p_.head_dim),
+                         keys(p_.v, p_.head_dim_v)},
+                        chunks * ceil_div(tile_.sequence.seqlen_q, kBlockQ));
   }
 
   // All blocks of queries against the keys of one chunk.
@@ -131,8 +131,7 @@ class BackwardHead {
     RowStatistics<Real>& row = rows_[b];
     tile_.i = b * kBlockQ;
     tile_.rows = rows_of(b);
-    bool coarse;
-    load_lse(tile_.queries(p_.lse, 1), tile_.rows, row, &coarse);
+    const bool too_large = load_lse(tile_.queries(p_.lse, 1), tile_.rows, row);
     const HeadView out = tile_.queries(p_.out, p_.head_dim_v);
     const HeadView dout = tile_.queries(p_.dout, p_.head_dim_v);
     const HeadView dlse = tile_.queries(p_.dlse, 1);
@@ -142,9 +141,9 @@ class BackwardHead {
       row.delta[q] = dot_rows<Real>(dout, out, q);
       if (p_.dlse.data != nullptr) row.delta[q] -= *dlse.row<const Real>(q);
     }
-    if (coarse || p_.dweights.data != nullptr) {
+    if (too_large || p_.dweights.data != nullptr) {
       tile_.select_queries(tile_.i, tile_.rows);
-      if (coarse) refine(tile_, visible_keys(), row);
+      if (too_large) recompute_statistics(tile_, visible_keys(), row);
       if (p_.dweights.data != nullptr) add_weights_to_delta(row);
     }
   }
@@ -172,9 +171,9 @@ class BackwardHead {
 
   void block(int64_t b, KeyRange range, Real* dq) {
     const RowStatistics<Real>& row = rows_[b];
-    tile_.ask_for_block(write_dq_ ? p_.dq : View4{}, p_.head_dim, b * kBlockQ,
-                        tile_.sequence.seqlen_q,
-                        2 * product_tiles<Real>(rows_of(b), range.end - range.begin));
+    tile_.prefetch_block(write_dq_ ? p_.dq : View4{}, p_.head_dim, b * kBlockQ,
+                         tile_.sequence.seqlen_q,
+                         2 * product_tiles<Real>(rows_of(b), range.end - range.begin));
     tile_.select_queries(b * kBlockQ, rows_of(b));
     load_dout(row);
     tile_.for_each_tile(range, kTileKeys, [&] {
@@ -218,13 +217,13 @@ class BackwardHead {
       multiply<E, Form::kRows>({v_.row(tile_.j + segment.begin), v_.stride, dout_, kBlockQ,
                                 dp_ + segment.begin * kBlockQ, kBlockQ, segment.end - segment.begin,
                                 units_v_, segment.group_begin, segment.group_end},
-                               then_ask(Overwrite{}, tile_.ahead));
+                               then_prefetch(Overwrite{}, tile_.prefetcher));
     }
   }
 
   void compute_gradients(const RowStatistics<Real>& row) {
     uint64_t keep[kBlockK];
-    const Tile tile = tile_.tile();
+    const ScoreTile tile = tile_.tile();
     if (tile_.dropout.active()) tile_.dropout.draw(tile, keep);
     if (dweights_ != nullptr) load_bias<Real>(tile, p_.dweights, dweights_);
     if (ds_full_ != nullptr) {
@@ -280,12 +279,12 @@ class BackwardHead {
   const BackwardParams& p_;
   HeadScores<E> tile_;
   const int64_t units_v_;  // of head_dim_v
-  Rows<E> v_;
-  Rows<E> k_pairs_;
-  Rows<E> q_lanes_;     // [query unit][column of q]
-  Rows<E> dout_lanes_;  // [query unit][column of v]
-  Unit* dout_;          // [unit][query]
-  Real* dp_;            // [key][query]
+  UnitRows<E> v_;
+  UnitRows<E> k_pairs_;
+  UnitRows<E> q_lanes_;     // [query unit][column of q]
+  UnitRows<E> dout_lanes_;  // [query unit][column of v]
+  Unit* dout_;              // [unit][query]
+  Real* dp_;                // [key][query]
   Element* p_tile_ = nullptr;
   Element* ds_tile_ = nullptr;
   Unit* ds_pairs_ = nullptr;

@@ -1,4 +1,4 @@
-// Forward attention for the few queries of a decoding step, which only has to read the keys and
+// Forward attention for the queries of a decoding step, which only has to read the keys and
 // values as fast as memory delivers them. The rows of all query heads that share keys take one pass
 // over K and V in place, in the dtype of the tensors. Scores are [row][key], with the keys in
 // vector lanes.
@@ -12,17 +12,17 @@
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
-constexpr int kFewRows = 16;                      // queries of all heads that take one pass
+constexpr int kDecodeRows = 16;                   // queries of all heads that take one pass
 constexpr int kPackedRows = 4;                    // from so many rows on, transposing the keys pays
 constexpr int kPackedKeys = 32;                   // that are transposed at once
 constexpr int64_t kNearBytes = int64_t{4} << 20;  // of K and V that caches may still hold
 
-struct FewBuffers {
+struct DecodeBuffers {
   Buffer keep, q, k, v, columns, scores, bias, acc;
 };
 
 // The heads [first_head, first_head + num_heads) of one sequence, which share keys.
-struct FewTask {
+struct DecodeTask {
   Sequence sequence;
   int64_t first_head;
   int num_heads;
@@ -34,18 +34,18 @@ FUSED_ATTN_INLINE int heads_together(const Params& p, int64_t seqlen_q) {
                       (p.bias.data == nullptr || p.bias.stride[1] == 0);
   if (!shared || seqlen_q == 0) return 1;
   return static_cast<int>(
-      larger<int64_t>(1, smaller<int64_t>(p.num_heads / p.num_heads_kv, kFewRows / seqlen_q)));
+      larger<int64_t>(1, smaller<int64_t>(p.num_heads / p.num_heads_kv, kDecodeRows / seqlen_q)));
 }
 
 template <class E, class T>  // T: element of q, k, v
-class FewQueries {
+class DecodePass {
   using Real = typename E::Real;
   using V = Vec<Real>;
 
  public:
   using Number = Real;  // of a record
 
-  FewQueries(const Params& p, const FewTask& task, FewBuffers& buffers)
+  DecodePass(const Params& p, const DecodeTask& task, DecodeBuffers& buffers)
       : p_(p),
         task_(task),
         queries_(static_cast<int>(task.sequence.seqlen_q)),
@@ -68,19 +68,19 @@ class FewQueries {
       keep_ = keys_to_keep<Real>(p, task.sequence, task.first_head, visibility_, buffers.keep);
       bias_ = buffers.bias.get<Real>(kBlockK * kBlockQ);
     }
-    q_ = buffers.q.get<Real>(kFewRows * width_);
+    q_ = buffers.q.get<Real>(kDecodeRows * width_);
     if (rows_ >= kPackedRows) columns_ = buffers.columns.get<Real>(width_ * kPackedKeys);
     scores_ = buffers.scores.get<Real>(kBlockK * kBlockQ);
-    acc_ = buffers.acc.get<Real>(kFewRows * width_v_);
+    acc_ = buffers.acc.get<Real>(kDecodeRows * width_v_);
     std::memset(acc_, 0, sizeof(Real) * static_cast<size_t>(rows_ * width_v_));
-    std::memset(q_, 0, sizeof(Real) * static_cast<size_t>(kFewRows * width_));
+    std::memset(q_, 0, sizeof(Real) * static_cast<size_t>(kDecodeRows * width_));
     for (int h = 0; h < task.num_heads; ++h) {
       const HeadView q = query_view(p, p.q, task.sequence, task.first_head + h, p.head_dim);
       for (int i = 0; i < queries_; ++i) {
         copy_row<E>(q, i, width_, q_ + (h * queries_ + i) * width_);
       }
     }
-    state_.reset(formula_.plain, formula_.log2_scale());
+    state_.reset();
   }
 
   // Takes in part `part` of `parts` of the keys.
@@ -93,7 +93,7 @@ class FewQueries {
       if (map_.seen == Seen::kNone) continue;
       list_keys(j);
       if (count_ == 0) continue;
-      if (cold_) ahead_.start(byte_rows(v_.first(), v_.stride(), p_.head_dim_v, map_.keys));
+      if (cold_) prefetcher_.start(byte_rows(v_.first(), v_.stride(), p_.head_dim_v, map_.keys));
       if (rows_ < kPackedRows) {
         multiply_queries();
       } else {
@@ -105,8 +105,8 @@ class FewQueries {
         for (int h = 0; h < task_.num_heads; ++h) softmax_of_head(h, j);
       }
       if (cold_) {
-        ahead_.start(byte_rows(k_.first() + kBlockK * k_.stride(), k_.stride(), p_.head_dim,
-                               smaller<int64_t>(end - j - kBlockK, kBlockK)));
+        prefetcher_.start(byte_rows(k_.first() + kBlockK * k_.stride(), k_.stride(), p_.head_dim,
+                                    smaller<int64_t>(end - j - kBlockK, kBlockK)));
       }
       accumulate_output();
     }
@@ -114,26 +114,35 @@ class FewQueries {
 
   // What a part of the keys comes to, for merge(): numbers of a record.
   static int64_t record_size(const Params& p) {
-    return kFewRows * (ceil_div(p.head_dim_v, kLanes) * kLanes + 2);
+    return kDecodeRows * (ceil_div(p.head_dim_v, kLanes) * kLanes + 4);
   }
   void save(Real* record) const {
     std::memcpy(record, acc_, sizeof(Real) * static_cast<size_t>(rows_ * width_v_));
-    record += kFewRows * width_v_;
+    record += kDecodeRows * width_v_;
     V::load(state_.largest).store(record);
-    V::load(state_.sum).store(record + kFewRows);
+    V::load(state_.shift.base).store(record + kDecodeRows);
+    V::load(state_.shift.offset).store(record + 2 * kDecodeRows);
+    V::load(state_.sum).store(record + 3 * kDecodeRows);
   }
 
   // Takes in what save() wrote of another part of the keys.
   void merge(const Real* record) {
-    const Real* statistics = record + kFewRows * width_v_;
-    const V scale = V::set1(formula_.log2_scale());
-    const V mine = V::load(state_.largest), theirs = V::load(statistics);
-    const V now = max(mine, theirs);
+    const Real* statistics = record + kDecodeRows * width_v_;
+    const Shift<Real> mine = state_.shift;
+    Shift<Real> theirs;
+    V::load(statistics + kDecodeRows).store(theirs.base);
+    V::load(statistics + 2 * kDecodeRows).store(theirs.offset);
+    max(V::load(state_.largest), V::load(statistics)).store(state_.largest);
     alignas(64) Real keep[kLanes], add[kLanes];
-    exp2(clamp_exponent((mine - now) * scale)).store(keep);
-    exp2(clamp_exponent((theirs - now) * scale)).store(add);
-    now.store(state_.largest);
-    fma(V::load(statistics + kFewRows), V::load(add), V::load(state_.sum) * V::load(keep))
+    const auto corrections = [&](auto plain) {
+      constexpr bool kPlain = decltype(plain)::value;
+      const V scale = V::set1(formula_.log2_scale());
+      renew_shift<kPlain>(state_, 0, scale, state_.shift);
+      correction_between<kPlain>(mine, state_.shift, 0, scale).store(keep);
+      correction_between<kPlain>(theirs, state_.shift, 0, scale).store(add);
+    };
+    formula_.plain ? corrections(std::true_type{}) : corrections(std::false_type{});
+    fma(V::load(statistics + 3 * kDecodeRows), V::load(add), V::load(state_.sum) * V::load(keep))
         .store(state_.sum);
     for (int r = 0; r < rows_; ++r) {
       for (int64_t d = r * width_v_; d < (r + 1) * width_v_; d += kLanes) {
@@ -218,7 +227,7 @@ class FewQueries {
     for (int n = 0; n < kLanes; ++n) {
       // Lanes beyond the last key are overwritten later.
       const T* row = k_row(smaller(begin + n, count_ - 1)) + d;
-      if (d == 0) ahead_.fetch(lines_v_);
+      if (d == 0) prefetcher_.fetch(lines_v_);
       V even = partial[n], odd = V::zero();
       FUSED_ATTN_UNROLL
       for (int i = 0; i < N; ++i) {
@@ -247,7 +256,7 @@ class FewQueries {
     const int64_t lines = ceil_div(kLanes * kLanes * lines_v_, width_);
     for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
       const int width = static_cast<int>(smaller<int64_t>(p_.head_dim - d, kLanes));
-      ahead_.fetch(lines);
+      prefetcher_.fetch(lines);
       V block[kLanes];
       for (int n = 0; n < kLanes; ++n) {
         block[n] = n < count ? load_as<Real>(k_row(begin + n) + d, width) : V::zero();
@@ -259,23 +268,25 @@ class FewQueries {
 
   // Where every query sees all listed keys, vectors can run along the keys.
   void softmax_of_rows() {
+    const Real hidden = -std::numeric_limits<Real>::infinity();
     for (int r = 0; r < rows_; ++r) {
-      for (int n = count_; n % kLanes != 0; ++n) weights_[r][n] = hidden_score<Real>(true);
+      for (int n = count_; n % kLanes != 0; ++n) weights_[r][n] = hidden;
       V most = V::load(weights_[r]);
       for (int n = kLanes; n < count_; n += kLanes) most = max(most, V::load(weights_[r] + n));
       state_.largest[r] = larger(state_.largest[r], largest(most));
     }
     const V scale = V::set1(formula_.log2_scale());
-    const V now = V::zero() - V::load(state_.largest) * scale;
-    const V correction = exp2(now - V::load(state_.previous));
+    const Shift<Real> before = state_.shift;
+    renew_shift<true>(state_, 0, scale, state_.shift);
+    const V correction = correction_between<true>(before, state_.shift, 0, scale);
     correction.store(state_.correction);
-    now.store(state_.previous);
     alignas(64) Real sums[kLanes];
     for (int r = 0; r < rows_; ++r) {
-      const V offset = V::set1(state_.previous[r]);
+      const V base = V::set1(state_.shift.base[r]), offset = V::set1(state_.shift.offset[r]);
       V total = V::zero();
       for (int n = 0; n < count_; n += kLanes) {
-        const V p = exp2(fma(V::load(weights_[r] + n), scale, offset));
+        const V exponent = fma(V::load(weights_[r] + n) - base, scale, offset);
+        const V p = exp2(clamp_exponent(exponent));
         total = total + p;
         p.store(weights_[r] + n);
       }
@@ -288,9 +299,9 @@ class FewQueries {
   // is in use.
   void softmax_of_head(int h, int64_t j) {
     scores_to_tile(h);
-    const Tile tile{p_, task_.sequence, task_.first_head + h, 0, queries_, j, map_};
+    const ScoreTile tile{p_, task_.sequence, task_.first_head + h, 0, queries_, j, map_};
     RunningSoftmax<Real> state;
-    state.reset(formula_.plain, formula_.log2_scale());
+    state.reset();
     copy_lanes(state_, h * queries_, state, 0);
     apply_formula<Real>(tile, formula_, scores_, bias_, nullptr, state.largest);
     uint64_t keep[kBlockK];
@@ -309,7 +320,8 @@ class FewQueries {
                   int target) const {
     for (int i = 0; i < queries_; ++i) {
       to.largest[target + i] = from.largest[first + i];
-      to.previous[target + i] = from.previous[first + i];
+      to.shift.base[target + i] = from.shift.base[first + i];
+      to.shift.offset[target + i] = from.shift.offset[first + i];
       to.sum[target + i] = from.sum[first + i];
       to.correction[target + i] = from.correction[first + i];
     }
@@ -372,7 +384,7 @@ class FewQueries {
 
   template <int R, int N>
   FUSED_ATTN_INLINE void add_block(int r, int64_t d, int width) {
-    // Each of the blocks of this tile asks for its share of the next tile's keys.
+    // Each of the blocks of this tile prefetches its share of the next tile's keys.
     const int64_t lines = ceil_div(lines_k_, ceil_div(rows_ * width_v_, kAccumulators * kLanes));
     // Sums of their own for neighbouring keys hide the latency of additions in small blocks.
     constexpr int kStep = larger(1, smaller(4, kAccumulators) / (R * N));
@@ -386,7 +398,7 @@ class FewQueries {
       }
     }
     auto add = [&](int key, V(&to)[R][N]) {
-      ahead_.fetch(lines);
+      prefetcher_.fetch(lines);
       V v[N];
       FUSED_ATTN_UNROLL
       for (int n = 0; n < N; ++n) {
@@ -419,14 +431,10 @@ class FewQueries {
   }
 
   // Of a block, in vectors: what the registers hold beside its operands.
-#if FUSED_ATTN_LEVEL_ID >= 2
-  static constexpr int kAccumulators = sizeof(Real) == 4 ? 16 : 8;
-#else
-  static constexpr int kAccumulators = sizeof(Real) == 4 ? 4 : 2;
-#endif
+  static constexpr int kAccumulators = larger(kRegisterVectors<Real> / 2, 16 / int{sizeof(Real)});
 
   const Params& p_;
-  const FewTask task_;
+  const DecodeTask task_;
   const int queries_;  // of each head
   const int rows_;     // queries of all heads
   const Visibility visibility_;
@@ -439,7 +447,7 @@ class FewQueries {
   const bool cold_;        // K and V are surely not in a cache near the core
   const int64_t lines_k_;  // cache lines of a row of K
   const int64_t lines_v_;
-  RowsAhead<1> ahead_;
+  RowPrefetcher<1> prefetcher_;
   const uint8_t* keep_ = nullptr;
   Real* q_;                  // [row][column]
   Real* columns_ = nullptr;  // [column][key]
@@ -453,8 +461,8 @@ class FewQueries {
   int64_t k_row_[kBlockK];  // their rows, from that of the tile's first key on
   int64_t v_row_[kBlockK];
   int listed_ = 0;  // the list is 0, 1, ..., listed_ - 1 and may serve another tile
-  alignas(64) Real weights_[kFewRows][kBlockK];  // scores, then probabilities of those keys
-  RunningSoftmax<Real> state_;                   // of each row
+  alignas(64) Real weights_[kDecodeRows][kBlockK];  // scores, then probabilities of those keys
+  RunningSoftmax<Real> state_;                      // of each row
 };
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

@@ -5,8 +5,8 @@
 
 namespace fused_attn::attention {
 
-void forward_cpu(const Params& p);
-void backward_cpu(const BackwardParams& p);
-void forward_with_weights_cpu(const WeightsParams& p);
+void forward_cpu(const Params& params);
+void backward_cpu(const BackwardParams& params);
+void forward_with_weights_cpu(const WeightsParams& params);
 
 }  // namespace fused_attn::attention

@@ -37,7 +37,7 @@ struct EngineF64 {
   }
 };
 
-#if FUSED_ATTN_LEVEL_ID >= 3
+#if FUSED_ATTN_BF16_DOT
 // bfloat16 with the dot product instruction; sums in float32.
 struct EngineBF16 {
   using Element = BFloat16;
@@ -73,7 +73,7 @@ FUSED_ATTN_INLINE void with_engine(DType dtype, const Call& call) {
   if constexpr (has_kernels(DType::kFloat64)) {
     if (dtype == DType::kFloat64) return call(EngineF64{});
   }
-#if FUSED_ATTN_LEVEL_ID >= 3
+#if FUSED_ATTN_BF16_DOT
   static_assert(!has_kernels(DType::kFloat32) && !has_kernels(DType::kFloat16));
   call(EngineBF16{});
 #else

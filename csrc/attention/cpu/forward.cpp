@@ -9,7 +9,7 @@ namespace {
 
 struct Scratch {
   ForwardBuffers head;
-  FewBuffers few;
+  DecodeBuffers decode;
 };
 
 Scratch& scratch() {
@@ -17,17 +17,17 @@ Scratch& scratch() {
   return buffers;
 }
 
-// Sequences of few queries: a task is a pass over the keys, or a part of the keys of one.
+// Decoding with split keys: a task is a pass over the keys, or a part of the keys of one.
 template <class F>
-class ForwardFew {
+class SplitKeys {
   using Real = typename F::Number;
 
  public:
-  ForwardFew(const Params& p, int threads)
+  SplitKeys(const Params& p, int threads)
       : p_(p),
         threads_(threads),
         passes_(ceil_div(p.num_heads / p.num_heads_kv,
-                         heads_together(p, smaller<int64_t>(p.seqlen_q, kFewRows)))),
+                         heads_together(p, smaller<int64_t>(p.seqlen_q, kDecodeRows)))),
         tasks_(p.batch * p.num_heads_kv * passes_) {}
 
   void run() const {
@@ -35,9 +35,9 @@ class ForwardFew {
     const int64_t parts = larger<int64_t>(1, smaller(wanted, p_.seqlen_k / kMinPart));
     if (parts == 1) {
       parallel_for(threads_, tasks_, [&](int64_t t) {
-        pass(t, [](F& few) {
-          few.run(0, 1);
-          few.write();
+        pass(t, [](F& decode) {
+          decode.run(0, 1);
+          decode.write();
         });
       });
       return;
@@ -46,15 +46,16 @@ class ForwardFew {
     const int64_t size = F::record_size(p_);
     Real* records = buffer.get<Real>(tasks_ * parts * size);
     parallel_for(threads_, tasks_ * parts, [&](int64_t t) {
-      pass(t / parts, [&](F& few) {
-        few.run(t % parts, parts);
-        few.save(records + t * size);
+      pass(t / parts, [&](F& decode) {
+        decode.run(t % parts, parts);
+        decode.save(records + t * size);
       });
     });
     parallel_for(threads_, tasks_, [&](int64_t t) {
-      pass(t, [&](F& few) {
-        for (int64_t part = 0; part < parts; ++part) few.merge(records + (t * parts + part) * size);
-        few.write();
+      pass(t, [&](F& decode) {
+        for (int64_t part = 0; part < parts; ++part)
+          decode.merge(records + (t * parts + part) * size);
+        decode.write();
       });
     });
   }
@@ -67,14 +68,15 @@ class ForwardFew {
   template <class Call>
   void pass(int64_t t, const Call& call) const {
     const Sequence sequence(p_, t / passes_ / p_.num_heads_kv);
-    if (sequence.seqlen_q > kFewRows) return;
+    if (sequence.seqlen_q > kDecodeRows) return;
     const int64_t group = p_.num_heads / p_.num_heads_kv;
     const int64_t together = heads_together(p_, sequence.seqlen_q);
     const int64_t first = t % passes_ * together;
     if (first >= group) return;
     const int64_t head = t / passes_ % p_.num_heads_kv * group + first;
-    F few(p_, {sequence, head, static_cast<int>(smaller(together, group - first))}, scratch().few);
-    call(few);
+    F decode(p_, {sequence, head, static_cast<int>(smaller(together, group - first))},
+             scratch().decode);
+    call(decode);
   }
 
   const Params& p_;
@@ -85,13 +87,13 @@ class ForwardFew {
 
 // The engine does not matter where memory is the limit, so 16-bit types are all converted.
 template <class T>
-using Few = FewQueries<std::conditional_t<sizeof(T) == 8, EngineF64, EngineF32>, T>;
+using DecodeOf = DecodePass<std::conditional_t<sizeof(T) == 8, EngineF64, EngineF32>, T>;
 
-// Calls call(F) with the type that computes sequences of few queries in this dtype.
+// Calls call(F) with the type that decodes in this dtype.
 template <class E, class Call>
-void with_few(const Params& p, const Call& call) {
+void with_decode_pass(const Params& p, const Call& call) {
   with_dtype<typename E::Real>(p.dtype, [&](auto* tag) {
-    call(static_cast<Few<std::remove_pointer_t<decltype(tag)>>*>(nullptr));
+    call(static_cast<DecodeOf<std::remove_pointer_t<decltype(tag)>>*>(nullptr));
   });
 }
 
@@ -104,12 +106,12 @@ void forward(const Params& p) {
     const int64_t heads = p.batch * p.num_heads;
     const int64_t blocks = ceil_div(p.seqlen_q, kBlockQ);
     if (heads == 0 || blocks == 0) return;
-    if (p.seqlen_q <= kFewRows || p.cu_seqlens_q != nullptr) {
-      with_few<E>(p, [&](auto* type) {
-        ForwardFew<std::remove_pointer_t<decltype(type)>>(p, threads).run();
+    if (p.seqlen_q <= kDecodeRows || p.cu_seqlens_q != nullptr) {
+      with_decode_pass<E>(p, [&](auto* type) {
+        SplitKeys<std::remove_pointer_t<decltype(type)>>(p, threads).run();
       });
     }
-    if (p.seqlen_q <= kFewRows) return;
+    if (p.seqlen_q <= kDecodeRows) return;
     // Several tasks per thread even out causal problems; a whole head per task saves preparing its
     // keys more than once.
     const int64_t parts =
@@ -120,7 +122,7 @@ void forward(const Params& p) {
       };
       const HeadOf head = head_of(task / parts);
       const int64_t part = parts - 1 - task % parts;  // the longest first
-      if (head.sequence.seqlen_q <= kFewRows) return;
+      if (head.sequence.seqlen_q <= kDecodeRows) return;
       const int64_t end = smaller(head.sequence.seqlen_q, (part + 1) * blocks / parts * kBlockQ);
       const int64_t begin = part * blocks / parts * kBlockQ;
       if (begin >= end) return;

@@ -28,7 +28,7 @@ class ForwardHead {
   // Queries [begin, end). `next` is the head that probably follows, or null.
   void run(int64_t begin, int64_t end, const HeadOf* next) {
     if (next != nullptr) {
-      tile_.ask_for_head(
+      tile_.prefetch_head(
           *next,
           {tile_.keys_of(*next, p_.k, p_.head_dim), tile_.keys_of(*next, p_.v, p_.head_dim_v)},
           ceil_div(end - begin, kBlockQ));
@@ -37,9 +37,9 @@ class ForwardHead {
       const int rows = static_cast<int>(smaller<int64_t>(end - i, kBlockQ));
       const KeyRange keys = tile_.visibility.keys(i, i + rows);
       const int64_t count = keys.end - keys.begin;
-      tile_.ask_for_block(p_.out, p_.head_dim_v, i, end,
-                          product_tiles<Real>(rows, count) +
-                              ceil_div(count, kBlockK) * product_tiles<Real>(rows, p_.head_dim_v));
+      tile_.prefetch_block(p_.out, p_.head_dim_v, i, end,
+                           product_tiles<Real>(rows, count) +
+                               ceil_div(count, kBlockK) * product_tiles<Real>(rows, p_.head_dim_v));
       block(i, rows);
     }
   }
@@ -49,7 +49,7 @@ class ForwardHead {
     kept_ = kept;
     if (kept != nullptr) kept->reset(tile_.visibility.keys());
     tile_.select_queries(i, rows);
-    state_.reset(tile_.formula.plain, tile_.formula.log2_scale());
+    state_.reset();
     fresh_ = true;
     tile_.for_each_tile(tile_.visibility.keys(i, i + rows), kBlockK, [&] {
       tile_.compute(state_.largest);
@@ -62,7 +62,7 @@ class ForwardHead {
 
   // sums[key][query] += what the block's probabilities came to, after dropout.
   void add_probabilities(const KeptProbabilities<E>& kept, Real* sums) const {
-    kept.add_to(sums, state_.previous, tile_.formula.plain, factor_);
+    kept.add_to(sums, state_.shift, tile_.formula, factor_);
   }
 
  private:
@@ -83,7 +83,7 @@ class ForwardHead {
                          : (plain ? softmax_tile<E, true, false> : softmax_tile<E, false, false>);
     run(tile_.map, tile_.groups, tile_.formula.log2_scale(), keep, tile_.scores, probabilities(),
         state_);
-    if (kept_ != nullptr) kept_->keep(tile_.j, tile_.map, state_.previous);
+    if (kept_ != nullptr) kept_->keep(tile_.j, tile_.map, state_.shift);
   }
 
   // acc = correction acc + V^T probabilities
@@ -104,12 +104,12 @@ class ForwardHead {
                                segment.group_begin,
                                segment.group_end};
       if (!whole) {
-        multiply<E, Form::kColumns>(product, then_ask(Accumulate{}, tile_.ahead));
+        multiply<E, Form::kColumns>(product, then_prefetch(Accumulate{}, tile_.prefetcher));
       } else if (fresh_) {
-        multiply<E, Form::kColumns>(product, then_ask(Overwrite{}, tile_.ahead));
+        multiply<E, Form::kColumns>(product, then_prefetch(Overwrite{}, tile_.prefetcher));
       } else {
         multiply<E, Form::kColumns>(
-            product, then_ask(ScaleAndAccumulate<Real>{state_.correction}, tile_.ahead));
+            product, then_prefetch(ScaleAndAccumulate<Real>{state_.correction}, tile_.prefetcher));
       }
     }
   }
@@ -138,7 +138,7 @@ class ForwardHead {
 
   const Params& p_;
   HeadScores<E> tile_;
-  Rows<E> v_;
+  UnitRows<E> v_;
   Real* acc_;          // [column of v][query]
   bool fresh_ = true;  // nothing accumulated yet
   RunningSoftmax<Real> state_;

@@ -95,23 +95,24 @@ struct OverwriteAndMax {
   }
 };
 
-// The epilogue, and then what is needed later is asked for.
+// The epilogue, and then a prefetch of what is needed later.
 template <class Epilogue>
-struct ThenAsk {
+struct ThenPrefetch {
   Epilogue epilogue;
-  HeadAhead& ahead;
+  HeadPrefetcher& prefetcher;
 
   template <class Real, int R, int G>
   FUSED_ATTN_INLINE void operator()(Real* c, int64_t stride, int lane,
                                     Vec<Real> (&acc)[R][G]) const {
     epilogue(c, stride, lane, acc);
-    ahead.ask();
+    prefetcher.step();
   }
 };
 
 template <class Epilogue>
-FUSED_ATTN_INLINE ThenAsk<Epilogue> then_ask(const Epilogue& epilogue, HeadAhead& ahead) {
-  return {epilogue, ahead};
+FUSED_ATTN_INLINE ThenPrefetch<Epilogue> then_prefetch(const Epilogue& epilogue,
+                                                       HeadPrefetcher& prefetcher) {
+  return {epilogue, prefetcher};
 }
 
 template <class Unit>
@@ -165,23 +166,19 @@ FUSED_ATTN_INLINE void multiply_rows(const Product<E>& x, int64_t row, int group
 // Registers decide the tile: its accumulators, one vector of B per group and one of A. Eight or
 // more accumulators hide the latency of two multiply-adds a cycle.
 template <class Real>
-struct TileSize {
-#if FUSED_ATTN_LEVEL_ID >= 2
-  static constexpr int kMaxGroups = sizeof(Real) == 4 ? 4 : 2;
-  static constexpr int rows(int groups) { return sizeof(Real) == 8 || groups > 2 ? 4 : 8; }
-#elif FUSED_ATTN_LEVEL_ID == 1
-  static constexpr int kMaxGroups = 1;
-  static constexpr int rows(int) { return sizeof(Real) == 4 ? 4 : 2; }
-#else
-  static constexpr int kMaxGroups = 1;
-  static constexpr int rows(int) { return sizeof(Real) == 4 ? 2 : 1; }
-#endif
+struct RegisterTile {
+  static constexpr int kVectors = kRegisterVectors<Real>;
+  static constexpr int kMaxGroups = kVectors >= 32 ? 4 : kVectors >= 16 ? 2 : 1;
+  static constexpr int rows(int groups) {
+    if (kVectors < 16) return kVectors / 2;
+    return kVectors < 32 || groups > 2 ? 4 : 8;
+  }
 };
 
 // About how many tiles a product of all queries of a block comes in.
 template <class Real>
 inline int64_t product_tiles(int queries, int64_t rows) {
-  using Size = TileSize<Real>;
+  using Size = RegisterTile<Real>;
   const int groups = static_cast<int>(ceil_div(queries, kLanes));
   const int together = smaller(groups, Size::kMaxGroups);
   return ceil_div(rows, Size::rows(together)) * ceil_div(groups, together);
@@ -189,7 +186,7 @@ inline int64_t product_tiles(int queries, int64_t rows) {
 
 template <class E, Form kForm, class Epilogue>
 void multiply(const Product<E>& x, const Epilogue& epilogue) {
-  using Size = TileSize<typename E::Real>;
+  using Size = RegisterTile<typename E::Real>;
   int group = x.group_begin;
   while (group < x.group_end) {
     const int count = smaller(x.group_end - group, Size::kMaxGroups);

@@ -10,19 +10,20 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 template <class E>
 struct GradientTiles {
   using Real = typename E::Real;
-  const Real* scores;
-  const Real* dp;        // dout V^T
+  Real* scores;
+  Real* dp;              // dout V^T
   const Real* dweights;  // gradient of the returned weights; may be null
   const Real* slope;     // derivative of the softcap; may be null
   const uint64_t* keep;  // dropout; may be null
   Real drop_factor;
+  // Where units are numbers, these two take the place of scores and dp.
   typename E::Element* p;      // after dropout
   typename E::Element* ds;     // of q . k, without `scale`
   typename E::Unit* ds_pairs;  // the same, [key unit][query]; unused where units are numbers
   Real* ds_full;               // of the final score, for dbias; may be null
 };
 
-// kExtras: anything that may be null above is there, or the rows are refined.
+// kExtras: anything that may be null above is there, or the row statistics are exact.
 template <class E, bool kPlain, bool kMask, bool kExtras>
 class GradientTile {
   using Real = typename E::Real;
@@ -44,10 +45,14 @@ class GradientTile {
   FUSED_ATTN_INLINE void run_group(const Segment& segment, int g) const {
     const V shift = V::load(row_.shift + g * kLanes), delta = V::load(row_.delta + g * kLanes);
     const V weight = V::load(row_.weight + g * kLanes), scale = V::set1(scale_);
+    const V base = kExtras ? V::load(row_.base + g * kLanes) : V::zero();
+    Real *const scores = t_.scores, *const dps = t_.dp;
     auto gradient = [&](int c) {
       const int64_t at = c * kBlockQ + g * kLanes;
-      V p = probability<E, kPlain>(V::load(t_.scores + at), scale, shift);
-      V dp = V::load(t_.dp + at);
+      V score = V::load(scores + at);
+      if (kExtras && row_.exact) score = score - base;
+      V p = probability<E, kPlain>(score, scale, shift);
+      V dp = V::load(dps + at);
       V dropped = p;
       if constexpr (kExtras) {
         p = dropped = p * weight;
@@ -68,20 +73,23 @@ class GradientTile {
         if (t_.ds_full != nullptr) ds.store(t_.ds_full + at);
         if (t_.slope != nullptr) ds = ds * V::load(t_.slope + at);
       }
-      store(t_.p + at, dropped);
-      store(t_.ds + at, ds);
+      if constexpr (E::kPair == 1) {
+        store(scores + at, dropped);
+        store(dps + at, ds);
+      } else {
+        store(t_.p + at, dropped);
+        store(t_.ds + at, ds);
+      }
       return ds;
     };
     if constexpr (E::kPair == 1) {
       for (int c = segment.begin; c < segment.end; ++c) gradient(c);
     } else {
-#if FUSED_ATTN_LEVEL_ID >= 3
       for (int c = segment.begin; c < segment.end; c += 2) {
         const V even = gradient(c);
         const V odd = c + 1 < segment.end ? gradient(c + 1) : V::zero();
         pack_pairs(even, odd).store(t_.ds_pairs + c / 2 * kBlockQ + g * kLanes);
       }
-#endif
     }
   }
 
@@ -97,7 +105,7 @@ inline void gradient_tile(const TileMap& map, const ScoreFormula<typename E::Rea
                           const GradientTiles<E>& tiles) {
   const bool mask = map.seen == Seen::kSome;
   const bool extras = tiles.dweights != nullptr || tiles.slope != nullptr ||
-                      tiles.keep != nullptr || tiles.ds_full != nullptr || row.refined;
+                      tiles.keep != nullptr || tiles.ds_full != nullptr || row.exact;
   const auto scale = formula.scale;
   if (formula.plain && !extras) {
     return mask ? GradientTile<E, true, true, false>(map, scale, row, tiles).run()
@@ -110,7 +118,7 @@ inline void gradient_tile(const TileMap& map, const ScoreFormula<typename E::Rea
 // Adds the gradient of a tile's final scores, [key][query] and 0 where hidden, to dbias: one number
 // of dbias receives all that its strides of 0 spread it over.
 template <class Real>
-inline void add_to_bias_gradient(const Tile& t, const View4& view, const Real* ds) {
+inline void add_to_bias_gradient(const ScoreTile& t, const View4& view, const Real* ds) {
   using V = Vec<Real>;
   Real* corner = at<Real>(view, t.sequence.batch, t.head, t.i, t.j);
   const int64_t stride_q = view.stride[2], stride_k = view.stride[3];

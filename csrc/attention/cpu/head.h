@@ -12,9 +12,9 @@ struct HeadOf {
   int64_t head;
 };
 
-// What is asked for before a head starts: beyond this it would push what the head at work needs out
-// of the second cache.
-constexpr int64_t kAheadBytes = int64_t{512} << 10;
+// What is prefetched before a head starts: beyond this it would push what the head at work needs
+// out of the second cache.
+constexpr int64_t kPrefetchBytes = int64_t{512} << 10;
 
 struct HeadBuffers {
   Buffer keep, k, q_rows, q, scores, bias;
@@ -46,13 +46,13 @@ class HeadScores {
     if (p.bias.data != nullptr) bias_ = buffers.bias.get<Real>(kTile);
   }
 
-  // What the next head needs is asked for while this one computes its blocks.
-  void ask_for_head(const HeadOf& next_head, const ByteRows (&rows)[HeadAhead::kSets],
-                    int64_t blocks) {
+  // Prefetches what the next head needs while this one computes its blocks.
+  void prefetch_head(const HeadOf& next_head, const ByteRows (&rows)[HeadPrefetcher::kSets],
+                     int64_t blocks) {
     next = &next_head;
     int64_t lines = 0;
     for (const ByteRows& x : rows) lines += x.lines();
-    if (lines * ByteRows::kLine <= kAheadBytes) ahead.start_head(rows, blocks);
+    if (lines * ByteRows::kLine <= kPrefetchBytes) prefetcher.start_head(rows, blocks);
   }
   ByteRows keys_of(const HeadOf& x, const View4& view, int64_t columns) const {
     return byte_rows<Real>(key_view(p, view, x.sequence, x.head, columns), 0, x.sequence.seqlen_k);
@@ -62,10 +62,10 @@ class HeadScores {
                            x.sequence.seqlen_q);
   }
 
-  // While the block of queries from `first` on is computed, in products of so many tiles: where its
-  // result goes, and the queries that follow, before `end` or of the next head.
-  void ask_for_block(const View4& result, int64_t columns, int64_t first, int64_t end,
-                     int64_t tiles) {
+  // Prefetches, while the block of queries from `first` on is computed in products of so many
+  // tiles, where its result goes and the queries that follow, before `end` or of the next head.
+  void prefetch_block(const View4& result, int64_t columns, int64_t first, int64_t end,
+                      int64_t tiles) {
     if (next == nullptr) return;
     const HeadOf self{sequence, head};
     const int64_t middle = smaller(first + kBlockQ, end);
@@ -73,7 +73,7 @@ class HeadScores {
     const ByteRows q = middle < end
                            ? queries_of(self, p.q, p.head_dim).part(middle, end)
                            : queries_of(*next, p.q, p.head_dim).part(0, next->sequence.seqlen_q);
-    ahead.start_block(to, q.part(0, kBlockQ), tiles);
+    prefetcher.start_block(to, q.part(0, kBlockQ), tiles);
   }
 
   // Selects the queries [first, first + count).
@@ -81,7 +81,7 @@ class HeadScores {
     i = first;
     rows = count;
     groups = static_cast<int>(ceil_div(count, kLanes));
-    const Rows<E> from =
+    const UnitRows<E> from =
         prepare_rows<E>(queries(p.q, p.head_dim), {0, rows}, nullptr, buffers_.q_rows);
     pack_columns<E>(from, rows, units_, q);
   }
@@ -116,9 +116,9 @@ class HeadScores {
   // The tile's scores as apply_formula leaves them; raises `largest` to the largest of each query.
   void compute(Real* largest) {
     if (formula.plain && map.seen == Seen::kAll) {
-      multiply_queries(then_ask(OverwriteAndMax<Real>{largest}, ahead));
+      multiply_queries(then_prefetch(OverwriteAndMax<Real>{largest}, prefetcher));
     } else {
-      multiply_queries(then_ask(Overwrite{}, ahead));
+      multiply_queries(then_prefetch(Overwrite{}, prefetcher));
       apply_formula<Real>(tile(), formula, scores, bias_, slope, largest);
     }
   }
@@ -126,12 +126,12 @@ class HeadScores {
   // The same for those who know the largest already, and who mask what they make of the scores:
   // plain tiles keep q . k where hidden.
   void recompute() {
-    if (formula.plain) return multiply_queries(then_ask(Overwrite{}, ahead));
+    if (formula.plain) return multiply_queries(then_prefetch(Overwrite{}, prefetcher));
     alignas(64) Real unused[kBlockQ] = {};
     compute(unused);
   }
 
-  Tile tile() const { return {p, sequence, head, i, rows, j, map}; }
+  ScoreTile tile() const { return {p, sequence, head, i, rows, j, map}; }
   // The selected queries' rows in a tensor shaped like q or out.
   HeadView queries(const View4& view, int64_t columns) const {
     HeadView x = query_view(p, view, sequence, head, columns);
@@ -146,12 +146,12 @@ class HeadScores {
   const ScoreFormula<Real> formula;
   const Dropout dropout;
   const uint8_t* const keep_keys;  // see keys_to_keep
-  Rows<E> k;
+  UnitRows<E> k;
   Unit* q;                // [unit][query]
   Real* scores;           // [key][query]
   Real* slope = nullptr;  // where to keep the derivative of the softcap, [key][query]
 
-  HeadAhead ahead;               // asked between the tiles of products
+  HeadPrefetcher prefetcher;     // steps between the tiles of products
   const HeadOf* next = nullptr;  // the head that probably follows
 
   int64_t i = 0;

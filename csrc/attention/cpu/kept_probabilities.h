@@ -16,31 +16,33 @@ class KeptProbabilities {
   // Before a block that sees at most these keys.
   void reset(KeyRange keys) {
     values_ = value_buffer_.get<Unit>((units<E>(keys.end) + 1) * kBlockQ);
-    tiles_ = tile_buffer_.template get<Tile>(ceil_div(keys.end, kBlockK) + 1);
+    tiles_ = tile_buffer_.template get<KeptTile>(ceil_div(keys.end, kBlockK) + 1);
     count_ = 0;
   }
 
   // Where the probabilities of the tile of keys from j on go, [key unit][query].
   Unit* tile(int64_t j) { return values_ + j / E::kPair * kBlockQ; }
 
-  // They are there, relative to `shift` (RunningSoftmax::previous).
-  void keep(int64_t j, const TileMap& map, const Real* shift) {
-    Tile& tile = tiles_[count_++];
+  // They are there, relative to `shift`.
+  void keep(int64_t j, const TileMap& map, const Shift<Real>& shift) {
+    KeptTile& tile = tiles_[count_++];
     tile.j = j;
     tile.num_segments = map.num_segments;
     std::memcpy(tile.segments, map.segments, sizeof tile.segments);
-    std::memcpy(tile.shift, shift, sizeof tile.shift);
+    tile.shift = shift;
   }
 
   // sums[key][query] += factor times the probabilities relative to the last shift.
-  void add_to(Real* sums, const Real* last_shift, bool plain, const Real* factor) const {
+  void add_to(Real* sums, const Shift<Real>& last, const ScoreFormula<Real>& formula,
+              const Real* factor) const {
     alignas(64) Real scale[kBlockQ];
+    const V to_exponent = V::set1(formula.log2_scale());
     for (int64_t t = 0; t < count_; ++t) {
-      const Tile& tile = tiles_[t];
+      const KeptTile& tile = tiles_[t];
       for (int q = 0; q < kBlockQ; q += kLanes) {
-        const V before = V::load(tile.shift + q), now = V::load(last_shift + q);
-        const V correction =
-            plain ? correction_of<true>(before, now) : correction_of<false>(before, now);
+        const V correction = formula.plain
+                                 ? correction_between<true>(tile.shift, last, q, to_exponent)
+                                 : correction_between<false>(tile.shift, last, q, to_exponent);
         (correction * V::load(factor + q)).store(scale + q);
       }
       for (int s = 0; s < tile.num_segments; ++s) add_segment(tile, tile.segments[s], scale, sums);
@@ -48,14 +50,15 @@ class KeptProbabilities {
   }
 
  private:
-  struct Tile {
-    alignas(64) Real shift[kBlockQ];
+  struct KeptTile {
+    Shift<Real> shift;
     int64_t j;
     int num_segments;
     Segment segments[kBlockK / kSegment];
   };
 
-  void add_segment(const Tile& tile, const Segment& segment, const Real* scale, Real* sums) const {
+  void add_segment(const KeptTile& tile, const Segment& segment, const Real* scale,
+                   Real* sums) const {
     const Unit* from = values_ + tile.j / E::kPair * kBlockQ;
     sums += tile.j * kBlockQ;
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
@@ -69,20 +72,18 @@ class KeptProbabilities {
         for (int c = segment.begin; c < segment.end; ++c)
           add(c, V::load(from + c * kBlockQ + lane));
       } else {
-#if FUSED_ATTN_LEVEL_ID >= 3
         for (int c = segment.begin; c < segment.end; c += 2) {
-          const VecU pair = VecU::load(from + c / 2 * kBlockQ + lane);
+          const auto pair = Vec<Unit>::load(from + c / 2 * kBlockQ + lane);
           add(c, even_of_pairs(pair));
           if (c + 1 < segment.end) add(c + 1, odd_of_pairs(pair));
         }
-#endif
       }
     }
   }
 
   Buffer value_buffer_, tile_buffer_;
   Unit* values_ = nullptr;
-  Tile* tiles_ = nullptr;
+  KeptTile* tiles_ = nullptr;
   int64_t count_ = 0;
 };
 

@@ -1,26 +1,13 @@
-// The kernels of one instruction-set level.
+// The kernels of the level at hand, for each other.
 #pragma once
 
-#include "attention/params.h"
-#include "cpu/levels.h"
-
-#if defined(FUSED_ATTN_LEVEL)
 #include "attention/cpu/engine.h"
-#endif
 
-#define FUSED_ATTN_DECLARE_KERNELS(level)            \
-  namespace fused_attn::attention::level {           \
-  void forward(const Params& p);                     \
-  void forward_with_weights(const WeightsParams& p); \
-  void backward(const BackwardParams& p);            \
-  }
-FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_DECLARE_KERNELS)
-#undef FUSED_ATTN_DECLARE_KERNELS
-
-#if defined(FUSED_ATTN_LEVEL)
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
-void forward(const Params& p);  // of this level
+void forward(const Params& p);
+void forward_with_weights(const WeightsParams& p);
+void backward(const BackwardParams& p);
 
 // Starting threads pays from some 20 us of work. `products`: matrix products of the kernel,
 // times 2.
@@ -31,4 +18,3 @@ FUSED_ATTN_INLINE int useful_threads(const Params& p, int products) {
 }
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL
-#endif

@@ -12,7 +12,7 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 // Rows of a matrix, in units. Row 0 may lie outside of what was allocated: only the rows that were
 // asked for may be read.
 template <class E>
-struct Rows {
+struct UnitRows {
   const typename E::Unit* data;
   int64_t stride;
 
@@ -45,7 +45,7 @@ FUSED_ATTN_INLINE HeadView key_view(const Params& p, const View4& view, const Se
           s.first_k, columns};
 }
 
-// The rows [begin, end) of x, to ask for; none if it is absent or its columns are scattered.
+// The rows [begin, end) of x, to prefetch; none if it is absent or its columns are scattered.
 template <class Real>
 inline ByteRows byte_rows(const HeadView& x, int64_t begin, int64_t end) {
   ByteRows rows;
@@ -99,8 +99,8 @@ inline void copy_row(const HeadView& x, int64_t i, int64_t width, typename E::El
 // The rows [range.begin, range.end) of x in units along the columns; `width` >= columns pads with
 // zeros. `keep` (by row, may be null) says which rows to use; the others become 0 and are not read.
 template <class E>
-inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep, Buffer& buffer,
-                            int64_t width) {
+inline UnitRows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep,
+                                Buffer& buffer, int64_t width) {
   using Element = typename E::Element;
   using Unit = typename E::Unit;
   if (keep == nullptr && width == x.columns && in_place<E>(x)) {
@@ -120,22 +120,20 @@ inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* ke
   return {reinterpret_cast<const Unit*>(to), stride};
 }
 template <class E>
-inline Rows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep,
-                            Buffer& buffer) {
+inline UnitRows<E> prepare_rows(const HeadView& x, KeyRange range, const uint8_t* keep,
+                                Buffer& buffer) {
   return prepare_rows<E>(x, range, keep, buffer, x.columns);
 }
 
-#if FUSED_ATTN_LEVEL_ID >= 3
 inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t columns, uint32_t* to) {
   for (int64_t d = 0; d < columns; ++d) to[d] = even[d].bits | uint32_t{odd[d].bits} << 16;
 }
-#endif
 
 // The same rows in units across rows: with pairs, row u of the result holds rows 2u and 2u + 1.
 // `width` >= columns pads with zeros.
 template <class E>
-inline Rows<E> prepare_pairs(const HeadView& x, KeyRange range, const uint8_t* keep, int64_t width,
-                             Buffer& buffer, Buffer& rows_buffer) {
+inline UnitRows<E> prepare_pairs(const HeadView& x, KeyRange range, const uint8_t* keep,
+                                 int64_t width, Buffer& buffer, Buffer& rows_buffer) {
   if constexpr (E::kPair == 1) {
     (void)rows_buffer;
     return prepare_rows<E>(x, range, keep, buffer, width);
@@ -165,7 +163,7 @@ inline Rows<E> prepare_pairs(const HeadView& x, KeyRange range, const uint8_t* k
 
 // Transposes n <= kBlockQ rows: to[unit][query]; queries up to the next multiple of 16 become 0.
 template <class E>
-inline void pack_columns(Rows<E> rows, int n, int64_t columns, typename E::Unit* to) {
+inline void pack_columns(UnitRows<E> rows, int n, int64_t columns, typename E::Unit* to) {
   using Real = typename E::Real;  // as wide as a unit
   const auto* from = reinterpret_cast<const Real*>(rows.data);
   for (int q = 0; q < n; q += kLanes) {

@@ -1,4 +1,4 @@
-// Asks for rows of a tensor before they are needed, a few cache lines at a time between the
+// Prefetches rows of a tensor before they are needed, a few cache lines at a time between the
 // arithmetic. A core waits for memory with its queues full of multiply-adds, which hides little
 // latency; a request for a line waits in none of them. The core remembers some twenty requests, so
 // they must come at the pace of memory: in bursts they gain nothing.
@@ -36,7 +36,7 @@ FUSED_ATTN_INLINE ByteRows byte_rows(const T* first, int64_t stride, int64_t col
 
 // Brings rows to cache kCache.
 template <int kCache>
-class RowsAhead {
+class RowPrefetcher {
  public:
   void start(const ByteRows& rows) {
     row_ = rows.first;
@@ -70,9 +70,9 @@ class RowsAhead {
   int64_t rows_ = 0;    // left
 };
 
-// What a head asks for while it computes: first what its present and next block of queries need,
+// What a head prefetches while it computes: first what its present and next block of queries need,
 // then a part of what the next head needs.
-class HeadAhead {
+class HeadPrefetcher {
  public:
   static constexpr int kSets = 4;
 
@@ -81,7 +81,7 @@ class HeadAhead {
     for (int n = 0; n < kSets; ++n) sets_[2 + n].start(next[n]);
     blocks_ = blocks;
   }
-  // A block during which ask() will be called `calls` times.
+  // A block during which step() will be called `calls` times.
   void start_block(const ByteRows& first, const ByteRows& second, int64_t calls) {
     sets_[0].start(first);
     sets_[1].start(second);
@@ -94,7 +94,7 @@ class HeadAhead {
     lines += first.lines() + second.lines();
     lines_ = calls == 0 ? 0 : (lines + calls - 1) / calls;
   }
-  FUSED_ATTN_INLINE void ask() {
+  FUSED_ATTN_INLINE void step() {
     if (lines_ != 0) fetch();
   }
 
@@ -109,7 +109,7 @@ class HeadAhead {
     }
   }
 
-  RowsAhead<2> sets_[2 + kSets];
+  RowPrefetcher<2> sets_[2 + kSets];
   int at_ = 0;
   int64_t lines_ = 0;   // at a time; 0 when there are no more
   int64_t blocks_ = 0;  // left

@@ -6,46 +6,50 @@
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
 // What turns the scores of a block of queries back into probabilities,
-// p = exp(score - shift) * weight, and p with its gradient into dS = p * (dP - delta).
+// p = exp(scale * (score - base) - shift) * weight, and p with its gradient into
+// dS = p * (dP - delta).
 template <class Real>
 struct RowStatistics {
+  alignas(64) Real base[kBlockQ];    // 0 unless exact
   alignas(64) Real shift[kBlockQ];   // lse; so large for a row without visible keys that p = 0
-  alignas(64) Real weight[kBlockQ];  // 1, unless lse is too coarse: see refine()
+  alignas(64) Real weight[kBlockQ];  // 1 unless exact
   alignas(64) Real delta[kBlockQ];
-  bool refined = false;  // weight is not 1
+  uint64_t dead_rows = 0;  // bit = query
+  bool exact = false;      // of recompute_statistics()
 
-  bool dead(int q) const { return shift[q] == Real(0x1p100); }
+  bool dead(int q) const { return dead_rows >> q & 1; }
 };
 
 // Beyond this |lse|, its rounding error shows in the probabilities: rows of large scores that come
 // out equal, such as those hidden by adding the lowest number, would not even sum to 1.
-constexpr double kCoarseLse = 1e4;
+constexpr double kMaxLse = 512;
 
-// shift, weight and "is there a row without visible keys?" from lse.
+// The statistics that lse gives; is one of them too large for that?
 template <class Real>
-inline bool load_lse(const HeadView& lse, int rows, RowStatistics<Real>& row, bool* coarse) {
-  bool dead = false;
-  *coarse = false;
+inline bool load_lse(const HeadView& lse, int rows, RowStatistics<Real>& row) {
+  bool too_large = false;
+  row.dead_rows = 0;
+  row.exact = false;
   for (int q = 0; q < kBlockQ; ++q) {
     const Real value = q < rows ? *lse.row<const Real>(q) : -std::numeric_limits<Real>::infinity();
     const bool hidden = value == -std::numeric_limits<Real>::infinity();
+    row.dead_rows |= uint64_t{hidden} << q;
+    row.base[q] = 0;
     row.shift[q] = hidden ? Real(0x1p100) : value;
     row.weight[q] = 1;
-    dead |= hidden && q < rows;
-    *coarse |= !hidden && std::fabs(value) > Real(kCoarseLse);
+    too_large |= !hidden && std::fabs(value) > Real(kMaxLse);
   }
-  row.refined = false;
-  return dead;
+  return too_large;
 }
 
-// Probability of a score as apply_formula leaves it.
+// Probability of a score as apply_formula leaves it, less its base.
 template <class E, bool kPlain>
 FUSED_ATTN_INLINE Vec<typename E::Real> probability(Vec<typename E::Real> score,
                                                     Vec<typename E::Real> scale,
                                                     Vec<typename E::Real> shift) {
-  const auto exponent = kPlain ? fma(score, scale, Vec<typename E::Real>::zero() - shift)
-                               : clamp_exponent(score - shift);
-  return exp<E::kPrecision>(exponent);
+  const auto exponent =
+      kPlain ? fma(score, scale, Vec<typename E::Real>::zero() - shift) : score - shift;
+  return exp<E::kPrecision>(clamp_exponent(exponent));
 }
 
 // The probabilities of a tile in place of its scores, 0 where hidden (outside of the segments,
@@ -58,7 +62,8 @@ inline void probability_tile(const TileMap& map, const ScoreFormula<typename E::
   const V scale = V::set1(formula.scale);
   for_each_visible(map, [&](int c, int g) {
     Real* at = scores + c * kBlockQ + g * kLanes;
-    const V score = V::load(at), shift = V::load(row.shift + g * kLanes);
+    const V score = V::load(at) - V::load(row.base + g * kLanes);
+    const V shift = V::load(row.shift + g * kLanes);
     V p = formula.plain ? probability<E, true>(score, scale, shift)
                         : probability<E, false>(score, scale, shift);
     p = p * V::load(row.weight + g * kLanes);
@@ -67,18 +72,20 @@ inline void probability_tile(const TileMap& map, const ScoreFormula<typename E::
   });
 }
 
-// Where lse is too coarse: the largest score and the sum of exponentials of the selected queries
-// again, from the scores.
+// The row statistics of the selected queries again, from the scores: the largest score and the sum
+// of exponentials, where lse has lost too many bits.
 template <class E>
-inline void refine(HeadScores<E>& tile, KeyRange keys, RowStatistics<typename E::Real>& row) {
+inline void recompute_statistics(HeadScores<E>& tile, KeyRange keys,
+                                 RowStatistics<typename E::Real>& row) {
   using Real = typename E::Real;
   alignas(64) Real largest[kBlockQ];
   alignas(64) Real total[kBlockQ] = {};
-  for (Real& x : largest) x = std::numeric_limits<Real>::lowest();
+  for (Real& x : largest) x = kLowest<Real>;
   tile.for_each_tile(keys, kBlockK, [&] { tile.compute(largest); });
-  const Real scale = tile.formula.plain ? tile.formula.scale : Real(1);
   for (int q = 0; q < kBlockQ; ++q) {
-    if (!row.dead(q)) row.shift[q] = largest[q] * scale;
+    if (row.dead(q)) continue;
+    row.base[q] = largest[q];
+    row.shift[q] = 0;
   }
   tile.for_each_tile(keys, kBlockK, [&] {
     tile.compute(largest);
@@ -89,7 +96,7 @@ inline void refine(HeadScores<E>& tile, KeyRange keys, RowStatistics<typename E:
     });
   });
   for (int q = 0; q < kBlockQ; ++q) row.weight[q] = total[q] == 0 ? Real(0) : 1 / total[q];
-  row.refined = true;
+  row.exact = true;
 }
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

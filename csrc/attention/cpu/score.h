@@ -26,11 +26,14 @@ struct ScoreFormula {
   Real log2_scale() const { return static_cast<Real>((plain ? double(scale) : 1.0) * kLog2e); }
 };
 
-// The score of a hidden key. In plain tiles it is finite, so that the exponential needs no clamp;
-// a power of two, so that scaling it is exact.
+// Below all scores but -inf.
+template <class Real>
+constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+
+// The score of a hidden key. In plain tiles it is finite, so that the exponential needs no clamp.
 template <class Real>
 constexpr Real hidden_score(bool plain) {
-  return plain ? Real(-0x1p100) : -std::numeric_limits<Real>::infinity();
+  return plain ? kLowest<Real> : -std::numeric_limits<Real>::infinity();
 }
 
 // Exponents never need to be smaller than this, which gives 0 in either precision; it keeps -inf
@@ -41,7 +44,7 @@ FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
 }
 
 // One tile: queries [i, i + rows), keys [j, j + map.keys) of one head.
-struct Tile {
+struct ScoreTile {
   const Params& p;
   const Sequence& sequence;
   int64_t head;
@@ -68,7 +71,7 @@ FUSED_ATTN_INLINE Mask lanes_of(const uint64_t* words, int key, int group) {
 
 // scale, softcap and ALiBi; `slope` (may be null) receives the derivative of the softcap.
 template <class Real>
-inline void shape_scores(const Tile& t, const ScoreFormula<Real>& formula, Real* scores,
+inline void shape_scores(const ScoreTile& t, const ScoreFormula<Real>& formula, Real* scores,
                          Real* slope) {
   using V = Vec<Real>;
   const V one = V::set1(1);
@@ -99,7 +102,7 @@ inline void shape_scores(const Tile& t, const ScoreFormula<Real>& formula, Real*
 
 // The bias of a tile, transposed: to[key][query].
 template <class Real>
-inline void load_bias(const Tile& t, const View4& view, Real* to) {
+inline void load_bias(const ScoreTile& t, const View4& view, Real* to) {
   with_bias_dtype<Real>(view.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* corner = at<const T>(view, t.sequence.batch, t.head, t.i, t.j);
@@ -164,7 +167,7 @@ inline void finish_scores(const TileMap& map, Real scale, const Real* bias, Real
 // Turns q . k into the final scores and raises `largest` to the largest one of each query. Plain
 // tiles keep q . k, with hidden_score where hidden.
 template <class Real>
-inline void apply_formula(const Tile& t, const ScoreFormula<Real>& formula, Real* scores,
+inline void apply_formula(const ScoreTile& t, const ScoreFormula<Real>& formula, Real* scores,
                           Real* bias, Real* slope, Real* largest) {
   const bool mask = t.map.seen == Seen::kSome;
   if (formula.plain) {
@@ -200,7 +203,7 @@ class Dropout {
   double factor() const { return factor_; }  // of what survives
 
   // Sets keep[key] to the surviving queries.
-  void draw(const Tile& t, uint64_t* keep) const {
+  void draw(const ScoreTile& t, uint64_t* keep) const {
     for (int c = 0; c < t.map.keys; ++c) keep[c] = 0;
     if (threshold_ >> 32 != 0) return;
     const VecU threshold = VecU::set1(static_cast<uint32_t>(threshold_));

@@ -48,12 +48,12 @@ void weights_block(const WeightsParams& p, const Sequence& sequence, int64_t hea
 }  // namespace
 
 void forward_with_weights(const WeightsParams& params) {
-  // Few queries have a way of their own to out and lse: more exact, and with the keys of a head
-  // shared out over the threads.
-  const bool few = params.seqlen_q <= kFewRows;
-  if (few) forward(params);
+  // Decoding has kernels of its own for out and lse: more exact, and with the keys of a head shared
+  // out over the threads.
+  const bool decode = params.seqlen_q <= kDecodeRows;
+  if (decode) forward(params);
   WeightsParams p = params;
-  if (few) p.out = p.lse = View4{};
+  if (decode) p.out = p.lse = View4{};
   with_engine(p.dtype, [&](auto engine) {
     using E = decltype(engine);
     const int64_t heads = p.average ? 1 : p.num_heads;

@@ -1,7 +1,7 @@
 // What the kernels of the attention backward share.
 //
 // dkdv holds a block of keys and walks over queries. It can add up dq as well, in float32 in global
-// memory (cuda_dq_sum.h): five products, and sums whose order nobody promises. Or dq has a kernel
+// memory (dq_sum.h): five products, and sums whose order nobody promises. Or dq has a kernel
 // of its own, which holds a block of queries and walks over keys: seven products, for both
 // recompute the probabilities from lse, but deterministic. fused_attn/ops/attention/cuda.py
 // chooses.
@@ -11,22 +11,18 @@
 //   dv = (keep * p)^T dout, dq = scale * ds k, dk = scale * ds^T q, dbias = ds
 #pragma once
 
-#include "attention/sm90/block.h"
-#include "attention/sm90/score.h"
+#include "attention/sm90/consumer.h"
 
 namespace fused_attn::attention {
 
 struct BackwardProblem : DeviceProblem {
-  // Per head and query, in base 2 and with rows padded to tiles: see statistics_start.
-  float* lse2;
-  float* delta;
-  int padded_rows;
+  float* delta;                 // like lse2
   DeviceView result_out, dout;  // for delta
   const float* forward_lse;
   int64_t forward_lse_stride[3];
   const float* dlse;  // may be null
   int64_t dlse_stride[3];
-  float* dq_sum;          // cuda_dq_sum.h; null = dq is not added up
+  float* dq_sum;          // dq_sum.h; null = dq is not added up
   DeviceView dq, dk, dv;  // null = not wanted
   bool dq_by_tile, dk_by_tile, dv_by_tile;
   float* dbias;  // null = not wanted
@@ -34,20 +30,24 @@ struct BackwardProblem : DeviceProblem {
   bool dbias_shared;  // several (batch, head) add to an element
 };
 
-// Rows of statistics are padded, a sequence's to whole tiles of this many.
-constexpr int kStatisticsTile = 64;
+// Beyond this |lse| its rounding shows in the probabilities.
+constexpr float kMaxLse = 5000.0f;
 
-// Where the statistics of a sequence begin among those of its head.
-FUSED_ATTN_DEVICE int statistics_start(const DeviceProblem& p, const Sequence& s) {
-  if (p.cu_seqlens_q != nullptr) {
-    return (s.start_q / kStatisticsTile + s.batch) * kStatisticsTile;
-  }
-  return s.batch * ((p.seqlen_q + kStatisticsTile - 1) / kStatisticsTile * kStatisticsTile);
+// p = 2^(scale_log2 * score - lse2)
+FUSED_ATTN_DEVICE float probability(float score, float scale_log2, float lse2) {
+  return device::exp2_fast(device::multiply_add(score, scale_log2, -lse2));
 }
 
-// p = 2^(score - lse2)
-FUSED_ATTN_DEVICE float probability(float score, float multiplier, float lse2) {
-  return device::exp2_fast(device::multiply_add(score, multiplier, -lse2));
+// Takes the base of its row off each score. No score is above its base, but for rounding.
+// `base(i)`: that of register i.
+template <int kCount, class Base>
+FUSED_ATTN_DEVICE void subtract_base(float (&scores)[kCount], const Base& base) {
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount; ++i) {
+    const float from = base(i);
+    const float apart = scores[i] - from;
+    scores[i] = from != 0.0f && apart > 0.0f ? 0.0f : apart;
+  }
 }
 
 // ds of one element. `kDrops`: a dropped probability is marked by its sign. `kHides`: where p is 0,
@@ -77,6 +77,66 @@ FUSED_ATTN_DEVICE void add_to_bias(const float (&ds)[kCount], const BackwardProb
       *to = ds[i];
     }
   }
+}
+
+// A statistic of the two queries that four registers in a row belong to.
+struct QueryPair {
+  float of[2];
+};
+
+// scores -> probabilities; what dropout drops is negative. `hide()` hides what band and padding
+// hide; `lse2(i)` is that of the queries of register i and the next; `subtract()` takes the bases
+// off, where the tile `has_base`.
+template <class Config, bool kMasked, int kCount, class At, class Block, class SlopeOf, class Hide,
+          class Lse2, class Subtract>
+FUSED_ATTN_DEVICE void recompute_probabilities(float (&scores)[kCount], const BackwardProblem& p,
+                                               const At& at, const Block& block, float scale_log2,
+                                               SlopeOf& slope, const Hide& hide, const Lse2& lse2,
+                                               bool has_base, const Subtract& subtract) {
+  if constexpr (Config::kGeneral) {
+    modify_scores<typename Config::Element>(scores, p, at, block.band, block.sequence, slope);
+    hide_by_mask(scores, p, at, block.band);
+  }
+  if constexpr (kMasked) hide();
+  if (has_base) subtract();
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount; i += 4) {
+    const QueryPair shift = lse2(i);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int e = 0; e < 4; ++e) {
+      scores[i + e] = probability(scores[i + e], scale_log2, shift.of[At::which_query(e)]);
+    }
+  }
+  if constexpr (Config::kGeneral) {
+    if (p.rng != nullptr) drop<true>(scores, p, at);
+  }
+}
+
+// probabilities -> ds, packed. `kBias`: where dbias is wanted, this kernel adds it up.
+template <class Config, bool kMasked, bool kBias, int kCount, int kPairs, class At, class Block,
+          class SlopeOf, class Delta>
+FUSED_ATTN_DEVICE void differentiate_scores(float (&scores)[kCount], const float (&dp)[kCount],
+                                            uint32_t (&packed)[kPairs], const BackwardProblem& p,
+                                            const At& at, const Block& block, const SlopeOf& slope,
+                                            const Delta& delta) {
+  const float keep_scale = Config::kGeneral ? p.keep_scale : 1.0f;
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kCount; i += 4) {
+    const QueryPair of_query = delta(i);
+    FUSED_ATTN_UNROLL_LOOP
+    for (int e = 0; e < 4; ++e) {
+      scores[i + e] = score_gradient<kMasked, Config::kGeneral>(
+          scores[i + e], dp[i + e], of_query.of[At::which_query(e)], keep_scale);
+    }
+  }
+  if constexpr (Config::kGeneral) {
+    if (kBias && p.dbias != nullptr) add_to_bias(scores, p, at, block.band);
+    if (p.softcap > 0.0f) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < kCount; ++i) scores[i] *= slope.value[i];
+    }
+  }
+  pack_pairs<typename Config::Element>(scores, packed);
 }
 
 }  // namespace fused_attn::attention

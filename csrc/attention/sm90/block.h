@@ -109,34 +109,34 @@ struct Ring {
 
 // Where a kernel's shared memory begins, aligned for swizzled tiles, and its barriers: one alone,
 // then kinds of one per stage.
-template <class Tile>
+template <class Config>
 struct SharedBase {
   SharedAddress base;
 
   FUSED_ATTN_DEVICE SharedBase() : base((device::shared_base() + 1023u) & ~1023u) {}
 
  protected:
-  FUSED_ATTN_DEVICE SharedAddress first_barrier() const { return base + Tile::kBarriers; }
+  FUSED_ATTN_DEVICE SharedAddress first_barrier() const { return base + Config::kBarriers; }
   FUSED_ATTN_DEVICE SharedAddress barrier(int kind, int stage) const {
-    return base + Tile::kBarriers + 8 * (1 + kind * Tile::kStages + stage);
+    return base + Config::kBarriers + 8 * (1 + kind * Config::kStages + stage);
   }
 };
 
 // Addresses of tiles and barriers. Every stage of K and V has a barrier for "full" and one for
 // "empty"; a third, "raw", is for tiles that have to be cleaned before use: V's in the forward, K's
 // for dq.
-template <class Tile>
-struct SharedMap : SharedBase<Tile> {
-  using SharedBase<Tile>::base;
+template <class Config>
+struct SharedMap : SharedBase<Config> {
+  using SharedBase<Config>::base;
 
-  FUSED_ATTN_DEVICE SharedAddress q() const { return base + Tile::kQ; }
+  FUSED_ATTN_DEVICE SharedAddress q() const { return base + Config::kQ; }
   FUSED_ATTN_DEVICE SharedAddress k(int stage) const {
-    return base + Tile::kK + stage * Tile::KvTile::kBytes;
+    return base + Config::kK + stage * Config::KvTile::kBytes;
   }
   FUSED_ATTN_DEVICE SharedAddress v(int stage) const {
-    return base + Tile::kV + stage * Tile::KvTile::kBytes;
+    return base + Config::kV + stage * Config::KvTile::kBytes;
   }
-  FUSED_ATTN_DEVICE SharedAddress padding() const { return base + Tile::kPadding; }
+  FUSED_ATTN_DEVICE SharedAddress padding() const { return base + Config::kPadding; }
   FUSED_ATTN_DEVICE SharedAddress q_full() const { return this->first_barrier(); }
   FUSED_ATTN_DEVICE SharedAddress k_full(int stage) const { return this->barrier(0, stage); }
   FUSED_ATTN_DEVICE SharedAddress k_empty(int stage) const { return this->barrier(1, stage); }
@@ -147,11 +147,11 @@ struct SharedMap : SharedBase<Tile> {
   // By one thread; a barrier of the block must follow.
   FUSED_ATTN_DEVICE void init_barriers() const {
     device::barrier_init(q_full(), 1, "q_full");
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
       device::barrier_init(k_full(stage), 1, "k_full");
-      device::barrier_init(k_empty(stage), Tile::kGroups, "k_empty");
+      device::barrier_init(k_empty(stage), Config::kGroups, "k_empty");
       device::barrier_init(v_full(stage), 1, "v_full");
-      device::barrier_init(v_empty(stage), Tile::kGroups, "v_empty");
+      device::barrier_init(v_empty(stage), Config::kGroups, "v_empty");
       device::barrier_init(raw(stage), 1, "raw");
     }
     device::fence_barrier_init();
@@ -164,14 +164,14 @@ FUSED_ATTN_DEVICE bool masks_elements(const DeviceProblem& p) {
 }
 
 // The queries [query_begin, query_begin + kBlockM) of one head.
-template <class Tile>
+template <class Config>
 struct Block {
-  using Padding = PaddingBits<Tile>;
+  using Padding = PaddingBits<Config>;
 
   int head, query_begin;
   Sequence sequence;
   Band band;
-  KeyTiles<Tile::kBlockN> tiles;
+  KeyTiles<Config::kBlockN> tiles;
   Padding padding;
 
   // Later queries first: under a causal mask they have the most to do.
@@ -183,16 +183,16 @@ struct Block {
   // A tile of K or V, by one thread.
   FUSED_ATTN_DEVICE void load(const DeviceProblem& p, const TensorMap& map, SharedAddress to,
                               SharedAddress barrier, int tile) const {
-    device::barrier_expect(barrier, Tile::KvTile::kBytes);
-    load_panels<typename Tile::KvTile, Keep::kLong>(
-        to, map, barrier, key_rows(p, sequence, band, head / p.group), tile * Tile::kBlockN);
+    device::barrier_expect(barrier, Config::KvTile::kBytes);
+    load_panels<typename Config::KvTile, Keep::kLong>(
+        to, map, barrier, key_rows(p, sequence, band, head / p.group), tile * Config::kBlockN);
   }
 
   // All warps together, before next() and kind(); a barrier must follow.
   FUSED_ATTN_DEVICE void fill_padding(const DeviceProblem& p) const {
     padding.fill(sequence.batch, tiles.begin, tiles.end, band.key_end(), [&](int tile) {
-      return Tile::kGeneral && p.mask.data != nullptr &&
-             !MaskTile<Tile>(p, sequence, band, head, query_begin, tile * Tile::kBlockN)
+      return Config::kGeneral && p.mask.data != nullptr &&
+             !MaskTile<Config>(p, sequence, band, head, query_begin, tile * Config::kBlockN)
                   .any_visible();
     });
   }
@@ -210,37 +210,37 @@ struct Block {
   // engine writes zeros.)
   FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p, int tile) const {
     return (padding.present() && kind(tile) == TileKind::kMasked) ||
-           tile * Tile::kBlockN < band.key_begin() || (Tile::kGeneral && masks_elements(p));
+           tile * Config::kBlockN < band.key_begin() || (Config::kGeneral && masks_elements(p));
   }
   // By band or padding.
   FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& /*p*/, int key) const {
     if (key < band.key_begin()) return true;
     if (!padding.present()) return false;
-    const uint32_t bits = padding.word(key / Tile::kBlockN, key % Tile::kBlockN / 32);
+    const uint32_t bits = padding.word(key / Config::kBlockN, key % Config::kBlockN / 32);
     return (bits >> key % 32 & 1) == 0;
   }
 
  private:
   static FUSED_ATTN_DEVICE int row_blocks(const DeviceProblem& p) {
-    return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
+    return (p.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
   }
   FUSED_ATTN_DEVICE Block(const DeviceProblem& p, const BlockPlace& place,
                           SharedAddress padding_bits)
       : head((p.first_head + place.head) % p.num_heads),
-        query_begin((row_blocks(p) - 1 - place.piece) * Tile::kBlockM),
+        query_begin((row_blocks(p) - 1 - place.piece) * Config::kBlockM),
         sequence(p, (p.first_head + place.head) / p.num_heads),
         band(p, sequence),
-        tiles(band, query_begin, smaller(query_begin + Tile::kBlockM, sequence.seqlen_q)),
+        tiles(band, query_begin, smaller(query_begin + Config::kBlockM, sequence.seqlen_q)),
         padding(p, padding_bits) {}
 };
 
 // Zeroes the rows of keys that no query of the sequence sees. A product with 0 is not enough, for
 // 0 * NaN is NaN. For one warp. `Block` says what band and padding hide.
-template <class Tile, class Block>
+template <class Config, class Block>
 class TileCleaner {
  public:
-  using KvTile = typename Tile::KvTile;
-  static constexpr uint32_t kExponent = Tile::Element::kExponent * 0x10001u;
+  using KvTile = typename Config::KvTile;
+  static constexpr uint32_t kExponent = Config::Element::kExponent * 0x10001u;
 
   FUSED_ATTN_DEVICE TileCleaner(const DeviceProblem& p, const Block& block)
       : p_(p), block_(block), lane_(device::thread_index() % device::kWarpThreads) {}
@@ -249,8 +249,8 @@ class TileCleaner {
   // barriers by stage.
   template <class TileAtStage, class Raw, class Full>
   FUSED_ATTN_DEVICE void run(const TileAtStage& tile_at, const Raw& raw, const Full& full) const {
-    static_assert(Tile::kStages <= 32, "a bit per stage");
-    Ring<Tile::kStages> ring;
+    static_assert(Config::kStages <= 32, "a bit per stage");
+    Ring<Config::kStages> ring;
     uint32_t phases = 0;  // of the raw barriers: not every tile comes in raw
     FUSED_ATTN_KEEP_LOOP
     for (int tile = block_.next(block_.tiles.end); tile >= block_.tiles.begin;
@@ -260,7 +260,7 @@ class TileCleaner {
       if (!block_.hides_keys(p_, tile)) continue;
       device::barrier_wait(raw(stage), phases >> stage & 1);
       phases ^= 1u << stage;
-      clean(tile_at(stage), tile * Tile::kBlockN, 0, Tile::kBlockN);
+      clean(tile_at(stage), tile * Config::kBlockN, 0, Config::kBlockN);
       device::fence_async();
       device::sync_warp();
       if (lane_ == 0) device::barrier_arrive(full(stage));
@@ -270,7 +270,7 @@ class TileCleaner {
   // Rows [begin, end) of the tile whose row 0 is key `first_key`.
   FUSED_ATTN_DEVICE void clean(SharedAddress tile, int first_key, int begin, int end) const {
     // Only numbers that are none can be hidden by elements and hurt: there are hardly ever any.
-    const bool suspect = Tile::kGeneral && masks_elements(p_) && any_not_finite(tile, begin, end);
+    const bool suspect = Config::kGeneral && masks_elements(p_) && any_not_finite(tile, begin, end);
     FUSED_ATTN_KEEP_LOOP
     for (int row = begin; row < end; ++row) {
       const bool hidden = block_.hides_key(p_, first_key + row) ||
@@ -323,7 +323,7 @@ class TileCleaner {
   }
   FUSED_ATTN_DEVICE bool by_bias(int batch, int head, int query, int key) const {
     if (p_.bias.data == nullptr) return false;
-    return read_bias<typename Tile::Element>(p_, batch, head, query, key) == -device::infinity();
+    return read_bias<typename Config::Element>(p_, batch, head, query, key) == -device::infinity();
   }
 
   const DeviceProblem& p_;

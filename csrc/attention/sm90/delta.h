@@ -1,5 +1,7 @@
 // The row statistics of the backward: delta = rowsum(dout * out) - dlse, and lse in base 2. Where
 // dq is to be added up, its sum starts from the zeros that this kernel writes.
+//
+// Barriers: none; a warp works by itself.
 #pragma once
 
 #include "attention/sm90/dq_sum.h"
@@ -22,7 +24,7 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
       device::block_index() % blocks * kDeltaRows + device::thread_index() / device::kWarpThreads;
   // The tiles of a sequence end where those of the next one begin.
   if (row / kStatisticsTile * kStatisticsTile >= sequence.seqlen_q) return;
-  const int64_t to = int64_t{head} * p.padded_rows + statistics_start(p, sequence) + row;
+  const int64_t to = statistics_at(p, sequence, head, row);
   if (p.dq_sum != nullptr) {
     const int columns = dq_sum_columns(p);
     for (int c = lane; c < columns; c += device::kWarpThreads) p.dq_sum[to * columns + c] = 0.0f;
@@ -47,8 +49,10 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
     sum -= p.dlse[sequence.tensor_batch * p.dlse_stride[0] + head * p.dlse_stride[1] +
                   in_tensor * p.dlse_stride[2]];
   }
-  // A row that sees nothing, or is not there, gets probabilities of 0.
+  // A row that sees nothing, or is not there, gets probabilities of 0. A base that is not 0 asks
+  // the forward kernel for the statistics of the row.
   p.lse2[to] = seen ? lse * kLog2E : device::infinity();
+  p.base[to] = seen && device::magnitude(lse) > kMaxLse ? 1.0f : 0.0f;
   p.delta[to] = seen ? sum : 0.0f;
 }
 

@@ -3,6 +3,15 @@
 //
 // Scores are computed transposed, keys by queries: the fragments of p^T and ds^T are then operands
 // of dv = p^T dout and dk = ds^T q as they are (Shah et al., "FlashAttention-3", 2024).
+//
+// Barriers, and how often each must be arrived at:
+//   kv_full             1   producer, with the bytes of k and v             waits: consumers, once
+//   q_full[stage]       1   producer, with the bytes of q and lse           waits: consumers
+//   q_empty[stage]      kGroups   a thread of each consumer                 waits: producer
+//   dout_full[stage]    1   producer, with the bytes of dout and delta      waits: consumers
+//   dout_empty[stage]   kGroups   a thread of each consumer                 waits: producer
+//   named 1 + group     1 warpgroup                      waits: all of it, before a store
+//   named 1 + kGroups   both consumers                   waits: both, when ds^T or k is handed over
 #pragma once
 
 #include "attention/sm90/dq_sum.h"
@@ -15,7 +24,7 @@ namespace fused_attn::attention {
 // their derivatives: fewer queries at a time. `kDq`: dq (and dbias) are added up, too, above head
 // size 128 by the warpgroup that holds dv.
 template <class Element_, int kHeadDim_, bool kGeneral_, bool kDq_>
-struct DkDvTile {
+struct DkDvConfig {
   using Element = Element_;
   static constexpr bool kGeneral = kGeneral_;
   static constexpr bool kDq = kDq_;
@@ -67,29 +76,29 @@ struct DkDvMaps {
   TensorMap q, k, v, dout, dk, dv;
 };
 
-template <class Tile>
-struct DkDvShared : SharedBase<Tile> {
-  using SharedBase<Tile>::base;
+template <class Config>
+struct DkDvShared : SharedBase<Config> {
+  using SharedBase<Config>::base;
 
-  FUSED_ATTN_DEVICE SharedAddress k() const { return base + Tile::kK; }
-  FUSED_ATTN_DEVICE SharedAddress v() const { return base + Tile::kV; }
+  FUSED_ATTN_DEVICE SharedAddress k() const { return base + Config::kK; }
+  FUSED_ATTN_DEVICE SharedAddress v() const { return base + Config::kV; }
   FUSED_ATTN_DEVICE SharedAddress q(int stage) const {
-    return base + Tile::kQ + stage * Tile::QTile::kBytes;
+    return base + Config::kQ + stage * Config::QTile::kBytes;
   }
   FUSED_ATTN_DEVICE SharedAddress dout(int stage) const {
-    return base + Tile::kDout + stage * Tile::QTile::kBytes;
+    return base + Config::kDout + stage * Config::QTile::kBytes;
   }
   FUSED_ATTN_DEVICE SharedAddress lse(int stage) const {
-    return base + Tile::kLse + stage * Tile::kStatisticsBytes;
+    return base + Config::kLse + stage * Config::kStatisticsBytes;
   }
   FUSED_ATTN_DEVICE SharedAddress ds(int stage) const {
-    return base + Tile::kDs + stage * Tile::DsTile::kBytes;
+    return base + Config::kDs + stage * Config::DsTile::kBytes;
   }
-  FUSED_ATTN_DEVICE SharedAddress dq_stage() const { return base + Tile::kDqStage; }
+  FUSED_ATTN_DEVICE SharedAddress dq_stage() const { return base + Config::kDqStage; }
   FUSED_ATTN_DEVICE SharedAddress delta(int stage) const {
-    return base + Tile::kDelta + stage * Tile::kStatisticsBytes;
+    return base + Config::kDelta + stage * Config::kStatisticsBytes;
   }
-  FUSED_ATTN_DEVICE SharedAddress mask_words() const { return base + Tile::kMaskWords; }
+  FUSED_ATTN_DEVICE SharedAddress mask_words() const { return base + Config::kMaskWords; }
   FUSED_ATTN_DEVICE SharedAddress kv_full() const { return this->first_barrier(); }
   FUSED_ATTN_DEVICE SharedAddress q_full(int stage) const { return this->barrier(0, stage); }
   FUSED_ATTN_DEVICE SharedAddress q_empty(int stage) const { return this->barrier(1, stage); }
@@ -98,31 +107,31 @@ struct DkDvShared : SharedBase<Tile> {
 
   FUSED_ATTN_DEVICE void init_barriers() const {
     device::barrier_init(kv_full(), 1, "kv_full");
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
       device::barrier_init(q_full(stage), 1, "q_full");
-      device::barrier_init(q_empty(stage), Tile::kGroups, "q_empty");
+      device::barrier_init(q_empty(stage), Config::kGroups, "q_empty");
       device::barrier_init(dout_full(stage), 1, "dout_full");
-      device::barrier_init(dout_empty(stage), Tile::kGroups, "dout_empty");
+      device::barrier_init(dout_empty(stage), Config::kGroups, "dout_empty");
     }
     device::fence_barrier_init();
   }
 };
 
-template <class Tile>
+template <class Config>
 class DkDvProducer {
  public:
   FUSED_ATTN_DEVICE DkDvProducer(const DkDvMaps& maps, const BackwardProblem& p,
-                                 const KeyBlock<Tile>& block, const DkDvShared<Tile>& shared)
+                                 const KeyBlock<Config>& block, const DkDvShared<Config>& shared)
       : maps_(maps), p_(p), block_(block), shared_(shared) {}
 
   FUSED_ATTN_DEVICE void load() const {
     const RaggedRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
-    device::barrier_expect(shared_.kv_full(), 2 * Tile::KvTile::kBytes);
-    load_panels<typename Tile::KvTile, Keep::kBriefly>(shared_.k(), maps_.k, shared_.kv_full(),
-                                                       keys, block_.key_begin);
-    load_panels<typename Tile::KvTile, Keep::kBriefly>(shared_.v(), maps_.v, shared_.kv_full(),
-                                                       keys, block_.key_begin);
-    Ring<Tile::kStages> ring;
+    device::barrier_expect(shared_.kv_full(), 2 * Config::KvTile::kBytes);
+    load_panels<typename Config::KvTile, Keep::kBriefly>(shared_.k(), maps_.k, shared_.kv_full(),
+                                                         keys, block_.key_begin);
+    load_panels<typename Config::KvTile, Keep::kBriefly>(shared_.v(), maps_.v, shared_.kv_full(),
+                                                         keys, block_.key_begin);
+    Ring<Config::kStages> ring;
     FUSED_ATTN_KEEP_LOOP
     for (int g = 0; g < p_.group; ++g) {
       FUSED_ATTN_KEEP_LOOP
@@ -135,51 +144,51 @@ class DkDvProducer {
   }
 
  private:
-  FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Tile::kStages>& ring) const {
+  FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Config::kStages>& ring) const {
     const RaggedRows queries = query_rows(p_, block_.sequence, head);
-    const int row = tile * Tile::kBlockM, stage = ring.stage;
-    const int64_t statistics =
-        int64_t{head} * p_.padded_rows + statistics_start(p_, block_.sequence) + row;
-    const uint32_t bytes = Tile::QTile::kBytes + Tile::kStatisticsBytes;
+    const int row = tile * Config::kBlockM, stage = ring.stage;
+    const int64_t statistics = statistics_at(p_, block_.sequence, head, row);
+    const uint32_t bytes = Config::QTile::kBytes + Config::kStatisticsBytes;
     device::barrier_wait(shared_.q_empty(stage), ring.phase ^ 1);
     device::barrier_expect(shared_.q_full(stage), bytes);
-    load_panels<typename Tile::QTile, Keep::kLong>(shared_.q(stage), maps_.q, shared_.q_full(stage),
-                                                   queries, row);
-    device::load_bulk(shared_.lse(stage), p_.lse2 + statistics, Tile::kStatisticsBytes,
+    load_panels<typename Config::QTile, Keep::kLong>(shared_.q(stage), maps_.q,
+                                                     shared_.q_full(stage), queries, row);
+    device::load_bulk(shared_.lse(stage), p_.lse2 + statistics, Config::kStatisticsBytes,
                       shared_.q_full(stage));
     device::barrier_wait(shared_.dout_empty(stage), ring.phase ^ 1);
     device::barrier_expect(shared_.dout_full(stage), bytes);
-    load_panels<typename Tile::QTile, Keep::kLong>(shared_.dout(stage), maps_.dout,
-                                                   shared_.dout_full(stage), queries, row);
-    device::load_bulk(shared_.delta(stage), p_.delta + statistics, Tile::kStatisticsBytes,
+    load_panels<typename Config::QTile, Keep::kLong>(shared_.dout(stage), maps_.dout,
+                                                     shared_.dout_full(stage), queries, row);
+    device::load_bulk(shared_.delta(stage), p_.delta + statistics, Config::kStatisticsBytes,
                       shared_.dout_full(stage));
   }
 
   const DkDvMaps& maps_;
   const BackwardProblem& p_;
-  const KeyBlock<Tile>& block_;
-  const DkDvShared<Tile>& shared_;
+  const KeyBlock<Config>& block_;
+  const DkDvShared<Config>& shared_;
 };
 
-template <class Tile>
-class DkDvConsumer {
+template <class Config>
+class DkDvConsumer : Consumer<Config, BackwardProblem> {
+  using Base = Consumer<Config, BackwardProblem>;
+  using Base::fragment_, Base::group_, Base::p_, Base::ring_, Base::thread_;
+  using Base::release, Base::scale_log2;
+
  public:
   FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
-                                 const KeyBlock<Tile>& block, const DkDvShared<Tile>& shared,
+                                 const KeyBlock<Config>& block, const DkDvShared<Config>& shared,
                                  int group)
-      : maps_(maps),
-        p_(p),
+      : Base(p, group),
+        maps_(maps),
         block_(block),
         shared_(shared),
-        group_(group),
-        row_(Tile::kSplit ? 0 : group * 64),
-        thread_(device::thread_index() % device::kWarpgroupThreads),
-        fragment_(thread_) {
+        row_(Config::kSplit ? 0 : group * 64) {
     FUSED_ATTN_UNROLL_LOOP
-    for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] = 0.0f;
-    if constexpr (!Tile::kSplit) {
+    for (int i = 0; i < Config::kHeadDim / 2; ++i) dk_[i] = 0.0f;
+    if constexpr (!Config::kSplit) {
       FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < Tile::kHeadDim / 2; ++i) dv_[i] = 0.0f;
+      for (int i = 0; i < Config::kHeadDim / 2; ++i) dv_[i] = 0.0f;
     }
     lowest_query_ = block.band.lowest_query(key());
     FUSED_ATTN_UNROLL_LOOP
@@ -191,7 +200,7 @@ class DkDvConsumer {
 
   FUSED_ATTN_DEVICE void run() {
     device::barrier_wait(shared_.kv_full(), 0);
-    if (Tile::kDq && block_.hides_keys(p_)) clean_keys();
+    if (Config::kDq && block_.hides_keys(p_)) clean_keys();
     // Padding anywhere in the block: every tile needs masks.
     const bool padded = p_.key_padding != nullptr;
     FUSED_ATTN_KEEP_LOOP
@@ -212,18 +221,18 @@ class DkDvConsumer {
   }
 
  private:
-  static constexpr bool kGeneral = Tile::kGeneral;
-  static constexpr int kBlockM = Tile::kBlockM;
-  using QTile = typename Tile::QTile;
-  using KvTile = typename Tile::KvTile;
-  using RowProduct = device::Mma<typename Tile::Element, kBlockM, false, false>;
-  using GradientProduct = device::Mma<typename Tile::Element, Tile::kHeadDim, false, true>;
+  static constexpr bool kGeneral = Config::kGeneral;
+  static constexpr int kBlockM = Config::kBlockM;
+  using QTile = typename Config::QTile;
+  using KvTile = typename Config::KvTile;
+  using RowProduct = device::Mma<typename Config::Element, kBlockM, false, false>;
+  using GradientProduct = device::Mma<typename Config::Element, Config::kHeadDim, false, true>;
 
   // Hidden keys must not count in ds k, even multiplied by 0.
   FUSED_ATTN_DEVICE void clean_keys() const {
-    constexpr int kRows = Tile::kBlockN / (4 * Tile::kGroups);  // a warp
+    constexpr int kRows = Config::kBlockN / (4 * Config::kGroups);  // a warp
     const int begin = (group_ * 4 + thread_ / device::kWarpThreads) * kRows;
-    TileCleaner<Tile, KeyBlock<Tile>>(p_, block_)
+    TileCleaner<Config, KeyBlock<Config>>(p_, block_)
         .clean(shared_.k(), block_.key_begin, begin, begin + kRows);
     device::fence_async();
     device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
@@ -231,7 +240,7 @@ class DkDvConsumer {
 
   template <bool kMasked>
   FUSED_ATTN_DEVICE void step(int tile) {
-    if constexpr (Tile::kSplit) {
+    if constexpr (Config::kSplit) {
       if (group_ == 0) {
         step_dv<kMasked>(tile);
       } else {
@@ -249,38 +258,39 @@ class DkDvConsumer {
     Slope<kGeneral ? kBlockM / 2 : 1> slope;
     issue_scores();
     issue_dp();
+    const float* const base = base_of(tile);
     device::mma_wait<1>();
-    device::pin(scores_);
-    recompute<kMasked>(at, slope);
+    device::keep_in_registers(scores_);
+    recompute<kMasked>(at, base, slope);
     pack_probabilities();
     device::mma_wait<0>();
-    device::pin(dp_);
+    device::keep_in_registers(dp_);
     issue_gradient(dv_, probabilities_, shared_.dout(stage));
     differentiate<kMasked>(at, slope);
     hand_over_ds(stage);
     issue_gradient(dk_, packed_, shared_.q(stage));
-    typename DqAdder<Tile>::Accumulator dq;
-    if constexpr (Tile::kDq) {
+    typename DqAdder<Config>::Accumulator dq;
+    if constexpr (Config::kDq) {
       device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
-      const int panel = Tile::kDqByQueries ? 0 : group_;
-      DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
+      const int panel = Config::kDqByQueries ? 0 : group_;
+      DqAdder<Config>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
       device::mma_wait<1>();
     } else {
       device::mma_wait<0>();
     }
-    device::pin(dv_);
-    device::pin(dk_);
-    device::pin(probabilities_);
-    device::pin(packed_);
+    device::keep_in_registers(dv_);
+    device::keep_in_registers(dk_);
+    device::keep_in_registers(probabilities_);
+    device::keep_in_registers(packed_);
     // One thread arrives for all: a product that all took part in tells that the others have read
     // the statistics, too.
     release(shared_.dout_empty(stage));
     release(shared_.q_empty(stage));
-    if constexpr (Tile::kDq) {
+    if constexpr (Config::kDq) {
       device::mma_wait<0>();
-      device::pin(dq);
-      const int panel = Tile::kDqByQueries ? 0 : group_;
-      DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
+      device::keep_in_registers(dq);
+      const int panel = Config::kDqByQueries ? 0 : group_;
+      DqAdder<Config>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
     }
   }
 
@@ -291,26 +301,28 @@ class DkDvConsumer {
     const ScoreAt<true> at = place(tile);
     NoSlope unwanted;
     issue_scores();
+    const float* const base = base_of(tile);
     device::mma_wait<0>();
-    device::pin(scores_);
-    recompute<kMasked>(at, unwanted);
+    device::keep_in_registers(scores_);
+    recompute<kMasked>(at, base, unwanted);
     pack_probabilities();
     device::barrier_wait(shared_.dout_full(stage), ring_.phase);
     issue_gradient(dk_, probabilities_, shared_.dout(stage));
-    if constexpr (Tile::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    if constexpr (Config::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
     device::mma_wait<0>();
-    device::pin(dk_);
-    device::pin(probabilities_);
+    device::keep_in_registers(dk_);
+    device::keep_in_registers(probabilities_);
     release(shared_.q_empty(stage));
     release(shared_.dout_empty(stage));
-    if constexpr (Tile::kDq) {
+    if constexpr (Config::kDq) {
       FUSED_ATTN_KEEP_LOOP
-      for (int panel = 0; panel < Tile::KvTile::kPanels; ++panel) {
-        typename DqAdder<Tile>::Accumulator dq;
-        DqAdder<Tile>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
+      for (int panel = 0; panel < Config::KvTile::kPanels; ++panel) {
+        typename DqAdder<Config>::Accumulator dq;
+        DqAdder<Config>::issue(dq, shared_.k(), shared_.ds(stage), panel, group_);
         device::mma_wait<0>();
-        device::pin(dq);
-        DqAdder<Tile>::add(dq, p_, block_.sequence, head_, tile, panel, group_, shared_.dq_stage());
+        device::keep_in_registers(dq);
+        DqAdder<Config>::add(dq, p_, block_.sequence, head_, tile, panel, group_,
+                             shared_.dq_stage());
       }
     }
   }
@@ -322,93 +334,72 @@ class DkDvConsumer {
     Slope<kGeneral ? kBlockM / 2 : 1> slope;
     issue_scores();
     issue_dp();
+    const float* const base = base_of(tile);
     device::mma_wait<1>();
-    device::pin(scores_);
-    recompute<kMasked>(at, slope);
+    device::keep_in_registers(scores_);
+    recompute<kMasked>(at, base, slope);
     device::mma_wait<0>();
-    device::pin(dp_);
+    device::keep_in_registers(dp_);
     differentiate<kMasked>(at, slope);
     hand_over_ds(stage);
     issue_gradient(dk_, packed_, shared_.q(stage));
-    if constexpr (Tile::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
+    if constexpr (Config::kDq) device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
     device::mma_wait<0>();
-    device::pin(dk_);
-    device::pin(packed_);
+    device::keep_in_registers(dk_);
+    device::keep_in_registers(packed_);
     release(shared_.dout_empty(stage));
     release(shared_.q_empty(stage));
   }
 
   // Before the warpgroups meet.
   FUSED_ATTN_DEVICE void hand_over_ds(int stage) const {
-    if constexpr (!Tile::kDq) return;
-    packed_to_tile<typename Tile::DsTile>(packed_, shared_.ds(stage), row_);
+    if constexpr (!Config::kDq) return;
+    packed_to_tile<typename Config::DsTile>(packed_, shared_.ds(stage), row_);
     device::fence_async();
   }
 
   FUSED_ATTN_DEVICE void issue_scores() {
     device::barrier_wait(shared_.q_full(ring_.stage), ring_.phase);
-    issue_rows(scores_, shared_.k(), shared_.q(ring_.stage));
+    issue(scores_, shared_.k(), shared_.q(ring_.stage));
   }
   FUSED_ATTN_DEVICE void issue_dp() {
     device::barrier_wait(shared_.dout_full(ring_.stage), ring_.phase);
-    issue_rows(dp_, shared_.v(), shared_.dout(ring_.stage));
+    issue(dp_, shared_.v(), shared_.dout(ring_.stage));
   }
 
   // keys x rows^T: scores from k and q, dp from v and dout.
-  FUSED_ATTN_DEVICE void issue_rows(float (&to)[kBlockM / 2], SharedAddress keys,
-                                    SharedAddress rows) {
-    const uint64_t a = KvTile::by_rows(keys + row_ * kTileRowBytes);
-    const uint64_t b = QTile::by_rows(rows);
-    device::mma_fence();
-    FUSED_ATTN_UNROLL_LOOP
-    for (int k = 0; k < Tile::kHeadDim / 16; ++k) {
-      RowProduct::from_shared(to, a + KvTile::row_step(k), b + QTile::row_step(k), k != 0);
-    }
-    device::mma_commit();
+  FUSED_ATTN_DEVICE void issue(float (&to)[kBlockM / 2], SharedAddress keys, SharedAddress rows) {
+    issue_rows<RowProduct, KvTile, QTile, Config::kHeadDim>(to, keys + row_ * kTileRowBytes, rows);
   }
 
   // to += factors x rows: dv from p^T and dout, dk from ds^T and q.
-  FUSED_ATTN_DEVICE void issue_gradient(float (&to)[Tile::kHeadDim / 2],
+  FUSED_ATTN_DEVICE void issue_gradient(float (&to)[Config::kHeadDim / 2],
                                         uint32_t (&factors)[kBlockM / 4], SharedAddress rows) {
-    const uint64_t b = QTile::by_columns(rows);
-    device::pin(factors);
-    device::mma_fence();
-    FUSED_ATTN_UNROLL_LOOP
-    for (int s = 0; s < kBlockM / 16; ++s) {
-      GradientProduct::from_registers(to, factors[4 * s], factors[4 * s + 1], factors[4 * s + 2],
-                                      factors[4 * s + 3], b + QTile::column_step(s), true);
-    }
-    device::mma_commit();
+    issue_factors<GradientProduct, QTile>(to, factors, rows);
   }
 
-  // scores -> probabilities; what dropout drops is negative.
+  // scores -> probabilities
   template <bool kMasked, class SlopeOf>
-  FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, SlopeOf& slope) {
-    if constexpr (kGeneral) {
-      modify_scores<typename Tile::Element>(scores_, p_, at, block_.band, block_.sequence, slope);
-      hide_by_mask(scores_, p_, at, block_.band);
-    }
-    if constexpr (kMasked) {
-      hide_by_band(scores_, at);
-    }
+  FUSED_ATTN_DEVICE void recompute(const ScoreAt<true>& at, const float* base, SlopeOf& slope) {
     const SharedAddress lse = shared_.lse(ring_.stage);
-    FUSED_ATTN_UNROLL_LOOP
-    for (int i = 0; i < kBlockM / 2; i += 4) {
-      const float lse2[2] = {statistic(lse, i), statistic(lse, i + 1)};
-      FUSED_ATTN_UNROLL_LOOP
-      for (int e = 0; e < 4; ++e) {
-        scores_[i + e] = probability(scores_[i + e], multiplier(), lse2[e & 1]);
-      }
-    }
-    if constexpr (kGeneral) {
-      if (p_.rng != nullptr) drop<true>(scores_, p_, at);
-    }
+    recompute_probabilities<Config, kMasked>(
+        scores_, p_, at, block_, scale_log2(), slope, [&] { hide_by_band(scores_, at); },
+        [&](int i) { return statistic(lse, i); }, base != nullptr,
+        [&] {
+          subtract_base(scores_, [&](int i) { return base[ScoreAt<true>::query_offset(i)]; });
+        });
+  }
+
+  // The bases of this thread's queries; null where those of the tile are all 0.
+  FUSED_ATTN_DEVICE const float* base_of(int tile) const {
+    const float* base = p_.base + statistics_at(p_, block_.sequence, head_, tile * kBlockM);
+    return any_base<kBlockM>(base, kBlockM) ? base + fragment_.column : nullptr;
   }
 
   FUSED_ATTN_DEVICE void pack_probabilities() {
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kBlockM / 4; ++i) {
-      probabilities_[i] = Tile::Element::pack(kept(scores_[2 * i]), kept(scores_[2 * i + 1]));
+      probabilities_[i] = Config::Element::pack(kept(scores_[2 * i]), kept(scores_[2 * i + 1]));
     }
   }
   static FUSED_ATTN_DEVICE float kept(float p) { return kGeneral && p < 0.0f ? 0.0f : p; }
@@ -416,43 +407,23 @@ class DkDvConsumer {
   // probabilities -> ds, packed
   template <bool kMasked, class SlopeOf>
   FUSED_ATTN_DEVICE void differentiate(const ScoreAt<true>& at, const SlopeOf& slope) {
-    const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     const SharedAddress delta = shared_.delta(ring_.stage);
-    FUSED_ATTN_UNROLL_LOOP
-    for (int i = 0; i < kBlockM / 2; i += 4) {
-      const float of_query[2] = {statistic(delta, i), statistic(delta, i + 1)};
-      FUSED_ATTN_UNROLL_LOOP
-      for (int e = i; e < i + 4; ++e) {
-        scores_[e] =
-            score_gradient<kMasked, kGeneral>(scores_[e], dp_[e], of_query[e & 1], keep_scale);
-      }
-    }
-    if constexpr (kGeneral) {
-      if (Tile::kDq && p_.dbias != nullptr) {
-        add_to_bias(scores_, p_, at, block_.band);
-      }
-      if (p_.softcap > 0.0f) {
-        FUSED_ATTN_UNROLL_LOOP
-        for (int i = 0; i < kBlockM / 2; ++i) scores_[i] *= slope.value[i];
-      }
-    }
-    FUSED_ATTN_UNROLL_LOOP
-    for (int i = 0; i < kBlockM / 4; ++i) {
-      packed_[i] = Tile::Element::pack(scores_[2 * i], scores_[2 * i + 1]);
-    }
+    differentiate_scores<Config, kMasked, Config::kDq>(scores_, dp_, packed_, p_, at, block_, slope,
+                                                       [&](int i) { return statistic(delta, i); });
   }
 
-  // Of the query of register `i`.
-  FUSED_ATTN_DEVICE float statistic(SharedAddress row, int i) const {
-    return device::shared_load_float(row + 4 * (fragment_.column + ScoreAt<true>::along(i)));
+  // Of the queries of registers `i` and `i` + 1.
+  FUSED_ATTN_DEVICE QueryPair statistic(SharedAddress row, int i) const {
+    const SharedAddress at = row + 4 * (fragment_.column + ScoreAt<true>::along(i));
+    return {device::shared_load_float(at), device::shared_load_float(at + 4)};
   }
 
   FUSED_ATTN_DEVICE void finish() {
-    if (Tile::kDq && thread_ % device::kWarpThreads == 0) device::wait_stores();
+    if (Config::kDq && thread_ % device::kWarpThreads == 0) device::wait_stores();
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
-    if constexpr (Tile::kSplit) {
+    if constexpr (Config::kSplit) {
       FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < Tile::kHeadDim / 2; ++i) dk_[i] *= group_ == 0 ? keep_scale : p_.scale;
+      for (int i = 0; i < Config::kHeadDim / 2; ++i) dk_[i] *= group_ == 0 ? keep_scale : p_.scale;
       if (group_ == 0) {
         store(dk_, maps_.dv, p_.dv, p_.dv_by_tile, p_.head_dim_v, shared_.v());
       } else {
@@ -460,7 +431,7 @@ class DkDvConsumer {
       }
     } else {
       FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < Tile::kHeadDim / 2; ++i) {
+      for (int i = 0; i < Config::kHeadDim / 2; ++i) {
         dv_[i] *= keep_scale;
         dk_[i] *= p_.scale;
       }
@@ -471,27 +442,20 @@ class DkDvConsumer {
 
   // Through the place of k or v in shared memory. Split, and for dq, the other warpgroup reads k as
   // well, so both must have read it for good.
-  FUSED_ATTN_DEVICE void store(const float (&x)[Tile::kHeadDim / 2], const TensorMap& map,
+  FUSED_ATTN_DEVICE void store(const float (&x)[Config::kHeadDim / 2], const TensorMap& map,
                                const DeviceView& view, bool by_tile, int columns,
                                SharedAddress tile) {
-    if (Tile::kSplit || Tile::kDq) {
+    if (Config::kSplit || Config::kDq) {
       device::named_sync(kBothBarrier, 2 * device::kWarpgroupThreads);
     }
     if (view.data == nullptr) return;
     // Worked out again: the loop over queries had no registers for it.
-    const KeyBlock<Tile> block(p_, device::block_index());
+    const KeyBlock<Config> block(p_, device::block_index());
     const Sequence& s = block.sequence;
     // All keys, those that nobody sees too: their gradient is 0.
     const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block.head_kv, s.tensor_batch};
-    const int to_row = block.key_begin + row_;
-    if (!by_tile) {
-      store_elements<typename Tile::Element>(x, view, rows, p_.rows_k, columns, to_row);
-      return;
-    }
-    fragment_to_tile<typename Tile::Element, KvTile>(x, tile, row_);
-    device::fence_async();
-    device::named_sync(1 + group_, device::kWarpgroupThreads);
-    if (thread_ == 0) store_panels<KvTile>(map, tile, row_, rows, to_row);
+    store_rows<typename Config::Element, KvTile>(x, {map, view, by_tile, p_.rows_k, columns}, rows,
+                                                 block.key_begin + row_, tile, row_, 1 + group_);
   }
 
   FUSED_ATTN_DEVICE ScoreAt<true> place(int tile) const {
@@ -502,46 +466,32 @@ class DkDvConsumer {
             lowest_query_,
             {end_query_[0], end_query_[1]}};
   }
-  // Of scores, to come to base 2.
-  FUSED_ATTN_DEVICE float multiplier() const { return kGeneral ? 1.0f : p_.scale_log2; }
-  FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
-    if (thread_ == 0) device::barrier_arrive(empty);
-  }
   FUSED_ATTN_DEVICE int key() const { return block_.key_begin + row_ + fragment_.row; }
 
-  static constexpr int kBothBarrier = 1 + Tile::kGroups;
+  static constexpr int kBothBarrier = 1 + Config::kGroups;
 
   const DkDvMaps& maps_;
-  const BackwardProblem& p_;
-  const KeyBlock<Tile>& block_;
-  const DkDvShared<Tile>& shared_;
-  int group_, row_, thread_, head_;
-  Fragment fragment_;
+  const KeyBlock<Config>& block_;
+  const DkDvShared<Config>& shared_;
+  int row_, head_;
   int lowest_query_, end_query_[2];  // of ScoreAt
-  Ring<Tile::kStages> ring_;
   float scores_[kBlockM / 2], dp_[kBlockM / 2];
   uint32_t probabilities_[kBlockM / 4], packed_[kBlockM / 4];
-  float dk_[Tile::kHeadDim / 2], dv_[Tile::kSplit ? 1 : Tile::kHeadDim / 2];
+  float dk_[Config::kHeadDim / 2], dv_[Config::kSplit ? 1 : Config::kHeadDim / 2];
 };
 
-template <class Tile>
-FUSED_ATTN_KERNEL(Tile::kThreads)
+template <class Config>
+FUSED_ATTN_KERNEL(Config::kThreads)
 dkdv_kernel(FUSED_ATTN_GRID_CONSTANT DkDvMaps maps, FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
-  const DkDvShared<Tile> shared;
-  const KeyBlock<Tile> block(p, device::block_index());
+  const DkDvShared<Config> shared;
+  const KeyBlock<Config> block(p, device::block_index());
   if (block.empty()) return;
-  const int group = device::shuffle(device::thread_index() / device::kWarpgroupThreads, 0);
-  if (device::thread_index() == 0) shared.init_barriers();
-  block.find_hidden(p, shared.mask_words());
-  device::sync_block();
-  if (group == 0) {
-    device::lower_registers<Tile::kProducerRegisters>();
-    if (device::thread_index() == 0) DkDvProducer<Tile>(maps, p, block, shared).load();
-  } else {
-    device::raise_registers<Tile::kConsumerRegisters>();
-    DkDvConsumer<Tile> consumer(maps, p, block, shared, group - 1);
-    consumer.run();
-  }
+  run_warpgroups<Config>(
+      shared, [&] { block.find_hidden(p, shared.mask_words()); },
+      [&](int) {
+        if (device::thread_index() == 0) DkDvProducer<Config>(maps, p, block, shared).load();
+      },
+      [&](int group) { DkDvConsumer<Config>(maps, p, block, shared, group).run(); });
 }
 
 }  // namespace fused_attn::attention

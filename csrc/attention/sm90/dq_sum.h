@@ -3,6 +3,8 @@
 //
 // It comes transposed, dq^T = k^T ds^T, so that the product's 64 rows are columns of k however few
 // queries a tile has. Bulk reductions add it up: float32 sums in an order that nobody promises.
+//
+// Barriers: of the dk, dv kernel, those in dkdv.h; of the other kernel, none.
 #pragma once
 
 #include "attention/sm90/backward.h"
@@ -34,27 +36,27 @@ FUSED_ATTN_DEVICE float* dq_piece(const BackwardProblem& p, const Sequence& s, i
 // What a consumer warpgroup of the dk, dv kernel does for dq. ds^T lies in shared memory twice, in
 // turn: who has met the others in one step knows that they have read what they met for in the one
 // before it. Nothing is kept in registers from step to step: they are full.
-template <class Tile>
+template <class Config>
 struct DqAdder {
-  static constexpr int kQueries = Tile::kDqQueries;
+  static constexpr int kQueries = Config::kDqQueries;
   using Accumulator = float[kQueries / 2];
-  using Product = device::Mma<typename Tile::Element, kQueries, true, true>;
+  using Product = device::Mma<typename Config::Element, kQueries, true, true>;
 
   static FUSED_ATTN_DEVICE int first_query(int group) {
-    return Tile::kDqByQueries ? group * kQueries : 0;
+    return Config::kDqByQueries ? group * kQueries : 0;
   }
 
   // dq^T = k^T ds^T for the columns of one panel of k.
   static FUSED_ATTN_DEVICE void issue(Accumulator& dq, SharedAddress k, SharedAddress ds, int panel,
                                       int group) {
-    const uint64_t a = Tile::KvTile::by_columns(k + panel * Tile::KvTile::kPanelBytes);
-    const int part = Tile::kDqByQueries ? group : 0;
-    const uint64_t b = Tile::DsTile::by_columns(ds + part * Tile::DsTile::kPanelBytes);
+    const uint64_t a = Config::KvTile::by_columns(k + panel * Config::KvTile::kPanelBytes);
+    const int part = Config::kDqByQueries ? group : 0;
+    const uint64_t b = Config::DsTile::by_columns(ds + part * Config::DsTile::kPanelBytes);
     device::mma_fence();
     FUSED_ATTN_UNROLL_LOOP
-    for (int s = 0; s < Tile::kBlockN / 16; ++s) {
-      Product::from_shared(dq, a + Tile::KvTile::column_step(s), b + Tile::DsTile::column_step(s),
-                           s != 0);
+    for (int s = 0; s < Config::kBlockN / 16; ++s) {
+      Product::from_shared(dq, a + Config::KvTile::column_step(s),
+                           b + Config::DsTile::column_step(s), s != 0);
     }
     device::mma_commit();
   }
@@ -67,7 +69,7 @@ struct DqAdder {
     const int lane = thread % device::kWarpThreads, warp = thread / device::kWarpThreads;
     const int slice = panel * 4 + warp;
     if (slice * kSliceColumns >= p.head_dim) return;
-    stage += (Tile::kSplit ? warp : group * 4 + warp) * Tile::kDqStageBytes;
+    stage += (Config::kSplit ? warp : group * 4 + warp) * Config::kDqStageBytes;
     if (lane == 0) device::wait_stores();
     device::sync_warp();
     FUSED_ATTN_UNROLL_LOOP
@@ -78,9 +80,9 @@ struct DqAdder {
     device::fence_async();
     device::sync_warp();
     if (lane != 0) return;
-    const int query = tile * Tile::kBlockM + first_query(group);
-    device::add_bulk(dq_piece(p, sequence, head, Tile::kBlockM, query, slice), stage,
-                     Tile::kDqStageBytes);
+    const int query = tile * Config::kBlockM + first_query(group);
+    device::add_bulk(dq_piece(p, sequence, head, Config::kBlockM, query, slice), stage,
+                     Config::kDqStageBytes);
     device::commit_stores();
   }
 };

@@ -108,6 +108,7 @@ BackwardProblem backward_problem(const BackwardParams& p, const Workspace& works
   static_cast<DeviceProblem&>(d) = device_problem(p);
   d.general = d.general || p.dbias.data != nullptr;
   d.lse2 = workspace.lse2;
+  d.base = workspace.base;
   d.delta = workspace.delta;
   d.dq_sum = workspace.dq_sum;
   d.padded_rows = static_cast<int>(workspace.rows);
@@ -152,7 +153,12 @@ template <class Element>
 void backward_in(const BackwardParams& p, const BackwardProblem& problem, device::Stream stream) {
   const bool queries = p.batch * p.seqlen_q > 0, keys = p.batch * p.seqlen_k > 0;
   // Of some heads after others, it is there already.
-  if (queries && problem.first_head == 0) launch_delta<Element>(p, problem, stream);
+  if (queries && problem.first_head == 0) {
+    launch_delta<Element>(p, problem, stream);
+    DeviceProblem statistics = problem;
+    statistics.head_count = problem.batch * problem.num_heads;
+    launch_forward<Element>(p, statistics, stream);
+  }
   if (problem.dq_sum != nullptr) return launch_dkdv<Element, true>(p, problem, stream);
   if (queries && (p.dq.data != nullptr || p.dbias.data != nullptr)) {
     launch_dq<Element>(p, problem, stream);
@@ -173,14 +179,15 @@ void forward_cuda(const Params& p, void* stream) {
 
 int64_t backward_workspace(const Params& p, bool add_up_dq) {
   const int64_t columns = (p.head_dim + kSliceColumns - 1) / kSliceColumns * kSliceColumns;
-  return (2 + (add_up_dq ? columns : 0)) * p.num_heads * statistics_rows(p);
+  return (3 + (add_up_dq ? columns : 0)) * p.num_heads * statistics_rows(p);
 }
 
 void backward_cuda(const BackwardParams& p, const BackwardWay& way, float* workspace,
                    void* stream) {
   const int64_t rows = statistics_rows(p), numbers = p.num_heads * rows;
-  BackwardProblem problem = backward_problem(
-      p, {workspace, workspace + numbers, way.add_up_dq ? workspace + 2 * numbers : nullptr, rows});
+  BackwardProblem problem =
+      backward_problem(p, {workspace, workspace + numbers, workspace + 2 * numbers,
+                           way.add_up_dq ? workspace + 3 * numbers : nullptr, rows});
   if (way.head_count > 0) {
     problem.first_head = way.first_head;
     problem.head_count = way.head_count;

@@ -6,12 +6,12 @@
 namespace fused_attn::attention {
 
 // The keys [key_begin, key_begin + kBlockN) of one key head.
-template <class Tile>
+template <class Config>
 struct KeyBlock {
   int head_kv, key_begin;
   Sequence sequence;
   Band band;
-  QueryTiles<Tile::kBlockM> tiles;
+  QueryTiles<Config::kBlockM> tiles;
 
   // Earlier keys first: under a causal mask more queries see them.
   FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, int index)
@@ -23,7 +23,7 @@ struct KeyBlock {
   // engine writes zeros.)
   FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p) const {
     return p.key_padding != nullptr || key_begin < band.key_begin() ||
-           (Tile::kGeneral && masks_elements(p));
+           (Config::kGeneral && masks_elements(p));
   }
   // Does a bool mask hide query tile `tile` of head `g` of the group as a whole? `words`: shared
   // memory, filled by find_hidden(). Of masks that have no room there nothing is skipped.
@@ -39,10 +39,10 @@ struct KeyBlock {
     const int lane = device::thread_index() % device::kWarpThreads;
     const int count = tiles.end - tiles.begin;
     FUSED_ATTN_KEEP_LOOP
-    for (int i = warp; i < masks(p) * count; i += Tile::kThreads / device::kWarpThreads) {
+    for (int i = warp; i < masks(p) * count; i += Config::kThreads / device::kWarpThreads) {
       const int g = i / count, tile = tiles.begin + i % count;
-      const MaskTile<Tile> mask(p, sequence, band, head_kv * p.group + g, tile * Tile::kBlockM,
-                                key_begin);
+      const MaskTile<Config> mask(p, sequence, band, head_kv * p.group + g, tile * Config::kBlockM,
+                                  key_begin);
       const uint32_t visible = mask.any_visible() ? 1 : 0;
       if (lane == 0) device::shared_store(words + 4 * mask_word(p, g, tile), visible);
     }
@@ -59,28 +59,28 @@ struct KeyBlock {
 
  private:
   static FUSED_ATTN_DEVICE int query_tiles(const DeviceProblem& p) {
-    return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
+    return (p.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
   }
   // Of the heads of a group.
   static FUSED_ATTN_DEVICE int masks(const DeviceProblem& p) {
     return p.mask.stride[1] == 0 ? 1 : p.group;
   }
   static FUSED_ATTN_DEVICE bool has_words(const DeviceProblem& p) {
-    return Tile::kGeneral && p.mask.data != nullptr &&
-           masks(p) * query_tiles(p) <= Tile::kMaxMaskWords;
+    return Config::kGeneral && p.mask.data != nullptr &&
+           masks(p) * query_tiles(p) <= Config::kMaxMaskWords;
   }
   static FUSED_ATTN_DEVICE int mask_word(const DeviceProblem& p, int g, int tile) {
     return (p.mask.stride[1] == 0 ? 0 : g) * query_tiles(p) + tile;
   }
   static FUSED_ATTN_DEVICE int key_blocks(const DeviceProblem& p) {
-    return (p.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
+    return (p.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
   }
   FUSED_ATTN_DEVICE KeyBlock(const DeviceProblem& p, const BlockPlace& place)
       : head_kv(place.head % (p.num_heads / p.group)),
-        key_begin(place.piece * Tile::kBlockN),
+        key_begin(place.piece * Config::kBlockN),
         sequence(p, place.head / (p.num_heads / p.group)),
         band(p, sequence),
-        tiles(band, key_begin, key_begin + Tile::kBlockN) {}
+        tiles(band, key_begin, key_begin + Config::kBlockN) {}
 };
 
 }  // namespace fused_attn::attention

@@ -1,4 +1,4 @@
-// Attention on NVIDIA GPUs of compute capability 9.0 (`cuda_*`), and on the emulator.
+// Attention on NVIDIA GPUs of compute capability 9.0, and on the emulator.
 #pragma once
 
 #include "attention/params.h"

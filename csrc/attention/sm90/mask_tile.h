@@ -8,7 +8,7 @@ namespace fused_attn::attention {
 
 // The tile of one head's mask from `query_begin` and `key_begin` on, as far as there are queries
 // and keys, of each one at least; nothing else is read.
-template <class Tile>
+template <class Config>
 class MaskTile {
  public:
   FUSED_ATTN_DEVICE MaskTile(const DeviceProblem& p, const Sequence& sequence, const Band& band,
@@ -16,8 +16,8 @@ class MaskTile {
       : data_(p.mask.at<uint8_t>(sequence.batch, head, query_begin) + key_begin * p.mask.stride[3]),
         row_stride_(p.mask.stride[2]),
         column_stride_(p.mask.stride[3]),
-        rows_(row_stride_ == 0 ? 1 : smaller(Tile::kBlockM, sequence.seqlen_q - query_begin)),
-        columns_(column_stride_ == 0 ? 1 : smaller(Tile::kBlockN, band.key_end() - key_begin)) {}
+        rows_(row_stride_ == 0 ? 1 : smaller(Config::kBlockM, sequence.seqlen_q - query_begin)),
+        columns_(column_stride_ == 0 ? 1 : smaller(Config::kBlockN, band.key_end() - key_begin)) {}
 
   // Is there a visible element? For a warp, which stops where it finds the first: dense masks cost
   // a few rows a tile.

@@ -11,10 +11,10 @@ enum class TileKind { kSkip, kMasked, kPlain };
 
 // A tile that a bool mask hides from the whole block looks like one of nothing but padding. A bool
 // mask of more keys than there are bits for hides no tiles, only elements.
-template <class Tile>
+template <class Config>
 class PaddingBits {
-  static_assert(Tile::kBlockN % 32 == 0, "whole words of bits a tile");
-  static constexpr int kWords = Tile::kBlockN / 32;
+  static_assert(Config::kBlockN % 32 == 0, "whole words of bits a tile");
+  static constexpr int kWords = Config::kBlockN / 32;
 
  public:
   // `bits`: shared memory for a bit per key. Without masks nothing is read or written.
@@ -34,11 +34,11 @@ class PaddingBits {
     const int warp = device::thread_index() / device::kWarpThreads;
     const int lane = device::thread_index() % device::kWarpThreads;
     FUSED_ATTN_KEEP_LOOP
-    for (int tile = begin + warp; tile < end; tile += Tile::kThreads / device::kWarpThreads) {
+    for (int tile = begin + warp; tile < end; tile += Config::kThreads / device::kWarpThreads) {
       uint32_t bits[kWords], any = 0;
       FUSED_ATTN_UNROLL_LOOP
       for (int w = 0; w < kWords; ++w) {
-        const int key = tile * Tile::kBlockN + 32 * w + lane;
+        const int key = tile * Config::kBlockN + 32 * w + lane;
         bits[w] = device::ballot(key < key_end &&
                                  (row == nullptr || row[key * p_.key_padding_stride[1]] != 0));
         any |= bits[w];

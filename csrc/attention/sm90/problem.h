@@ -54,6 +54,12 @@ struct DeviceProblem {
   bool out_by_tile;
   float* lse;  // may be null
   int64_t lse_stride[3];
+  // Of the backward, null in a forward. Per head and query, with rows padded to tiles (see
+  // statistics_start): what turns scores, as the kernel keeps them, into probabilities
+  // 2^(scale_log2 * (score - base) - lse2). Where lse is so large that its rounding shows, base is
+  // the largest score, and lse2 that of the differences; else base is 0.
+  float *lse2, *base;
+  int padded_rows;
 };
 
 // The sequence that a block works on: where it starts in the tensors, and how long it is.
@@ -92,6 +98,35 @@ struct BlockPlace {
     piece = rest / turns;
   }
 };
+
+// Rows of statistics are padded, a sequence's to whole tiles of this many.
+constexpr int kStatisticsTile = 64;
+
+// Where the statistics of a sequence begin among those of its head.
+FUSED_ATTN_DEVICE int statistics_start(const DeviceProblem& p, const Sequence& s) {
+  if (p.cu_seqlens_q != nullptr) {
+    return (s.start_q / kStatisticsTile + s.batch) * kStatisticsTile;
+  }
+  return s.batch * ((p.seqlen_q + kStatisticsTile - 1) / kStatisticsTile * kStatisticsTile);
+}
+
+// Where those of the queries from `query` on are.
+FUSED_ATTN_DEVICE int64_t statistics_at(const DeviceProblem& p, const Sequence& s, int head,
+                                        int query) {
+  return int64_t{head} * p.padded_rows + statistics_start(p, s) + query;
+}
+
+// Has any of the first `count` rows a base? For a warp.
+template <int kRows>
+FUSED_ATTN_DEVICE bool any_base(const float* base, int count) {
+  bool found = false;
+  FUSED_ATTN_UNROLL_LOOP
+  for (int i = 0; i < kRows; i += device::kWarpThreads) {
+    const int row = i + device::thread_index() % device::kWarpThreads;
+    found = found || (row < kRows && row < count && base[row] != 0.0f);
+  }
+  return device::ballot(found) != 0;
+}
 
 template <class Element>
 FUSED_ATTN_DEVICE float read_bias(const DeviceProblem& p, int batch, int head, int query, int key) {

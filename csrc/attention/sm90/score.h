@@ -20,7 +20,7 @@ struct ScoreAt {
   // Transposed: the queries [lowest_query + 8 r, end_query[r]) see the key of the fragment's row r.
   int lowest_query = 0, end_query[2] = {0, 0};
 
-  FUSED_ATTN_DEVICE int query_of(int i) const { return query + (kTransposed ? along(i) : down(i)); }
+  FUSED_ATTN_DEVICE int query_of(int i) const { return query + query_offset(i); }
   FUSED_ATTN_DEVICE int key_of(int i) const { return key + (kTransposed ? down(i) : along(i)); }
   // Is there anything for operands of single scores to change in register i? Elsewhere there may
   // be no memory behind them.
@@ -30,6 +30,14 @@ struct ScoreAt {
       return query_of(i) >= lowest_query + 8 * row && query_of(i) < end_query[row];
     }
     return query_of(i) < band.seqlen_q() && key_of(i) < band.end(query_of(i));
+  }
+
+  // Which of the two queries of registers 4 j to 4 j + 3 is that of 4 j + e?
+  static FUSED_ATTN_DEVICE constexpr int which_query(int e) { return kTransposed ? e & 1 : e >> 1; }
+
+  // How far the query of register i is from that of register 0.
+  static FUSED_ATTN_DEVICE constexpr int query_offset(int i) {
+    return kTransposed ? along(i) : down(i);
   }
 
   static FUSED_ATTN_DEVICE constexpr int down(int i) { return (i & 2) * 4; }
@@ -48,18 +56,17 @@ struct Slope {
   FUSED_ATTN_DEVICE void set(int i, float derivative) { value[i] = derivative; }
 };
 
-// -inf hides even a key whose score is no number. A finite bias, however large, hides nothing: it
-// is kept where a product with log2(e) stays finite (docs/design.md, "Conventions").
+// -inf hides even a key whose score is no number. A finite bias, however large, hides nothing.
 FUSED_ATTN_DEVICE float biased(float score, float bias) {
-  constexpr float kLowest = -1e28f, kHighest = 2.3e38f;
+  constexpr float kHighest = 3.4028234e38f;
   if (bias == -device::infinity()) return bias;
   const float sum = score + bias;
-  if (sum < kLowest) return kLowest;
+  if (sum < -kHighest) return -kHighest;
   return sum > kHighest ? kHighest : sum;
 }
 
-// score = scale * q . k, then softcap, ALiBi and bias, in units of log2(e). Bias is read where
-// the band lets see only: elsewhere there may be none.
+// score = scale * q . k, then softcap, ALiBi and bias. Bias is read where the band lets see only:
+// elsewhere there may be none.
 template <class Element, int kCount, class At, class SlopeOf>
 FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p, const At& at,
                                      const Band& band, const Sequence& sequence,
@@ -93,8 +100,6 @@ FUSED_ATTN_DEVICE void modify_scores(float (&s)[kCount], const DeviceProblem& p,
       s[i] = biased(s[i], bias);
     }
   }
-  FUSED_ATTN_UNROLL_LOOP
-  for (int i = 0; i < kCount; ++i) s[i] *= kLog2E;
 }
 
 // -inf in a row of the fragment but for the columns [begin, end), counted from that of register 0.

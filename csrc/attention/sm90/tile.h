@@ -54,7 +54,7 @@ struct Fragment {
 // `kGeneral`: scores are modified, masked by element or dropped.
 template <class Element_, int kHeadDim_, int kGroups_, int kBlockN_, bool kPingPong_,
           bool kGeneral_>
-struct ForwardTile {
+struct ForwardConfig {
   using Element = Element_;
   static constexpr bool kGeneral = kGeneral_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -15,9 +15,9 @@
 #include "bias_activation/params.h"
 #include "cpu/vec.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
+namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL {
 
-using bias_activation::Activation;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
 
 template <class T>
 struct Tail {
@@ -137,4 +137,4 @@ void with_activation(Activation activation, const Function& function) {
   }
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL

@@ -8,10 +8,11 @@
 #include "cpu/row_dropout.h"
 #include "cpu/row_sums.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL {
 
-using bias_activation::BackwardParams;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 template <class T>
 struct Row {
@@ -114,7 +115,7 @@ class Backward {
 };
 
 template <class T, Activation kActivation, bool kGated>
-void backward(const BackwardParams& p) {
+void backward_as(const BackwardParams& p) {
   using A = Compute<T>;
   static thread_local Buffer bias_buffer, sums_buffer;
   const A* bias = parameter_row<A>(p.bias, p.width_in(), A(0), bias_buffer);
@@ -136,15 +137,15 @@ void backward(const BackwardParams& p) {
 
 }  // namespace
 
-void bias_activation_backward(const BackwardParams& p) {
+void backward(const BackwardParams& p) {
   if (p.width == 0) return;
   with_problem_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_activation(p.activation, [&](auto constant) {
       constexpr Activation kActivation = decltype(constant)::value;
-      p.gated ? backward<T, kActivation, true>(p) : backward<T, kActivation, false>(p);
+      p.gated ? backward_as<T, kActivation, true>(p) : backward_as<T, kActivation, false>(p);
     });
   });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL

@@ -3,10 +3,11 @@
 #include "cpu/row_dropout.h"
 #include "cpu/rows.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL {
 
-using bias_activation::Params;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 // The operands of one row; `up` and `keep` are null if absent.
 template <class T>
@@ -76,7 +77,7 @@ class Forward {
 constexpr int64_t kTasksPerThread = 4;
 
 template <class T, Activation kActivation>
-void forward(const Params& p) {
+void forward_as(const Params& p) {
   using A = Compute<T>;
   static thread_local Buffer buffer;
   const A* bias = parameter_row<A>(p.bias, p.width_in(), A(0), buffer);
@@ -89,12 +90,13 @@ void forward(const Params& p) {
 
 }  // namespace
 
-void bias_activation_forward(const Params& p) {
+void forward(const Params& p) {
   if (p.rows == 0 || p.width == 0) return;
   with_problem_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    with_activation(p.activation, [&](auto constant) { forward<T, decltype(constant)::value>(p); });
+    with_activation(p.activation,
+                    [&](auto constant) { forward_as<T, decltype(constant)::value>(p); });
   });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL

@@ -12,10 +12,11 @@
 #include "cpu/row_sums.h"
 #include "embedding/params.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::embedding::FUSED_ATTN_LEVEL {
 
-using embedding::BackwardParams;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 // Which rows of dy add to which row of a gradient.
 struct Groups {
@@ -113,7 +114,7 @@ void sum_rows(const BackwardParams& p, const Rows& gradient, int64_t count, doub
 
 }  // namespace
 
-void embedding_backward(const BackwardParams& p) {
+void backward(const BackwardParams& p) {
   if (p.width == 0) return;
   with_problem_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -125,4 +126,4 @@ void embedding_backward(const BackwardParams& p) {
   });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::embedding::FUSED_ATTN_LEVEL

@@ -4,9 +4,8 @@
 
 namespace fused_attn::embedding {
 
-// Run on the level of instruction set that cpu/level.h chooses. Repeated calls with one
-// number of threads give bitwise equal results.
-void forward(const Params& params);
-void backward(const BackwardParams& params);
+// At the instruction-set level of cpu/level.h.
+void forward_cpu(const Params& params);
+void backward_cpu(const BackwardParams& params);
 
 }  // namespace fused_attn::embedding

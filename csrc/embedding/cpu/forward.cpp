@@ -3,10 +3,11 @@
 #include "cpu/rows.h"
 #include "embedding/params.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::embedding::FUSED_ATTN_LEVEL {
 
-using embedding::Params;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 template <class T>
 class Forward {
@@ -64,7 +65,7 @@ class Forward {
 constexpr int64_t kTasksPerThread = 4;
 
 template <class T>
-void forward(const Params& p) {
+void forward_as(const Params& p) {
   const Forward<T> kernel(p);
   const int threads = threads_for(p.rows, p.width, p.threads);
   const int64_t tasks = threads == 1 ? 1 : std::min<int64_t>(p.rows, threads * kTasksPerThread);
@@ -74,10 +75,10 @@ void forward(const Params& p) {
 
 }  // namespace
 
-void embedding_forward(const Params& p) {
+void forward(const Params& p) {
   if (p.rows == 0 || p.width == 0) return;
   with_problem_type(p.dtype,
-                    [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
+                    [&](auto* type) { forward_as<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::embedding::FUSED_ATTN_LEVEL

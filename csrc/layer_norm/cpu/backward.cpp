@@ -7,17 +7,18 @@
 //
 // Blocks of rows go through two passes: one for the averages, one for the gradients. In the second
 // pass the rows of a block add to dweight and dbias together, so that these are read and written
-// once a block (cpu/row_sums.h). Each pass asks memory for a part of the next block, a line at a
+// once a block (cpu/row_sums.h). Each pass prefetches a part of the next block, a line at a
 // time between the arithmetic, so that requests are in flight all the time: dy in the first pass,
 // the rest in the second. All of it in the second took half as long again.
 #include "cpu/row_dropout.h"
 #include "cpu/row_sums.h"
 #include "layer_norm/params.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL {
 
-using layer_norm::BackwardParams;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 // What the second pass needs of a row. H: the type of h in memory, that of the operands or, where
 // it is computed again, that of the arithmetic.
@@ -30,12 +31,13 @@ struct Row {
   T* dx;
   T* dresidual;  // null unless it differs from dx
   A mean, rstd;
+  A normal_rstd;  // of h as it lies here, which may be times a power of two, and so may its mean
   A mean_g, mean_g_xhat;  // the two averages
 };
 
-// Rows of the next block that a pass asks for while it goes over the columns of this one.
+// Rows of the next block that a pass prefetches while it goes over the columns of this one.
 template <class T>
-struct Ahead {
+struct NextRows {
   const T* row[3 * kBlockRows];
   int count = 0;
 
@@ -44,7 +46,7 @@ struct Ahead {
   }
 
   // Twice a cache line's worth of loads would be wasted on 16-bit types.
-  FUSED_ATTN_INLINE void touch(int64_t column) const {
+  FUSED_ATTN_INLINE void prefetch_column(int64_t column) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     if (column % kLine != 0) return;
     for (int i = 0; i < count; ++i) prefetch(row[i] + column);
@@ -52,7 +54,7 @@ struct Ahead {
 };
 
 // Below this size of an operand the next rows are in a cache anyway.
-constexpr int64_t kMinBytesAhead = int64_t{1} << 20;
+constexpr int64_t kMinPrefetchBytes = int64_t{1} << 20;
 
 template <class T, class H>
 class Backward {
@@ -75,7 +77,7 @@ class Backward {
     const int64_t outputs = split_ ? 2 : 1;
     const bool large = p.rows * p.width * outputs * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
     stream_dx_ = large && dx_.aligned() && (!split_ || dresidual_.aligned());
-    ask_ahead_ = p.rows * p.width * static_cast<int64_t>(sizeof(T)) >= kMinBytesAhead;
+    prefetches_ = p.rows * p.width * static_cast<int64_t>(sizeof(T)) >= kMinPrefetchBytes;
   }
 
   // Adds the parameters' gradients of these rows to dweight and dbias (width elements).
@@ -126,9 +128,10 @@ class Backward {
         row.dx = dx_.get(i, scratch_dx + r * dx_.scratch_size());
         row.dresidual =
             split_ ? dresidual_.get(i, scratch_dresidual + r * dresidual_.scratch_size()) : nullptr;
-        Ahead<T> ahead;
-        if (ask_ahead_ && i + kBlockRows < end) ahead.add(dy_.direct(i + kBlockRows));
-        averages(i, ahead, row);
+        row.h = load_statistics(i, row, scratch_h + r * width);
+        NextRows<T> next_rows;
+        if (prefetches_ && i + kBlockRows < end) next_rows.add(dy_.direct(i + kBlockRows));
+        averages(next_rows, row);
       }
       std::fill(rows + count, rows + kBlockRows, missing);
       gradients(rows, rows_after(first, end), dweight, dbias);
@@ -161,16 +164,28 @@ class Backward {
     return values;
   }
 
-  void averages(int64_t i, const Ahead<T>& ahead, Row<T, H, A>& row) const {
+  // Where h of row i is to be read. Differences of rows near the end of the range of numbers would
+  // overflow: they are made smaller.
+  const H* load_statistics(int64_t i, Row<T, H, A>& row, H* values) const {
     row.mean = p_.mean == nullptr ? A(0) : static_cast<const A*>(p_.mean)[i];
-    row.rstd = static_cast<const A*>(p_.rstd)[i];
-    const V mean = V::set1(row.mean), rstd = V::set1(row.rstd);
+    row.rstd = row.normal_rstd = static_cast<const A*>(p_.rstd)[i];
+    constexpr A kLarge = sizeof(A) == 4 ? A(0x1p-100) : A(0x1p-1000);
+    if (!(row.rstd < kLarge)) return row.h;
+    constexpr A kFactor = A(0x1p-32);
+    for (int64_t j = 0; j < p_.width; ++j) values[j] = convert<H>(convert<A>(row.h[j]) * kFactor);
+    row.mean *= kFactor;
+    row.normal_rstd /= kFactor;
+    return values;
+  }
+
+  void averages(const NextRows<T>& next_rows, Row<T, H, A>& row) const {
+    const V mean = V::set1(row.mean), rstd = V::set1(row.normal_rstd);
     const T* dy = row.dy;
     const H* h = row.h;
     const A* weight = weight_;
     double sums[2];
     sum_columns<A>(p_.width, sums, [=](int64_t j, auto lanes, V(&acc)[2]) FUSED_ATTN_BODY {
-      ahead.touch(j);
+      next_rows.prefetch_column(j);
       const V g = load(dy + j, lanes) * load(weight + j, lanes);
       const V xhat = (load(h + j, lanes) - mean) * rstd;
       acc[0] = acc[0] + g;
@@ -182,24 +197,27 @@ class Backward {
   }
 
   // What the block after the one at `first` needs besides dy.
-  Ahead<T> rows_after(int64_t first, int64_t end) const {
-    Ahead<T> ahead;
-    if (!ask_ahead_) return ahead;
+  NextRows<T> rows_after(int64_t first, int64_t end) const {
+    NextRows<T> next_rows;
+    if (!prefetches_) return next_rows;
     const int64_t from = first + kBlockRows, to = std::min(end, from + kBlockRows);
     for (const Reader<T>* reader : {&dh_, h_.absent() ? &x_ : &h_, &residual_}) {
       if (reader->absent()) continue;
-      for (int64_t i = from; i < to; ++i) ahead.add(reader->direct(i));
+      for (int64_t i = from; i < to; ++i) next_rows.add(reader->direct(i));
     }
-    return ahead;
+    return next_rows;
   }
 
-  void gradients(const Row<T, H, A>* rows, const Ahead<T>& ahead, A* dweight, A* dbias) const {
+  void gradients(const Row<T, H, A>* rows, const NextRows<T>& next_rows, A* dweight,
+                 A* dbias) const {
     const bool streamed = stream_dx_;
     const V factor =
         V::set1(p_.rng == nullptr ? A(1) : static_cast<A>(Dropout(p_.rng, p_.dropout_p).scale()));
-    V mean[kBlockRows], rstd[kBlockRows], mean_g[kBlockRows], mean_g_xhat[kBlockRows];
+    V mean[kBlockRows], normal_rstd[kBlockRows], rstd[kBlockRows], mean_g[kBlockRows],
+        mean_g_xhat[kBlockRows];
     for (int r = 0; r < kBlockRows; ++r) {
       mean[r] = V::set1(rows[r].mean);
+      normal_rstd[r] = V::set1(rows[r].normal_rstd);
       rstd[r] = V::set1(rows[r].rstd);
       mean_g[r] = V::set1(rows[r].mean_g);
       mean_g_xhat[r] = V::set1(rows[r].mean_g_xhat);
@@ -208,12 +226,12 @@ class Backward {
     for_columns(p_.width, [&](int64_t j, auto lanes) FUSED_ATTN_BODY {
       const V w = load(weight + j, lanes);
       V dw = V::zero(), db = V::zero();
-      ahead.touch(j);
+      next_rows.prefetch_column(j);
       FUSED_ATTN_UNROLL
       for (int r = 0; r < kBlockRows; ++r) {
         const Row<T, H, A>& row = rows[r];
         const V dy = load(row.dy + j, lanes);
-        const V xhat = (load(row.h + j, lanes) - mean[r]) * rstd[r];
+        const V xhat = (load(row.h + j, lanes) - mean[r]) * normal_rstd[r];
         dw = fma(dy, xhat, dw);
         db = db + dy;
         // The difference first: it is exactly 0 where all of a row's g are equal.
@@ -234,11 +252,11 @@ class Backward {
   Reader<T> dy_, dh_, h_, x_, residual_;
   Writer<T> dx_, dresidual_;
   bool split_;  // dx and dresidual are two outputs
-  bool stream_dx_ = false, ask_ahead_ = false;
+  bool stream_dx_ = false, prefetches_ = false;
 };
 
 template <class T, class H>
-void backward(const BackwardParams& p) {
+void backward_as(const BackwardParams& p) {
   using A = Compute<T>;
   static thread_local Buffer weight_buffer, sums_buffer;
   const A* weight = parameter_row<A>(p.weight, p.width, A(1), weight_buffer);
@@ -264,7 +282,7 @@ void backward(const BackwardParams& p) {
 
 }  // namespace
 
-void layer_norm_backward(const BackwardParams& p) {
+void backward(const BackwardParams& p) {
   if (p.width == 0) return;
   // x is h where nothing was added to it.
   BackwardParams q = p;
@@ -272,11 +290,11 @@ void layer_norm_backward(const BackwardParams& p) {
   with_problem_type(q.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (q.h.data != nullptr) {
-      backward<T, T>(q);
+      backward_as<T, T>(q);
     } else {
-      backward<T, Compute<T>>(q);
+      backward_as<T, Compute<T>>(q);
     }
   });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL

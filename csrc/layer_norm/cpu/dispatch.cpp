@@ -1,39 +1,10 @@
 #include "layer_norm/cpu/dispatch.h"
 
-#include "cpu/level.h"
-#include "cpu/levels.h"
-
-#define FUSED_ATTN_DECLARE(level)                                     \
-  namespace fused_attn::level {                                       \
-  void layer_norm_forward(const layer_norm::Params& params);          \
-  void layer_norm_backward(const layer_norm::BackwardParams& params); \
-  }
-FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_DECLARE)
+#include "cpu/dispatch.h"
 
 namespace fused_attn::layer_norm {
-namespace {
 
-struct Kernels {
-  void (*forward)(const Params&);
-  void (*backward)(const BackwardParams&);
-};
-
-// Indexed by CpuLevel.
-#define FUSED_ATTN_KERNELS(level) {level::layer_norm_forward, level::layer_norm_backward},
-constexpr Kernels kKernels[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_KERNELS)};
-
-const Kernels& kernels(const Problem& problem) {
-  return kKernels[static_cast<int>(kernel_level(problem.dtype))];
-}
-
-}  // namespace
-
-void forward(const Params& params) {
-  kernels(params).forward(params);
-}
-
-void backward(const BackwardParams& params) {
-  kernels(params).backward(params);
-}
+FUSED_ATTN_CPU_KERNEL(forward, Params)
+FUSED_ATTN_CPU_KERNEL(backward, BackwardParams)
 
 }  // namespace fused_attn::layer_norm

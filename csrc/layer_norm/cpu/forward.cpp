@@ -1,15 +1,17 @@
 // h = dropout(x) + residual and y = norm(h) * weight + bias, one row after the other. A row is read
 // from memory once: it stays in a buffer in the first cache for the variance and the output.
 #include <cmath>
+#include <limits>
 
 #include "cpu/row_dropout.h"
 #include "cpu/rows.h"
 #include "layer_norm/params.h"
 
-namespace fused_attn::FUSED_ATTN_LEVEL {
-namespace {
+namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL {
 
-using layer_norm::Params;
+using namespace fused_attn::FUSED_ATTN_LEVEL;
+
+namespace {
 
 template <class V>
 FUSED_ATTN_INLINE V first(const V& v, AllLanes) {
@@ -76,7 +78,7 @@ class Forward {
 
  private:
   void normalize(int64_t i, const Row<T>& row, A* values) const {
-    double sum[1];
+    double sum[1] = {0.0};
     const A* h = values;
     if (row.residual == nullptr) {
       h = read(row, values, sum);
@@ -88,13 +90,45 @@ class Forward {
     const double width = static_cast<double>(p_.width);
     const A mean = p_.rms ? A(0) : static_cast<A>(sum[0] / width);
     const double variance = sum_of_squares(h, mean) / width;
+    if (out_of_range(variance)) return normalize_by_power(i, h, values, row.y);
     const A rstd = static_cast<A>(1.0 / std::sqrt(variance + p_.eps));
+    write_statistics(i, mean, rstd);
+    write_row(h, mean, rstd, row.y);
+  }
+
+  // Have squares overflowed, or underflowed where eps does not make up for it?
+  bool out_of_range(double variance) const {
+    constexpr double kSmall = sizeof(A) == 4 ? 0x1p-100 : 0x1p-900;
+    return !(variance <= std::numeric_limits<double>::max()) ||
+           (variance < kSmall && p_.eps < kSmall * 0x1p30);
+  }
+
+  // The same for a row so large or so small that its squares leave the range of numbers: times a
+  // power of two that brings it to about 1.
+  FUSED_ATTN_NOINLINE void normalize_by_power(int64_t i, const A* h, A* values, T* y) const {
+    A largest = 0;
+    for (int64_t j = 0; j < p_.width; ++j) largest = std::max(largest, std::fabs(h[j]));
+    const int exponent = std::isfinite(largest) && largest > 0 ? std::ilogb(largest) : 0;
+    for (int64_t j = 0; j < p_.width; ++j) values[j] = std::ldexp(h[j], -exponent);
+    const double width = static_cast<double>(p_.width);
+    const A mean = p_.rms ? A(0) : static_cast<A>(sum_of(values) / width);
+    const double deviation = std::hypot(std::sqrt(sum_of_squares(values, mean) / width),
+                                        std::ldexp(std::sqrt(p_.eps), -exponent));
+    write_statistics(i, std::ldexp(mean, exponent),
+                     static_cast<A>(std::ldexp(1.0 / deviation, -exponent)));
+    write_row(values, mean, static_cast<A>(1.0 / deviation), y);
+  }
+
+  void write_statistics(int64_t i, A mean, A rstd) const {
     if (p_.mean != nullptr) static_cast<A*>(p_.mean)[i] = mean;
     if (p_.rstd != nullptr) static_cast<A*>(p_.rstd)[i] = rstd;
+  }
+
+  void write_row(const A* h, A mean, A rstd, T* y) const {
     if (bias_ == nullptr) {
-      scale<false>(h, mean, rstd, row.y);
+      scale<false>(h, mean, rstd, y);
     } else {
-      scale<true>(h, mean, rstd, row.y);
+      scale<true>(h, mean, rstd, y);
     }
   }
 
@@ -102,11 +136,7 @@ class Forward {
   const A* read(const Row<T>& row, A* values, double (&sum)[1]) const {
     const T* x = row.x;
     if constexpr (std::is_same_v<T, A>) {
-      if (!p_.rms) {
-        sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
-          acc[0] = acc[0] + load(x + i, lanes);
-        });
-      }
+      if (!p_.rms) sum[0] = sum_of(x);
       values = const_cast<A*>(x);
     } else {
       sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
@@ -140,6 +170,14 @@ class Forward {
       put(values + i, v, lanes, false);
       acc[0] = acc[0] + v;
     });
+  }
+
+  double sum_of(const A* h) const {
+    double sum[1];
+    sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
+      acc[0] = acc[0] + load(h + i, lanes);
+    });
+    return sum[0];
   }
 
   double sum_of_squares(const A* h, A mean) const {
@@ -182,7 +220,7 @@ class Forward {
 constexpr int64_t kTasksPerThread = 4;
 
 template <class T>
-void forward(const Params& p) {
+void forward_as(const Params& p) {
   using A = Compute<T>;
   static thread_local Buffer weight_buffer, bias_buffer;
   const A* weight = parameter_row<A>(p.weight, p.width, A(1), weight_buffer);
@@ -197,10 +235,10 @@ void forward(const Params& p) {
 
 }  // namespace
 
-void layer_norm_forward(const Params& p) {
+void forward(const Params& p) {
   if (p.rows == 0 || p.width == 0) return;
   with_problem_type(p.dtype,
-                    [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
+                    [&](auto* type) { forward_as<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
-}  // namespace fused_attn::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::layer_norm::FUSED_ATTN_LEVEL

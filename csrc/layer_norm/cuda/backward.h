@@ -6,6 +6,9 @@
 //
 // A block walks over many rows and adds up dweight and dbias of them; a second kernel adds up those
 // of the blocks. No atomics: the result does not depend on who comes first.
+//
+// Barriers: the block's, which all of its threads arrive at and wait for: twice in each over_row()
+// of a row that more than a warp holds, and between the turns of finish().
 #pragma once
 
 #include "layer_norm/cuda/rows.h"
@@ -39,7 +42,9 @@ class BackwardRows {
 
   FUSED_ATTN_DEVICE void add(int64_t row) {
     mean_ = p_.mean == nullptr ? 0.0f : p_.mean[row];
-    rstd_ = p_.rstd[row];
+    rstd_ = normal_rstd_ = p_.rstd[row];
+    factor_ = 1.0f;
+    if (rstd_ < 0x1p-100f) make_smaller(row);
     float sum_g = 0.0f, sum_gn = 0.0f;
     each_chunk<Shape>(p_.width, [&](int chunk, int column) {
       read(row, chunk, column);
@@ -78,11 +83,32 @@ class BackwardRows {
     return parts + int64_t{device::block_index()} * p_.width;
   }
 
+  // Differences of rows near the end of the range of numbers would overflow, and their rstd may
+  // have become 0: they are taken times a power of two.
+  FUSED_ATTN_DEVICE void make_smaller(int64_t row) {
+    factor_ = 0x1p-96f;
+    mean_ *= factor_;
+    float squares = 0.0f;
+    each_chunk<Shape>(p_.width, [&](int, int column) {
+      float h[kWidth];
+      load_sum(row, column, h);
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < kWidth; ++i) {
+        const float apart = device::multiply_add(h[i], factor_, -mean_);
+        squares += apart * apart;
+      }
+    });
+    normal_rstd_ = device::reciprocal_root(sum_over_row<Shape::kThreads>(squares, scratch_) /
+                                           static_cast<float>(p_.width));
+  }
+
   FUSED_ATTN_DEVICE void read(int64_t row, int chunk, int column) {
     float (&normal)[kWidth] = normal_[chunk];
     load_sum(row, column, normal);
     FUSED_ATTN_UNROLL_LOOP
-    for (int i = 0; i < kWidth; ++i) normal[i] = (normal[i] - mean_) * rstd_;
+    for (int i = 0; i < kWidth; ++i) {
+      normal[i] = device::multiply_add(normal[i], factor_, -mean_) * normal_rstd_;
+    }
     load<T>(row_of<T>(p_.dy, row, p_.width), column, dy_);
     float weight[kWidth];
     if (p_.weight != nullptr) load_parameter<T>(p_, p_.weight, column, weight);
@@ -169,6 +195,7 @@ class BackwardRows {
   const DeviceNormBackward& p_;
   SharedAddress scratch_;
   float mean_ = 0.0f, rstd_ = 0.0f;
+  float factor_ = 1.0f, normal_rstd_ = 0.0f;  // normal = (h * factor - mean) * normal_rstd
   float dy_[kWidth];
   float normal_[kHeldChunks][kWidth], g_[kHeldChunks][kWidth];
   float dweight_[kHeldChunks][kWidth], dbias_[kHeldChunks][kWidth];

@@ -1,5 +1,8 @@
 // h = dropout(x) + residual, y = (h - mean) * rstd * weight + bias, for NVIDIA GPUs from sm_80 on.
 // Rows that fit are held in registers: read once, centred before they are squared.
+//
+// Barriers: the block's, which all of its threads arrive at and wait for, twice in each over_row()
+// of a row that more than a warp holds.
 #pragma once
 
 #include "layer_norm/cuda/rows.h"
@@ -20,15 +23,18 @@ class ForwardRow {
         residual_(p.residual == nullptr ? nullptr : row_of<T>(p.residual, row, p.width)) {}
 
   FUSED_ATTN_DEVICE void run() {
-    const float mean = begin();
-    float squares = 0.0f;
-    each([&](int, const float (&h)[kWidth]) {
-      FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < kWidth; ++i) squares += (h[i] - mean) * (h[i] - mean);
-    });
-    const float variance =
-        sum_over_row<Shape::kThreads>(squares, scratch_) / static_cast<float>(p_.width);
-    const float rstd = device::reciprocal_root(variance + p_.eps);
+    float mean = begin();
+    float variance = spread(mean);
+    RowPower power(1.0f);
+    float eps = p_.eps;
+    if (out_of_range(variance)) {
+      power = RowPower(device::largest(largest(), device::square_root(eps)));
+      multiply(power.factor);
+      eps = eps * power.factor * power.factor;
+      mean = average();
+      variance = spread(mean);
+    }
+    const float rstd = device::reciprocal_root(variance + eps);
     void* y = row_of<T>(p_.y, row_, p_.width);
     each([&](int column, const float (&h)[kWidth]) {
       float result[kWidth];
@@ -38,8 +44,8 @@ class ForwardRow {
       store<T>(y, column, result);
     });
     if (device::thread_index() % Shape::kThreads != 0) return;
-    if (p_.mean != nullptr) p_.mean[row_] = mean;
-    if (p_.rstd != nullptr) p_.rstd[row_] = rstd;
+    if (p_.mean != nullptr) p_.mean[row_] = mean * power.inverse;
+    if (p_.rstd != nullptr) p_.rstd[row_] = rstd * power.factor;
   }
 
  private:
@@ -55,6 +61,53 @@ class ForwardRow {
     });
     if (p_.rms) return 0.0f;
     return sum_over_row<Shape::kThreads>(sum, scratch_) / static_cast<float>(p_.width);
+  }
+
+  // Of rows that have been multiplied since.
+  FUSED_ATTN_DEVICE float average() {
+    if (p_.rms) return 0.0f;
+    float sum = 0.0f;
+    each([&](int, const float (&h)[kWidth]) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < kWidth; ++i) sum += h[i];
+    });
+    return sum_over_row<Shape::kThreads>(sum, scratch_) / static_cast<float>(p_.width);
+  }
+
+  // The variance.
+  FUSED_ATTN_DEVICE float spread(float mean) {
+    float squares = 0.0f;
+    each([&](int, const float (&h)[kWidth]) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < kWidth; ++i) squares += (h[i] - mean) * (h[i] - mean);
+    });
+    return sum_over_row<Shape::kThreads>(squares, scratch_) / static_cast<float>(p_.width);
+  }
+
+  // Have squares overflowed, or underflowed where eps does not make up for it?
+  FUSED_ATTN_DEVICE bool out_of_range(float variance) const {
+    constexpr float kHighest = 3.4028235e38f, kSmall = 0x1p-80f;
+    return !(variance <= kHighest) || (variance < kSmall && p_.eps < kSmall * 0x1p20f);
+  }
+
+  FUSED_ATTN_DEVICE float largest() {
+    float most = 0.0f;
+    each([&](int, const float (&h)[kWidth]) {
+      FUSED_ATTN_UNROLL_LOOP
+      for (int i = 0; i < kWidth; ++i) most = device::largest(most, device::magnitude(h[i]));
+    });
+    return largest_of_row<Shape::kThreads>(most, scratch_);
+  }
+
+  // Makes each() give the row times this power of two.
+  FUSED_ATTN_DEVICE void multiply(float factor) {
+    factor_ = factor;
+    if constexpr (Shape::kHeld) {
+      each_chunk<Shape>(p_.width, [&](int chunk, int) {
+        FUSED_ATTN_UNROLL_LOOP
+        for (int i = 0; i < kWidth; ++i) held_[chunk][i] *= factor;
+      });
+    }
   }
 
   // Calls function(column, h) for all of this thread's columns.
@@ -83,6 +136,8 @@ class ForwardRow {
     } else {
       load_sum(column, h);
     }
+    FUSED_ATTN_UNROLL_LOOP
+    for (int i = 0; i < kWidth; ++i) h[i] *= factor_;
   }
 
   FUSED_ATTN_DEVICE void scale(int column, float (&y)[kWidth]) const {
@@ -103,6 +158,7 @@ class ForwardRow {
   int64_t row_;
   SharedAddress scratch_;
   const void *x_, *residual_;
+  float factor_ = 1.0f;  // see multiply()
   float held_[Shape::kHeld ? Shape::kChunks : 1][kWidth];
 };
 

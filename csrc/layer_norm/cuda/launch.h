@@ -1,4 +1,4 @@
-// Norms on NVIDIA GPUs from compute capability 8.0 on (`cuda*`), and on the emulator.
+// Norms on NVIDIA GPUs from compute capability 8.0 on, and on the emulator.
 #pragma once
 
 #include "layer_norm/params.h"

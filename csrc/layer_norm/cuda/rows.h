@@ -111,12 +111,16 @@ FUSED_ATTN_DEVICE void drop(const DeviceNorm& p, int64_t row, int column, float 
     }
   }
 }
-// The sum over the threads that hold a row, in one order for all of them. `scratch`: a word of
-// shared memory per warp; all threads of the block take part where a row needs more than a warp.
-template <int kThreads>
-FUSED_ATTN_DEVICE float sum_over_row(float x, SharedAddress scratch) {
+
+// A number of all threads that hold a row put together, in one order for all of them. `scratch`: a
+// word of shared memory per warp; all threads of the block take part where a row needs more than a
+// warp.
+template <int kThreads, class Combine>
+FUSED_ATTN_DEVICE float over_row(float x, SharedAddress scratch, const Combine& combine) {
   FUSED_ATTN_UNROLL_LOOP
-  for (int mask = 1; mask < device::kWarpThreads; mask *= 2) x += device::shuffle_xor(x, mask);
+  for (int mask = 1; mask < device::kWarpThreads; mask *= 2) {
+    x = combine(x, device::shuffle_xor(x, mask));
+  }
   if constexpr (kThreads > device::kWarpThreads) {
     const int warp = device::thread_index() / device::kWarpThreads;
     if (device::thread_index() % device::kWarpThreads == 0) {
@@ -126,12 +130,34 @@ FUSED_ATTN_DEVICE float sum_over_row(float x, SharedAddress scratch) {
     x = 0.0f;
     FUSED_ATTN_UNROLL_LOOP
     for (int w = 0; w < kThreads / device::kWarpThreads; ++w) {
-      x += device::shared_load_float(scratch + 4 * w);
+      x = combine(x, device::shared_load_float(scratch + 4 * w));
     }
     device::sync_block();
   }
   return x;
 }
+template <int kThreads>
+FUSED_ATTN_DEVICE float sum_over_row(float x, SharedAddress scratch) {
+  return over_row<kThreads>(x, scratch, [](float a, float b) { return a + b; });
+}
+// Of numbers that are not negative.
+template <int kThreads>
+FUSED_ATTN_DEVICE float largest_of_row(float x, SharedAddress scratch) {
+  return over_row<kThreads>(x, scratch, [](float a, float b) { return device::largest(a, b); });
+}
+
+// Rows whose squares leave the range of numbers are computed times a power of two: one that brings
+// the largest of these to about 1, and its reciprocal.
+struct RowPower {
+  float factor, inverse;
+
+  FUSED_ATTN_DEVICE explicit RowPower(float largest) {
+    const int exponent = static_cast<int>(device::bits_of(largest) >> 23 & 0xff);
+    const int biased = device::smaller(device::larger(254 - exponent, 1), 253);
+    factor = device::float_of(static_cast<uint32_t>(biased) << 23);
+    inverse = device::float_of(static_cast<uint32_t>(254 - biased) << 23);
+  }
+};
 
 // Threads of a block: several rows where a warp holds one.
 template <int kThreads>

@@ -164,7 +164,7 @@ def _within_padding(operands: Operands) -> Operands:
 
 
 def _workspace(operands: Operands, add_up_dq: bool) -> Tensor:
-    """Memory for the row statistics, two numbers a head and query, in tiles, and the sum of dq."""
+    """Memory for the row statistics, three numbers a head and query, in tiles, and the sum of dq."""
     tile, slice_columns = 64, 16
     _, num_heads, rows, head_dim = operands.q.shape
     if operands.cu_seqlens_q is not None:
@@ -172,5 +172,5 @@ def _workspace(operands: Operands, add_up_dq: bool) -> Tensor:
     else:
         padded = operands.q.shape[0] * -(-rows // tile) * tile
     columns = -(-head_dim // slice_columns) * slice_columns if add_up_dq else 0
-    size = (2 + columns) * num_heads * padded
+    size = (3 + columns) * num_heads * padded
     return torch.empty(size, dtype=torch.float32, device=operands.q.device)
