@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
-from .primitives import View
+from ....runtime.triton.rows import View
 
 
 @triton.jit(do_not_specialize=["seqlen_k"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Tile(NamedTuple):
+class AttentionTile(NamedTuple):
     """Queries and keys of one tile, and how a program goes about it."""
 
     block_m: int
@@ -224,12 +224,16 @@ DECODE: dict[int, dict[int, tuple[Numbers, ...]]] = {
 }
 
 # Small ones, so that short tests meet the edges of tiles; rows and columns of unequal size.
-INTERPRETED: dict[str, tuple[Tile, ...]] = {
-    "forward": (Tile(32, 64, 4, 1, 16), Tile(64, 32, 4, 1, 32), Tile(16, 16, 4, 1)),
-    "dkdv": (Tile(64, 32, 4, 1, 16), Tile(16, 64, 4, 1)),
-    "dq": (Tile(32, 64, 4, 1, 16), Tile(64, 16, 4, 1)),
-    "bias": (Tile(32, 64, 4, 1, 16),),
-    "weights": (Tile(64, 64, 4, 1, 16),),
+INTERPRETED: dict[str, tuple[AttentionTile, ...]] = {
+    "forward": (
+        AttentionTile(32, 64, 4, 1, 16),
+        AttentionTile(64, 32, 4, 1, 32),
+        AttentionTile(16, 16, 4, 1),
+    ),
+    "dkdv": (AttentionTile(64, 32, 4, 1, 16), AttentionTile(16, 64, 4, 1)),
+    "dq": (AttentionTile(32, 64, 4, 1, 16), AttentionTile(64, 16, 4, 1)),
+    "bias": (AttentionTile(32, 64, 4, 1, 16),),
+    "weights": (AttentionTile(64, 64, 4, 1, 16),),
 }
 
-COMBINE = Tile(16, 16, 4, 1)  # of what `decode.py` adds up; only warps and stages count
+COMBINE = AttentionTile(16, 16, 4, 1)  # of what `decode.py` adds up; only warps and stages count
