@@ -1,9 +1,9 @@
 """Calls whose tensors lie against a protected page: one byte too far ends the process.
 
-`python -m tests.cases.guard_pages SIDE BACKEND OPERATION ...` runs the cases of an operation, forward
-and backward. Every operand, every gradient that comes in and everything that the package allocates
-ends at the end of a mapping whose next page is protected (SIDE "end"), or begins where one begins
-("front"). The name of a case is printed before it runs: the last one is the one that failed.
+`python -m tests.cases.guard_pages SIDE BACKEND OPERATION ...` runs the cases of an operation,
+forward and backward. Every operand, every gradient that comes in and everything that the package
+allocates ends at the end of a mapping whose next page is protected (SIDE "end"), or begins where
+one begins ("front"). The name of a case is printed before it runs: the last is the one that failed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import faulthandler
 import functools
 import math
 import mmap
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +29,8 @@ without_gpu.arrange()
 
 # ruff: noqa: E402
 from tests.cases import attention, bias_activation, embedding, layer_norm
+
+ROOT = Path(__file__).parents[2]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _EMPTY, _EMPTY_LIKE, _ZEROS = torch.empty, torch.empty_like, torch.zeros
@@ -193,6 +199,28 @@ def run_all(side: str, backend: str, operations: list[str]) -> int:
             given = [moved(torch.randn(x.shape).to(x.dtype), side) for x in differentiable]
             torch.autograd.grad(differentiable, wanted, given, allow_unused=True)
     return len(cases)
+
+
+def run_against_guards(side: str, backend: str, operation: str, **environment: str) -> None:
+    """Run the cases in a process of their own; fails with the case that ended it."""
+    command = [sys.executable, "-m", "tests.cases.guard_pages", side, backend, operation]
+    done = _run(command, environment)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    assert int(done.stdout.splitlines()[-1].split()[0]) > 0
+
+
+def dies(code: str) -> bool:
+    """Whether `code`, in which this module's names are known, is ended by a guard page."""
+    done = _run([sys.executable, "-c", f"from tests.cases.guard_pages import *\n{code}"], {})
+    assert done.returncode in (0, -signal.SIGSEGV), done.stderr
+    return done.returncode != 0
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

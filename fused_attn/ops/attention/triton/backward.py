@@ -37,11 +37,13 @@ def load_delta(statistics, row, sequence, head, sizes):
 
 
 @triton.jit
-def load_dweights(dweights, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr):
+def load_dweights(dweights, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr,
+                  CONFIG: tl.constexpr):  # fmt: skip
     """A tile of the gradient of the weights; 0 if there is none. As `load_terms`."""
     loaded = 0.0
     if dweights is not None:
-        loaded = load_scores(dweights, m0, n0, row, col, sequence, head, INSIDE).to(tl.float32)
+        loaded = load_scores(dweights, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
+        loaded = loaded.to(tl.float32)
     return loaded
 
 
@@ -86,7 +88,7 @@ def _accumulate_queries(
         row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[None, :]
         query = load_rows(q, None, index, head, first_query, last, CONFIG.BLOCK_M,
                           CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
-        dw = load_dweights(dweights, m0, n0, row, col, sequence, head, not MASKED)
+        dw = load_dweights(dweights, m0, n0, row, col, sequence, head, not MASKED, CONFIG)
         p, slope = probabilities(
             key, query, from_k, (q, head, first_query, last), m0, n0, row, col, bounds, statistics,
             sequence, head, terms, sizes, params, None, MASKED, IN_ORDER, True, CONFIG,
@@ -141,7 +143,7 @@ def _keys_in_order(q, k, v, dout, statistics, dk, dv, dweights, n0, sequence, he
     last = sequence.start_k + sequence.len_k - 1
     for part in tl.range(0, tl.cdiv(tl.minimum(KEYS, sequence.len_k - n0), CONFIG.BLOCK_N)):
         n = n0 + part * CONFIG.BLOCK_N
-        bounds, tiles = visible_queries(n, sequence, terms, params, True, CONFIG)
+        bounds, tiles = visible_queries(n, sequence, terms, sizes, params, True, CONFIG)
         first_key = sequence.start_k + n
         from_k, from_v = (k, head_kv, first_key, last), (v, head_kv, first_key, last)
         dkey = tl.zeros([CONFIG.BLOCK_N, CONFIG.BLOCK_D], tl.float32)
@@ -180,7 +182,7 @@ def _attention_backward_dkdv_kernel(
     BOUNDED: tl.constexpr = (
         (terms.bias is not None) or (terms.mask is not None) or (dweights is not None)
     )
-    bounds, tiles = visible_queries(n0, sequence, terms, params, BOUNDED, CONFIG)
+    bounds, tiles = visible_queries(n0, sequence, terms, sizes, params, BOUNDED, CONFIG)
     a, b, c, d = tiles
     first_key, last = sequence.start_k + n0, sequence.start_k + sequence.len_k - 1
     key = load_rows(k, None, sequence.index, head_kv, first_key, last, CONFIG.BLOCK_N,
@@ -226,7 +228,7 @@ def score_gradient(
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
     HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
-    dw = load_dweights(dweights, m0, n0, row, col, sequence, head, not MASKED)
+    dw = load_dweights(dweights, m0, n0, row, col, sequence, head, not MASKED, CONFIG)
     p, slope = probabilities(
         query, key, from_q, from_k, m0, n0, row, col, bounds, statistics, sequence, head, terms,
         sizes, params, noisy, MASKED, IN_ORDER, False, CONFIG,

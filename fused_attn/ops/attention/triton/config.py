@@ -18,12 +18,14 @@ class ProblemClass(NamedTuple):
     arch: int
     pressure: int  # optional operands that every tile of scores has to load or draw
     shared_memory: int  # bytes that one program may use
+    ragged: bool = False  # some of them have to be loaded element by element
 
     def name(self, band: bool) -> str:
         """The class of problems that share a line of the table, for people and for files."""
         size = max(64, padded_size(self.head_dim))
         pressure = ("plain", "one operand", "several operands")[min(self.pressure, 2)]
-        return f"head {size}, {self.itemsize} bytes, {pressure}{', band' * band}"
+        ragged = ", ragged" * self.ragged
+        return f"head {size}, {self.itemsize} bytes, {pressure}{ragged}{', band' * band}"
 
 
 # Queries, of all heads of a group together, up to which keys are split among programs.
@@ -83,7 +85,7 @@ def candidates(kernel: str, problem: ProblemClass) -> tuple[AttentionTile, ...]:
         return tiles.INTERPRETED[kernel]
     table, limit = _table(kernel, problem)
     lines = table[kernel][max(64, padded_size(problem.head_dim))]
-    line = lines[min(problem.pressure, len(lines) - 1)]
+    line = lines[min(min(problem.pressure, 2) + problem.ragged, len(lines) - 1)]
     return _fitting(kernel, [AttentionTile(*numbers) for numbers in line], problem, limit)
 
 

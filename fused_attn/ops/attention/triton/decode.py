@@ -65,8 +65,8 @@ def _attention_decode_kernel(
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
         s, unit, _slope, _qk = scores(
             query, key, (q, head, position, None), (k, head_kv, first_key, last), zero, n0,
-            row[:, None], col[None, :], bounds, sequence, heads, terms, params, None, True, False,
-            False, CONFIG,
+            row[:, None], col[None, :], bounds, sequence, heads, terms, sizes, params, None, True,
+            False, False, CONFIG,
         )  # fmt: skip
         p, shrink, peak, total = softmax_update(s, unit, peak, total, True, True)
         kept = p

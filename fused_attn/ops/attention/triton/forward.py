@@ -49,7 +49,7 @@ def attend(
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         s, scale, _slope, _qk = scores(
             query, key, from_q, (k, head_kv, first_key, last), m0, n0, row[:, None], col[None, :],
-            bounds, sequence, head, terms, params, None, MASKED, False, False, CONFIG,
+            bounds, sequence, head, terms, sizes, params, None, MASKED, False, False, CONFIG,
         )  # fmt: skip
         p, shrink, peak, total = softmax_update(s, scale, peak, total, HIDING, EXACT)
         if not EXACT:

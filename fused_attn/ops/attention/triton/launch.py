@@ -24,10 +24,11 @@ from .launcher import (
     FORWARD_PRODUCTS,
     WEIGHTS_PRODUCTS,
     Launcher,
-    broadcast_view,
+    has_far_rows,
+    score_view,
     view_of,
 )
-from .primitives import RowStatistics, View
+from .primitives import RowStatistics, ScoreView
 from .statistics import _attention_statistics_kernel
 from .tiles import COMBINE, AttentionTile
 from .weights import _attention_weights_delta_kernel, _attention_weights_kernel
@@ -37,14 +38,18 @@ def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | Non
     with triton_device.on_device_of(operands.q):
         launcher = Launcher(operands, options, FORWARD_PRODUCTS)
         plan = launcher.plan
+        far = has_far_rows(out)
+        result = torch.empty(out.shape, dtype=out.dtype, device=out.device) if far else out
         if plan.packed:  # rows past the last sequence belong to nobody
-            out.zero_()
+            result.zero_()
             if lse is not None:
                 lse.fill_(-torch.inf)
         if plan.splits > 1:
-            _decode(launcher, out, lse)
+            _decode(launcher, result, lse)
         else:
-            _forward(launcher, out, lse)
+            _forward(launcher, result, lse)
+        if far:
+            out.copy_(result)
 
 
 def _forward(launcher: Launcher, out: Tensor, lse: Tensor | None) -> None:
@@ -106,7 +111,8 @@ def weights(
     with triton_device.on_device_of(lse):
         launcher = Launcher(operands, options, WEIGHTS_PRODUCTS)
         plan = launcher.plan
-        tile = config.tile("weights", plan.problem)
+        launcher.align(*operands[3:5], weights)
+        tile = config.tile("weights", launcher.problem)
         tiles_m = triton.cdiv(plan.seqlen_q, tile.block_m)
         tiles_n = triton.cdiv(plan.seqlen_k, tile.block_n)
         triton_device.launch(
@@ -116,7 +122,7 @@ def weights(
                 view_of(operands.q),
                 view_of(operands.k),
                 _statistics(launcher, lse),
-                view_of(weights),
+                score_view(weights, plan.seqlen_k),
             ),
             *(launcher.terms_of(tile), *plan.scalars, tiles_m, tiles_n),
             launcher.config(tile, AVERAGE=average),
@@ -144,7 +150,7 @@ def backward(
                     grad.zero_()
         statistics = _statistics(launcher, lse, (out, dout, dlse))
         given = (*map(view_of, (*operands[:3], dout)), statistics)
-        shares = broadcast_view(dweights)
+        shares = score_view(dweights, launcher.plan.seqlen_k)
         if shares is not None:
             _add_weights_to_delta(launcher, given, shares)
         _keys_and_values(launcher, given, shares, dk, dv)
@@ -165,15 +171,22 @@ def _statistics(
     delta = None if gradients[0] is None else torch.empty_like(lse)
     noisy = torch.empty(lse.shape, dtype=torch.int8, device=lse.device)
     statistics = RowStatistics(anchor, log, delta, noisy)
-    given = (*map(view_of, (*launcher.operands[:2], *gradients)), lse, statistics)
-    _launch_by_rows(launcher, _attention_statistics_kernel, *given)
+    *tensors, dlse = gradients
+    given = (
+        *map(view_of, (*launcher.operands[:2], *tensors)),
+        score_view(dlse, 0),
+        lse,
+        statistics,
+    )
+    name = "statistics" if launcher.operands.bias is None else "weights"
+    tile = config.tile(name, launcher.problem)
+    _launch_by_rows(launcher, _attention_statistics_kernel, tile, *given)
     return statistics
 
 
-def _launch_by_rows(launcher: Launcher, kernel: Any, *tensors: Any) -> None:
-    """A kernel whose programs own tiles of queries, and that has one tile a head size."""
+def _launch_by_rows(launcher: Launcher, kernel: Any, tile: AttentionTile, *tensors: Any) -> None:
+    """A kernel whose programs own tiles of queries."""
     plan = launcher.plan
-    tile = config.tile("weights", plan.problem)
     num_tiles = triton.cdiv(plan.seqlen_q, tile.block_m)
     triton_device.launch(
         kernel,
@@ -184,15 +197,16 @@ def _launch_by_rows(launcher: Launcher, kernel: Any, *tensors: Any) -> None:
     )
 
 
-def _add_weights_to_delta(launcher: Launcher, given: tuple[Any, ...], dweights: View) -> None:
+def _add_weights_to_delta(launcher: Launcher, given: tuple[Any, ...], dweights: ScoreView) -> None:
     q, k, _, _, statistics = given
-    _launch_by_rows(launcher, _attention_weights_delta_kernel, q, k, statistics, dweights)
+    tile = config.tile("weights", launcher.problem)
+    _launch_by_rows(launcher, _attention_weights_delta_kernel, tile, q, k, statistics, dweights)
 
 
 def _keys_and_values(
     launcher: Launcher,
     given: tuple[Any, ...],
-    dweights: View | None,
+    dweights: ScoreView | None,
     dk: Tensor | None,
     dv: Tensor | None,
 ) -> None:
@@ -216,7 +230,7 @@ def _keys_and_values(
 
 
 def _queries(
-    launcher: Launcher, given: tuple[Any, ...], dweights: View | None, dq: Tensor | None
+    launcher: Launcher, given: tuple[Any, ...], dweights: ScoreView | None, dq: Tensor | None
 ) -> None:
     if dq is None:
         return
@@ -237,9 +251,9 @@ def _queries(
     launcher.launch_best("dq", run)
 
 
-def _bias(launcher: Launcher, given: tuple[Any, ...], dweights: View | None, dbias: Tensor) -> None:
+def _bias(launcher: Launcher, given: tuple[Any, ...], dweights: ScoreView | None, dbias: Tensor) -> None:
     plan = launcher.plan
-    tile = config.tile("bias", plan.problem)
+    tile = config.tile("bias", launcher.problem)
     sizes = tuple(dbias.shape)
     whole = (plan.batch, plan.num_heads, plan.seqlen_q, plan.seqlen_k)
     if 0 in whole:

@@ -18,8 +18,8 @@ from ....runtime.triton import device as triton_device
 from ....runtime.triton import tuning
 from ..problem import LOWER_RIGHT, NONE, Operands, Options
 from . import config
-from .padding import key_ranges
-from .primitives import ScoreParams, Sizes, Terms, View, Visits
+from .padding import padding_of
+from .primitives import STRIDE_SHIFT, ScoreParams, ScoreView, Sizes, Terms, View, Visits
 from .tiles import AttentionTile
 from .visits import MaskCells, mask_cells, own_sizes, visits
 
@@ -47,21 +47,52 @@ class KernelConfig(str):
         return f"KernelConfig({self})"
 
 
+# Offsets within a tile of rows take 32 bits: up to 128 rows this far apart.
+FAR_ROWS = 1 << 24
+
+
+def has_far_rows(tensor: Tensor) -> bool:
+    """Whether rows of (B, H, L, D) are too far apart for the kernels."""
+    return tensor.dim() == 4 and max(tensor.stride()[2:]) >= FAR_ROWS
+
+
 def view_of(tensor: Tensor | None) -> View | None:
+    """A tensor as a kernel sees it; a dense copy where its rows are too far apart."""
     if tensor is None:
         return None
-    if tensor.dtype == torch.bool:
-        tensor = tensor.view(torch.uint8)
+    if has_far_rows(tensor):
+        tensor = tensor.contiguous()
     return View(tensor, tensor.stride())
 
 
-def broadcast_view(tensor: Tensor | None) -> View | None:
-    """A view that takes any index in a dimension of size 1."""
-    view = view_of(tensor)
-    if tensor is None or view is None:
+def score_view(tensor: Tensor | None, seqlen_k: int) -> ScoreView | None:
+    """A view of what has an element for each score; it takes any index in a dimension of size 1.
+
+    (B, H, Lq, Lk), or without the last dimension for what each row of scores has one of.
+    """
+    if tensor is None:
         return None
-    strides = zip(tensor.shape, view.strides, strict=True)
-    return View(view.ptr, tuple([0 if size == 1 else stride for size, stride in strides]))
+    sizes = zip(tensor.shape[:3], tensor.stride(), strict=False)
+    outer = [_shifted(0 if size == 1 else stride) for size, stride in sizes]
+    if tensor.dim() == 3:
+        return ScoreView(tensor, tuple(outer))
+    bytes_of_bool = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    last = tensor.stride(3) if tensor.shape[3] > 1 else int(seqlen_k == 1)
+    return ScoreView(bytes_of_bool, (*outer, last))
+
+
+def _shifted(stride: int) -> int:
+    """As `primitives.stride_of` takes it: neither 1 nor a multiple of 16."""
+    return (stride << STRIDE_SHIFT.value) + 8
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether rows start, and end, at multiples of 16 elements."""
+    *outer, last = [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return last <= 1 and all(stride % 16 == 0 for stride in outer)
 
 
 _NO_TERMS = Terms(*[None] * (len(Terms._fields)))
@@ -74,11 +105,13 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 def _terms(operands: Operands) -> Terms:
     if not [x for x in operands[3:] if x is not None]:
         return _NO_TERMS
+    seqlen_k = operands.k.shape[2]
+    padding, key_ranges = padding_of(operands.key_padding_mask)
     return Terms(
-        bias=broadcast_view(operands.bias),
-        mask=broadcast_view(operands.mask),
-        padding=view_of(operands.key_padding_mask),
-        key_ranges=key_ranges(operands.key_padding_mask),
+        bias=score_view(operands.bias, seqlen_k),
+        mask=score_view(operands.mask, seqlen_k),
+        padding=padding,
+        key_ranges=key_ranges,
         key_lengths=view_of(operands.key_lengths),
         alibi_slopes=view_of(operands.alibi_slopes),
         cu_seqlens_q=_dense(operands.cu_seqlens_q),
@@ -118,22 +151,18 @@ class LaunchPlan:
         self.group = num_heads // num_heads_kv
         sizes = Sizes(num_heads, self.group, seqlen_q, seqlen_k)
         self.scalars = (*sizes, *_score_params(options))
-        band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
-        self.name = self.problem.name(band)
-        self.configs: dict[AttentionTile, KernelConfig] = {}
+        self.band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
+        self.configs: dict[tuple[AttentionTile, bool], KernelConfig] = {}
         self.constants = {
             "HEAD_DIM": head_dim,
             "HEAD_DIM_V": v_shape[3],
             "BLOCK_D": config.padded_size(head_dim),
             "BLOCK_DV": config.padded_size(v_shape[3]),
-            "BAND": band,
+            "BAND": self.band,
             "SOFTCAP": options.softcap > 0,
             # The short path scales after the maximum, which takes a positive scale.
             "MODIFIED": options.softcap > 0 or options.scale <= 0 or bias or mask or alibi,
             "PRECISION": precision,
-            # The compiler is told of lengths where tensors end with the keys: their strides tell it
-            # as much already.
-            "ALIGNED": (bias or mask or dweights) and not self.packed and seqlen_k % 16 == 0,
         }
         multiprocessors = triton_device.multiprocessors(device)
         self.decode_rows = self.seqlen_q * self.group
@@ -186,18 +215,33 @@ class Launcher:
         )
         self.terms = _terms(operands)
         self._products = products
+        self.align(bias, mask, dweights)
         self._mask_cells: MaskCells | None = None
         self._visits: dict[tuple[int, int, bool], Visits] = {}
 
+    def align(self, *tensors: Tensor | None) -> None:
+        """Tell the compiler if all rows of these start and end at multiples of 16 elements.
+
+        They have an element for each score. Nothing is said where there are none: a kernel that
+        knows of lengths is another one.
+        """
+        given = [tensor for tensor in tensors if tensor is not None]
+        whole = self.plan.seqlen_k % 16 == 0
+        self._aligned = bool(given) and whole and all(map(_is_aligned, given))
+        self.problem = self.plan.problem
+        if given and not self._aligned:
+            self.problem = self.problem._replace(ragged=True)
+
     def config(self, tile: AttentionTile, **more: Any) -> KernelConfig:
         """Compile-time constants of a kernel of this call."""
-        found = None if more else self.plan.configs.get(tile)
+        found = None if more else self.plan.configs.get((tile, self._aligned))
         if found is None:
+            more["ALIGNED"] = self._aligned
             constants = (*self.plan.constants.items(), *more.items())
             interpreted = self.plan.problem.arch == triton_device.INTERPRETER
             found = _config(tile, constants, interpreted)
-            if not more:
-                self.plan.configs[tile] = found
+            if len(more) == 1:
+                self.plan.configs[tile, self._aligned] = found
         return found
 
     def launch_best(self, kernel: str, run: Callable[[AttentionTile], None]) -> None:
@@ -208,12 +252,13 @@ class Launcher:
             run: launches it with a tile; may be called several times.
         """
         plan = self.plan
+        name = self.problem.name(plan.band)
         if kernel == "decode":
-            candidates = config.decode_candidates(plan.decode_rows, plan.problem)
-            key = (kernel, f"{plan.name}, {candidates[0].block_m} rows")
+            candidates = config.decode_candidates(plan.decode_rows, self.problem)
+            key = (kernel, f"{name}, {candidates[0].block_m} rows")
         else:
-            candidates = config.candidates(kernel, plan.problem)
-            key = (kernel, plan.name)
+            candidates = config.candidates(kernel, self.problem)
+            key = (kernel, name)
         tuning.launch_best(self.operands.q.device, key, candidates, run)
 
     def terms_of(self, tile: AttentionTile, of_keys: bool = False) -> Terms:
@@ -240,7 +285,9 @@ class Launcher:
         if not config.lists_pay(plan.problem, math.prod(own_sizes(mask)), scores, products):
             return self.terms
         if self._mask_cells is None:
-            self._mask_cells = mask_cells(mask, plan.seqlen_q, plan.seqlen_k)
+            self._mask_cells = mask_cells(
+                mask, self.terms.mask, plan.seqlen_q, plan.seqlen_k, _is_aligned(mask)
+            )
         key = (tile.block_m, tile.block_n, of_keys)
         if key not in self._visits:
             self._visits[key] = visits(self._mask_cells, *key)

@@ -22,12 +22,29 @@ LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 
 
+# Rows of the copy of a padding mask are a multiple of this long, whatever the number of keys.
+ROW_UNIT = tl.constexpr(16)
+
+# Outer strides go by lengths, and Triton compiles a kernel anew where a number in a tuple is 1 or a
+# multiple of 16: shifted, with a bit below, none is. From 2^23 on they take 64 bits so, and with
+# them what is within a tile.
+STRIDE_SHIFT = tl.constexpr(8)
+
+
+class ScoreView(NamedTuple):
+    """A tensor with an element for each score, (B, H, Lq, Lk), as a kernel sees it."""
+
+    ptr: Any
+    strides: Any  # the outer three shifted, see `stride_of`; a broadcast dimension has stride 0
+    last: Any = 1  # as that of View
+
+
 class Terms(NamedTuple):
     """The optional operands of a call; None for an absent one."""
 
-    bias: Any  # View (B, H, Lq, Lk)
-    mask: Any  # View (B, H, Lq, Lk), bytes
-    padding: Any  # View (B, Lk), bytes
+    bias: Any  # ScoreView
+    mask: Any  # ScoreView, bytes
+    padding: Any  # (B, Lk) bytes, rows as by `padding.stride`
     key_ranges: Any  # (B, 3) int32: first key of the padding mask, past the last, any hole between
     key_lengths: Any  # View (B,) int64
     alibi_slopes: Any  # View (H,)
@@ -137,15 +154,26 @@ def head_of(view, batch, head):
 
 
 @triton.jit
-def elements_of(view, batch, head, origin, row, col):
-    """Pointers to (row, col) of one head of one batch element.
+def stride_of(view, dim: tl.constexpr, ALIGNED: tl.constexpr):
+    """An outer stride of a `ScoreView`; ALIGNED: a multiple of 16, and the compiler knows it."""
+    stride = view.strides[dim] >> STRIDE_SHIFT
+    if ALIGNED:
+        stride = stride // 16 * 16
+    return stride
+
+
+@triton.jit
+def elements_of(view, batch, head, origin, row, col, ALIGNED: tl.constexpr):
+    """Pointers to (row, col) of one head of one batch element of a `ScoreView`.
 
     `origin` is the tile's first row and column: its place is a 64-bit scalar, what is within the
     tile takes 32 bits.
     """
     m0, n0 = origin
-    stride_m, stride_n = view.strides[2], view.strides[3]
-    base = head_of(view, batch, head) + m0.to(tl.int64) * stride_m + n0.to(tl.int64) * stride_n
+    stride_m, stride_n = stride_of(view, 2, ALIGNED), view.strides[3]
+    base = view.ptr + batch.to(tl.int64) * stride_of(view, 0, ALIGNED)
+    base += head.to(tl.int64) * stride_of(view, 1, ALIGNED)
+    base += m0.to(tl.int64) * stride_m + n0.to(tl.int64) * stride_n
     return base + ((row - m0) * stride_m + (col - n0) * stride_n)
 
 

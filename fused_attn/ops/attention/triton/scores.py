@@ -39,7 +39,8 @@ def tanh(x):
 
 
 @triton.jit
-def load_terms(m0, n0, row, col, sequence, head, terms, INSIDE: tl.constexpr):
+def load_terms(m0, n0, row, col, sequence, head, terms, INSIDE: tl.constexpr,
+               CONFIG: tl.constexpr):  # fmt: skip
     """A tile of bias and bool mask; 0 for what is absent. INSIDE: all keys of the tile exist.
 
     To be called before the tile's q k^T. The compiler's choice of layouts depends on that order:
@@ -48,17 +49,18 @@ def load_terms(m0, n0, row, col, sequence, head, terms, INSIDE: tl.constexpr):
     bias = 0.0
     keep = 0
     if terms.bias is not None:
-        bias = load_scores(terms.bias, m0, n0, row, col, sequence, head, INSIDE)
+        bias = load_scores(terms.bias, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
     if terms.mask is not None:
-        keep = load_scores(terms.mask, m0, n0, row, col, sequence, head, INSIDE)
+        keep = load_scores(terms.mask, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
     return bias, keep
 
 
 @triton.jit
-def load_scores(view, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr):
+def load_scores(view, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr,
+                CONFIG: tl.constexpr):  # fmt: skip
     """A tile of a tensor that has an element for each score; as `load_terms`."""
     row = tl.minimum(row, sequence.len_q - 1)
-    pointers = elements_of(view, sequence.index, head, (m0, n0), row, col)
+    pointers = elements_of(view, sequence.index, head, (m0, n0), row, col, CONFIG.ALIGNED)
     if INSIDE:
         return tl.load(pointers)
     return tl.load(pointers, mask=col < sequence.len_k, other=0)
@@ -93,7 +95,7 @@ def score(qk, loaded, row, col, sequence, head, terms, params, CONFIG: tl.conste
 
 
 @triton.jit
-def hide(s, row, col, bounds, sequence, terms, TRANSPOSED: tl.constexpr):
+def hide(s, row, col, bounds, sequence, terms, sizes, TRANSPOSED: tl.constexpr):
     """`s`, -inf outside the bounds, of keys or, TRANSPOSED, of queries, and where keys are padding.
 
     (The bounds of queries are empty where a key is padding.)
@@ -102,15 +104,15 @@ def hide(s, row, col, bounds, sequence, terms, TRANSPOSED: tl.constexpr):
     position = row if TRANSPOSED else col
     s = tl.where((position >= low) & (position < high), s, -INFINITY)
     if not TRANSPOSED and terms.padding is not None:
-        present = load_padding(col, col < sequence.len_k, sequence.index, terms)
+        present = load_padding(col, col < sequence.len_k, sequence.index, terms, sizes)
         s = tl.where(present != 0, s, -INFINITY)
     return s
 
 
 @triton.jit
 def scores(left, right, from_left, from_right, m0, n0, row, col, bounds, sequence, head, terms,
-           params, noisy, MASKED: tl.constexpr, IN_ORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
-           CONFIG: tl.constexpr):  # fmt: skip
+           sizes, params, noisy, MASKED: tl.constexpr, IN_ORDER: tl.constexpr,
+           TRANSPOSED: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """(s, scale, slope) as by `score` of a tile, where -inf is hidden, and the products.
 
     MASKED: something of the tile may be hidden by position or padding, or lie outside.
@@ -120,7 +122,7 @@ def scores(left, right, from_left, from_right, m0, n0, row, col, bounds, sequenc
     """
     LEFT: tl.constexpr = CONFIG.BLOCK_N if TRANSPOSED else CONFIG.BLOCK_M
     RIGHT: tl.constexpr = CONFIG.BLOCK_M if TRANSPOSED else CONFIG.BLOCK_N
-    loaded = load_terms(m0, n0, row, col, sequence, head, terms, not MASKED)
+    loaded = load_terms(m0, n0, row, col, sequence, head, terms, not MASKED, CONFIG)
     if IN_ORDER:
         qk = products_in_order(from_left, from_right, sequence.index, LEFT, RIGHT, CONFIG.HEAD_DIM)
     else:
@@ -132,7 +134,7 @@ def scores(left, right, from_left, from_right, m0, n0, row, col, bounds, sequenc
                                        CONFIG.HEAD_DIM)  # fmt: skip
     s, scale, slope = score(qk, loaded, row, col, sequence, head, terms, params, CONFIG)
     if MASKED:
-        s = hide(s, row, col, bounds, sequence, terms, TRANSPOSED)
+        s = hide(s, row, col, bounds, sequence, terms, sizes, TRANSPOSED)
     return s, scale, slope, qk
 
 
@@ -146,7 +148,7 @@ def probabilities(left, right, from_left, from_right, m0, n0, row, col, bounds, 
     As `scores`; where its products are in order, or may be, a probability is at most 1.
     """
     s, scale, slope, _qk = scores(left, right, from_left, from_right, m0, n0, row, col, bounds,
-                                  sequence, head, terms, params, noisy, MASKED, IN_ORDER,
+                                  sequence, head, terms, sizes, params, noisy, MASKED, IN_ORDER,
                                   TRANSPOSED, CONFIG)  # fmt: skip
     CAREFUL: tl.constexpr = IN_ORDER or (noisy is not None)
     at = first_row(sequence, head, sizes) + tl.minimum(row, sequence.len_q - 1)

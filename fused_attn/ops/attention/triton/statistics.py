@@ -20,10 +20,10 @@ from .primitives import (
     ScoreParams,
     Sizes,
     first_row,
-    head_of,
     load_rows,
     locate,
     row_products_in_order,
+    stride_of,
 )
 from .scores import COARSE, scores, softmax_update
 from .visibility import keys_of_query, tile_at, visible_keys, walk
@@ -77,7 +77,7 @@ def _softmax_of_rows(query, from_q, k, m0, sequence, head, keys, a, b, visited, 
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
         s, scale, _slope, qk = scores(
             query, key, from_q, (k, head_kv, first_key, last), m0, n0, row, col, bounds, sequence,
-            head, terms, params, None, True, IN_ORDER, False, CONFIG,
+            head, terms, sizes, params, None, True, IN_ORDER, False, CONFIG,
         )  # fmt: skip
         _p, _shrink, peak, total = softmax_update(s, scale, peak, total, True, True)
         product = tl.where(s == -INFINITY, 0.0, tl.abs(qk * params.scale))
@@ -100,8 +100,9 @@ def _delta(out, dout, dlse, m0, noisy, sequence, head, CONFIG: tl.constexpr):
             CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V,
         )  # fmt: skip
     if dlse is not None:
-        row = tl.minimum(first_query + tl.arange(0, CONFIG.BLOCK_M), last)
-        shares = head_of(dlse, sequence.index, head) + row.to(tl.int64) * dlse.strides[2]
+        row = tl.minimum(first_query + tl.arange(0, CONFIG.BLOCK_M), last).to(tl.int64)
+        shares = dlse.ptr + sequence.index * stride_of(dlse, 0, False)
+        shares += head.to(tl.int64) * stride_of(dlse, 1, False) + row * stride_of(dlse, 2, False)
         delta -= tl.load(shares)
     return delta
 

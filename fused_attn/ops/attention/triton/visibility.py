@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .primitives import ROW_UNIT
+
 
 @triton.jit
 def present_keys(terms, batch, len_k):
@@ -55,7 +57,8 @@ def visible_keys(m0, sequence, terms, params, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def visible_queries(n0, sequence, terms, params, BOUNDED: tl.constexpr, CONFIG: tl.constexpr):
+def visible_queries(n0, sequence, terms, sizes, params, BOUNDED: tl.constexpr,
+                    CONFIG: tl.constexpr):  # fmt: skip
     """As `visible_keys`, for the queries that see a key of the BLOCK_N from n0 on.
 
     The first two bounds are those of each key, (BLOCK_N, 1). BOUNDED: no tile is full in which
@@ -79,7 +82,7 @@ def visible_queries(n0, sequence, terms, params, BOUNDED: tl.constexpr, CONFIG: 
     high = tl.where(end_n > low_n, tl.maximum(high, low), low)
     tiles = split_tiles(low, high, full_low, full_high, CONFIG.BLOCK_M)
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
-    return queries_of_key(col, sequence, first, end, terms, params, CONFIG), tiles
+    return queries_of_key(col, sequence, first, end, terms, sizes, params, CONFIG), tiles
 
 
 @triton.jit
@@ -94,11 +97,11 @@ def keys_of_query(row, sequence, first, end, params, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def queries_of_key(col, sequence, first, end, terms, params, CONFIG: tl.constexpr):
+def queries_of_key(col, sequence, first, end, terms, sizes, params, CONFIG: tl.constexpr):
     """Queries [low, high) that may see a key by position; none for a key that is not present."""
     present = (col >= first) & (col < end)
     if terms.padding is not None:
-        present = present & (load_padding(col, present, sequence.index, terms) != 0)
+        present = present & (load_padding(col, present, sequence.index, terms, sizes) != 0)
     low = col * 0
     high = tl.where(present, sequence.len_q, 0)
     if CONFIG.BAND:
@@ -108,11 +111,10 @@ def queries_of_key(col, sequence, first, end, terms, params, CONFIG: tl.constexp
 
 
 @triton.jit
-def load_padding(col, inside, index, terms):
+def load_padding(col, inside, index, terms, sizes):
     """The padding mask's bytes of some keys, 0 for those that are not `inside`."""
-    strides = terms.padding.strides
-    pointers = terms.padding.ptr + index * strides[0] + col.to(tl.int64) * strides[1]
-    return tl.load(pointers, mask=inside, other=0)
+    row = terms.padding + index * (tl.cdiv(sizes.seqlen_k, ROW_UNIT) * ROW_UNIT)
+    return tl.load(row + col, mask=inside, other=0)
 
 
 @triton.jit

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
-from ....runtime.triton.rows import View
-from .primitives import Visits, head_of
+from .primitives import ScoreView, Visits, stride_of
 
 GRAIN = 16  # no tile is smaller
 _CHUNK = 64  # tiles that a program looks at together
@@ -40,8 +39,10 @@ def _mask_cells_kernel(
     strip, plane = program % down, program // down
     row = (strip * ROWS + tl.arange(0, ROWS))[:, None]
     col = (block * COLS + tl.arange(0, COLS))[None, :]
-    pointers = head_of(mask, plane // num_heads, plane % num_heads)
-    pointers += row.to(tl.int64) * mask.strides[2] + col.to(tl.int64) * mask.strides[3]
+    pointers = mask.ptr + (plane // num_heads).to(tl.int64) * stride_of(mask, 0, ALIGNED)
+    pointers += (plane % num_heads).to(tl.int64) * stride_of(mask, 1, ALIGNED)
+    pointers += row.to(tl.int64) * stride_of(mask, 2, ALIGNED)
+    pointers += col.to(tl.int64) * mask.strides[3]
     shown = tl.load(pointers, mask=(row < num_rows) & (col < num_cols), other=0) != 0
     shown = tl.reshape(shown.to(tl.int32), [4, GRAIN, 16, GRAIN])
     shown = tl.max(tl.max(shown, 3), 1)
@@ -94,8 +95,14 @@ def own_sizes(mask: Tensor) -> tuple[int, ...]:
     return tuple([1 if stride == 0 else size for size, stride in strides])
 
 
-def mask_cells(mask: Tensor, seqlen_q: int, seqlen_k: int) -> MaskCells:
-    """Read a mask once."""
+def mask_cells(
+    mask: Tensor, view: ScoreView, seqlen_q: int, seqlen_k: int, aligned: bool
+) -> MaskCells:
+    """Read a mask once.
+
+    Args:
+        aligned: its rows start at multiples of 16 elements.
+    """
     batch, num_heads, rows, cols = own_sizes(mask)
     whole = (triton.cdiv(seqlen_q, GRAIN), triton.cdiv(seqlen_k, GRAIN))
     shape = (batch, num_heads, triton.cdiv(rows, GRAIN), triton.cdiv(cols, GRAIN))
@@ -104,8 +111,7 @@ def mask_cells(mask: Tensor, seqlen_q: int, seqlen_k: int) -> MaskCells:
     triton_device.launch(
         _mask_cells_kernel,
         programs,
-        *(View(mask.view(torch.uint8), mask.stride()), cells, num_heads, rows, cols),
-        *(GRAIN, cols % 16 == 0),
+        *(view, cells, num_heads, rows, cols, GRAIN, aligned and cols % 16 == 0),
         warps=4,
         stages=1,
     )

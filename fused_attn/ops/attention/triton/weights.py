@@ -71,7 +71,7 @@ def _attention_weights_kernel(
                                          params, CONFIG)  # fmt: skip
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     col = n0 + tl.arange(0, CONFIG.BLOCK_N)[None, :]
-    target = elements_of(weights, batch, first_head, (m0, n0), row, col)
+    target = elements_of(weights, batch, first_head, (m0, n0), row, col, CONFIG.ALIGNED)
     inside = (row < seqlen_q) & (col < seqlen_k)
     tl.store(target, (acc / members).to(weights.ptr.dtype.element_ty), mask=inside)
 
@@ -97,7 +97,8 @@ def _attention_weights_delta_kernel(
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
         p = dropped_probabilities(q, k, statistics, m0, n0, sequence, head, terms, sizes, params,
                                   CONFIG)  # fmt: skip
-        dp = load_dweights(dweights, m0, n0, row[:, None], col[None, :], sequence, head, False)
+        dp = load_dweights(dweights, m0, n0, row[:, None], col[None, :], sequence, head, False,
+                           CONFIG)  # fmt: skip
         total += tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
     target = statistics.delta + first_row(sequence, head, sizes) + row
     inside = row < sequence.len_q
