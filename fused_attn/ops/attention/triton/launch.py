@@ -251,7 +251,9 @@ def _queries(
     launcher.launch_best("dq", run)
 
 
-def _bias(launcher: Launcher, given: tuple[Any, ...], dweights: ScoreView | None, dbias: Tensor) -> None:
+def _bias(
+    launcher: Launcher, given: tuple[Any, ...], dweights: ScoreView | None, dbias: Tensor
+) -> None:
     plan = launcher.plan
     tile = config.tile("bias", launcher.problem)
     sizes = tuple(dbias.shape)

@@ -39,8 +39,9 @@ class KernelConfig(str):
     def __new__(cls, **values: Any) -> KernelConfig:
         config = super().__new__(cls, ", ".join(f"{k}={v}" for k, v in values.items()))
         for name, value in values.items():
-            constant = value if isinstance(value, KernelConfig) else tl.constexpr(value)
-            setattr(config, name, constant)
+            # The interpreter takes a constant within a constant for what it is.
+            bare = isinstance(value, KernelConfig) and triton_device.interpreted()
+            setattr(config, name, value if bare else tl.constexpr(value))
         return config
 
     def __repr__(self) -> str:
