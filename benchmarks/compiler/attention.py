@@ -12,7 +12,9 @@ from fused_attn.ops.attention.problem import Causal, Operands, make_options
 from fused_attn.ops.attention.triton import config, launch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_LENGTH = 2048
+# Tiles of a bias, a mask and the gradient of the weights are copied 16 bytes at a time where the
+# length is a multiple of 16, and element by element where it is odd: another kernel.
+_LENGTH, _ODD = 2048, 2047
 
 
 def calls(arch: int | str, everything: bool) -> dict[str, Callable[[], None]]:
@@ -23,13 +25,17 @@ def calls(arch: int | str, everything: bool) -> dict[str, Callable[[], None]]:
             128 on sm_90, and elsewhere what differs most.
     """
     kinds = ("full", "causal", "bias", "mask", "dropout", "weights", "everything")
+    with_odd = ("bias", "mask", "weights", "everything")
     result: dict[str, Callable[[], None]] = {}
     for dtype in ("bf16", "fp32"):
         for head_dim in (64, 128, 256):
             for kind in kinds:
                 if everything or _is_telling(arch, dtype, head_dim, kind):
                     name = f"attention {dtype} {head_dim} {kind}"
-                    result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind)
+                    result[name] = functools.partial(_run, _DTYPES[dtype], head_dim, kind, _LENGTH)
+                    if kind in with_odd:
+                        run = functools.partial(_run, _DTYPES[dtype], head_dim, kind, _ODD)
+                        result[f"{name} odd"] = run
             for kind, rows in (("", 4), ("", config.MAX_DECODE_ROWS), (" masked", 4)):
                 if everything or (dtype == "bf16" and head_dim == 128 and kind == "" and rows == 4):
                     run = functools.partial(_decode, _DTYPES[dtype], head_dim, rows, kind != "")
@@ -50,34 +56,34 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _run(dtype: torch.dtype, head_dim: int, kind: str) -> None:
-    q = _meta(2, 8, _LENGTH, head_dim, dtype=dtype)
+def _run(dtype: torch.dtype, head_dim: int, kind: str, length: int) -> None:
+    q = _meta(2, 8, length, head_dim, dtype=dtype)
     operands, causal, softcap, dropout_p = Operands(q, q, q), False, 0.0, 0.0
     dbias = dweights = None
     if kind != "full":
         causal = True
     if kind == "bias":
-        operands = operands._replace(bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype))
-        dbias = _meta(1, 8, _LENGTH, _LENGTH)
+        operands = operands._replace(bias=_meta(1, 8, length, length, dtype=dtype))
+        dbias = _meta(1, 8, length, length)
     if kind == "weights":
-        dweights = _meta(2, 1, _LENGTH, _LENGTH)
+        dweights = _meta(2, 1, length, length)
     if kind == "mask":
-        operands = operands._replace(mask=_meta(2, 1, _LENGTH, _LENGTH, dtype=torch.bool))
+        operands = operands._replace(mask=_meta(2, 1, length, length, dtype=torch.bool))
     if kind == "dropout":
         operands, dropout_p = operands._replace(rng=_meta(2, dtype=torch.int64)), 0.1
     if kind == "everything":
         operands = operands._replace(
-            k=_meta(2, 4, _LENGTH, head_dim, dtype=dtype),
-            v=_meta(2, 4, _LENGTH, head_dim, dtype=dtype),
-            bias=_meta(1, 8, _LENGTH, _LENGTH, dtype=dtype),
-            mask=_meta(2, 1, _LENGTH, _LENGTH, dtype=torch.bool),
-            key_padding_mask=_meta(2, _LENGTH, dtype=torch.bool),
+            k=_meta(2, 4, length, head_dim, dtype=dtype),
+            v=_meta(2, 4, length, head_dim, dtype=dtype),
+            bias=_meta(1, 8, length, length, dtype=dtype),
+            mask=_meta(2, 1, length, length, dtype=torch.bool),
+            key_padding_mask=_meta(2, length, dtype=torch.bool),
             alibi_slopes=_meta(8),
             rng=_meta(2, dtype=torch.int64),
         )
         softcap, dropout_p = 30.0, 0.1
-        dbias = _meta(1, 8, _LENGTH, _LENGTH)
-        dweights = _meta(2, 1, _LENGTH, _LENGTH)
+        dbias = _meta(1, 8, length, length)
+        dweights = _meta(2, 1, length, length)
     _launch_all(operands, causal, softcap, dropout_p, dweights, dbias)
 
 
@@ -91,8 +97,8 @@ def _launch_all(
 ) -> None:
     q, k, v = operands[:3]
     options = make_options(
-        max_seqlen_q=_LENGTH,
-        max_seqlen_k=_LENGTH,
+        max_seqlen_q=q.shape[2],
+        max_seqlen_k=q.shape[2],
         head_dim=q.shape[3],
         causal=causal,
         softcap=softcap,

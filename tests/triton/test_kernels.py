@@ -41,7 +41,7 @@ def test_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launch,
         "_decode",
-        lambda call, *rest: decoded.append(call.plan.splits) or decode(call, *rest),
+        lambda launcher, *rest: decoded.append(launcher.plan.splits) or decode(launcher, *rest),
     )
     check_against_oracle(
         functools.partial(run_backend, case, "triton"),
@@ -92,16 +92,16 @@ def test_nothing_beyond_the_tensors_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("case", [Case(seqlen_q=70, seqlen_k=150), Case(causal=True)], ids=str)
 def test_tensor_descriptors_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_attn.ops.attention.triton import call, config
+    from fused_attn.ops.attention.triton import config, launcher
 
     tensors = case.tensors(torch.float32, requires_grad=False)
     skip_unless_supported(case, "triton", tensors)
     expected = run_backend(case, "triton", **tensors)
     made = []
-    describe = call._descriptor
+    describe = launcher._descriptor
     monkeypatch.setattr(config, "has_descriptors", lambda *kind: True)
     monkeypatch.setattr(config, "DESCRIPTOR_SEQLEN", 1)
-    monkeypatch.setattr(call, "_descriptor", lambda *a: made.append(a) or describe(*a))
+    monkeypatch.setattr(launcher, "_descriptor", lambda *a: made.append(a) or describe(*a))
     actual = run_backend(case, "triton", **tensors)
     assert len(made) == 3
     for x, y in zip(actual[:2], expected[:2], strict=True):

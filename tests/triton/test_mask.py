@@ -171,7 +171,7 @@ def test_when_lists_pay() -> None:
     forward, backward = 2, 7
 
     def pays(head_dim: int, planes: int, masks: int, products: int, scores: int = long) -> bool:
-        kind = config.Kind(head_dim, 2, 90, 1, 227 << 10)
+        kind = config.ProblemClass(head_dim, 2, 90, 1, 227 << 10)
         return config.lists_pay(kind, masks * scores, planes * scores, products)
 
     assert pays(64, 8, 1, forward)
@@ -179,7 +179,7 @@ def test_when_lists_pay() -> None:
     assert pays(64, 8, 8, backward)
     assert not pays(64, 8, 1, forward, 512 * 512), "a short call is over before two more launches"
 
-    kind = config.Kind(128, 2, 90, 1, 227 << 10)
+    kind = config.ProblemClass(128, 2, 90, 1, 227 << 10)
     rows, keys = 4, 4096
     decode = config.decode_products(kind, rows)
     for heads, batch, longer in ((8, 16, True), (8, 1, False)):

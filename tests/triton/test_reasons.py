@@ -99,7 +99,7 @@ def test_too_little_shared_memory_is_a_reason_of_the_kernels_that_a_call_runs(de
 
 
 def test_amd_has_less_shared_memory_and_no_tf32(device: Any) -> None:
-    from fused_attn.ops.attention.triton.call import precision
+    from fused_attn.ops.attention.triton.launcher import precision
 
     device(0, 64 * KIB, hip="6.4")
     for head_dim in (64, 128, 256):

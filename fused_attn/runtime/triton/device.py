@@ -187,11 +187,11 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> N
     if _compile_only is not None:
         _compile_only.launch(kernel, args, warps, stages)
     elif programs > 0:
-        key = (id(kernel), args[-1], warps)
-        first = key not in _launched
-        start = time.perf_counter() if first else 0.0
-        kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
-        if first:
+        start = time.perf_counter()
+        compiled = kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
+        # Triton says which specialisation ran; its interpreter does not.
+        key = id(kernel) if compiled is None else id(compiled)
+        if key not in _launched:
             _launched.add(key)
             seconds = time.perf_counter() - start
             _logger.info("first launch of %s took %.2f s", kernel.__name__, seconds)
@@ -215,7 +215,7 @@ def _device_lanes(index: int) -> int:
 
 
 # What has been launched: the first time includes compiling, or reading Triton's cache on disk.
-_launched: set[tuple[int, Any, int]] = set()
+_launched: set[int] = set()
 _logger = logging.getLogger(__name__)
 
 

@@ -28,7 +28,7 @@ SHIPPED = Path(__file__).parents[2] / "tuned"
 _FORMAT = 1
 _MODES = ("off", "read", "on")
 
-Problem = tuple[str, str]  # kernel and class of problems
+Key = tuple[str, str]  # kernel and class of problems
 Timer = Callable[[Callable[[], None]], float]
 
 
@@ -41,8 +41,8 @@ class Trial(NamedTuple):
 
 
 # Files are read when a machine is first asked for.
-_known: dict[triton_device.Machine, dict[Problem, tuple[int, ...]]] = {}
-_chosen: dict[tuple[torch.device, Problem], Any] = {}  # what launches look up
+_known: dict[triton_device.Machine, dict[Key, tuple[int, ...]]] = {}
+_chosen: dict[tuple[torch.device, Key], Any] = {}  # what launches look up
 _trials: _Trials | None = None
 
 
@@ -83,14 +83,14 @@ def trying(timer: Timer | None, again: bool) -> Iterator[dict[str, Trial]]:
 
 def launch_best(
     device: torch.device,
-    problem: Problem,
+    key: Key,
     candidates: Sequence[Any],
     run: Callable[[Any], None],
 ) -> None:
     """For backends: launch a kernel with the best tile that is known, after a trial if one is due.
 
     Args:
-        problem: kernel and class of problems.
+        key: kernel and class of problems.
         candidates: named tuples of integers; the first is the default.
         run: launches the kernel; it is called several times in a trial.
     """
@@ -98,9 +98,9 @@ def launch_best(
     if compiling is not None and compiling.candidate is not None:
         run(candidates[min(compiling.candidate, len(candidates) - 1)])
         return
-    tile = _chosen.get((device, problem)) if _trials is None else None
+    tile = _chosen.get((device, key)) if _trials is None else None
     if tile not in candidates:  # not looked up yet, or none of what fits this call
-        tile = _choose(device, problem, candidates, run, may_try=compiling is None)
+        tile = _choose(device, key, candidates, run, may_try=compiling is None)
     run(tile)
 
 
@@ -112,7 +112,7 @@ def forget() -> None:
 
 def _choose(
     device: torch.device,
-    problem: Problem,
+    key: Key,
     candidates: Sequence[Any],
     run: Callable[[Any], None],
     may_try: bool,
@@ -122,28 +122,28 @@ def _choose(
     if trials is None and how == "on":
         trials = _Trials(_milliseconds, again=False)
     if len(candidates) == 1 or (how == "off" and trials is None):
-        _chosen[device, problem] = candidates[0]
+        _chosen[device, key] = candidates[0]
         return candidates[0]
     machine = triton_device.machine(device)
     if machine not in _known:
         _known[machine] = {} if how == "off" else _read(machine)
-    found = [tile for tile in candidates if tuple(tile) == _known[machine].get(problem)]
-    if problem in _known[machine] and not found:
-        stale = _known[machine].pop(problem)
-        warnings.warn(f"{stale} is no tile for {': '.join(problem)}: ignored", stacklevel=2)
+    found = [tile for tile in candidates if tuple(tile) == _known[machine].get(key)]
+    if key in _known[machine] and not found:
+        stale = _known[machine].pop(key)
+        warnings.warn(f"{stale} is no tile for {': '.join(key)}: ignored", stacklevel=2)
     due = trials is not None and (trials.again or not found)
     if trials is not None and due and may_try and not capturing():
         trial = _try(trials, candidates, run)
-        trials.found[": ".join(problem)] = trial
+        trials.found[": ".join(key)] = trial
         if trial.milliseconds:
             found = [tile for tile in candidates if tuple(tile) == trial.chosen]
-            _known[machine][problem] = trial.chosen
+            _known[machine][key] = trial.chosen
             if how != "off":
-                _write(machine, problem, trial.chosen)
+                _write(machine, key, trial.chosen)
         due = False
     best = found[0] if found else candidates[0]
     if not due:
-        _chosen[device, problem] = best
+        _chosen[device, key] = best
     return best
 
 
@@ -185,8 +185,8 @@ def user_folder() -> Path:
     return Path(cache) / "fused_attn"
 
 
-def _read(machine: triton_device.Machine) -> dict[Problem, tuple[int, ...]]:
-    known: dict[Problem, tuple[int, ...]] = {}
+def _read(machine: triton_device.Machine) -> dict[Key, tuple[int, ...]]:
+    known: dict[Key, tuple[int, ...]] = {}
     for folder in (SHIPPED, user_folder()):  # the user's come last and win
         path = folder / machine.file_name()
         if path.exists():
@@ -197,7 +197,7 @@ def _read(machine: triton_device.Machine) -> dict[Problem, tuple[int, ...]]:
     return known
 
 
-def _parse(path: Path, machine: triton_device.Machine) -> dict[Problem, tuple[int, ...]]:
+def _parse(path: Path, machine: triton_device.Machine) -> dict[Key, tuple[int, ...]]:
     """The choices in a file.
 
     Raises:
@@ -208,7 +208,7 @@ def _parse(path: Path, machine: triton_device.Machine) -> dict[Problem, tuple[in
         raise ValueError(f"it is no file of choices in format {_FORMAT}")
     if content.get("machine") != machine._asdict():
         raise ValueError(f"it is for {content.get('machine')}, this is {machine._asdict()}")
-    choices: dict[Problem, tuple[int, ...]] = {}
+    choices: dict[Key, tuple[int, ...]] = {}
     rows = content.get("choices")
     if not isinstance(rows, list):
         raise ValueError("it holds no list of choices")
@@ -221,13 +221,13 @@ def _parse(path: Path, machine: triton_device.Machine) -> dict[Problem, tuple[in
     return choices
 
 
-def _write(machine: triton_device.Machine, problem: Problem, tile: tuple[int, ...]) -> None:
+def _write(machine: triton_device.Machine, key: Key, tile: tuple[int, ...]) -> None:
     """Add a choice to the user's file; another process sees the old file or the new one."""
     path = user_folder() / machine.file_name()
-    choices: dict[Problem, tuple[int, ...]] = {}
+    choices: dict[Key, tuple[int, ...]] = {}
     with contextlib.suppress(OSError, ValueError):  # a broken one is written anew
         choices = _parse(path, machine)
-    choices[problem] = tile
+    choices[key] = tile
     rows = [[*each, list(best)] for each, best in sorted(choices.items())]
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     header = json.dumps({"format": _FORMAT, "machine": machine._asdict()})[:-1]

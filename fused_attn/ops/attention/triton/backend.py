@@ -37,10 +37,10 @@ def why_not(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def _wanted(problem: AttentionProblem) -> tuple[config.Kind, tuple[str, ...], int]:
+def _wanted(problem: AttentionProblem) -> tuple[config.ProblemClass, tuple[str, ...], int]:
     """What decides the tiles of a call, the kernels that it runs, and the rows of decoding."""
     heavy = ("bias", "mask", "key_padding_mask", "rng")
-    kind = config.Kind(
+    kind = config.ProblemClass(
         max(problem.head_dim, problem.head_dim_v),
         problem.dtype.itemsize,
         triton_device.arch(problem.device),

@@ -10,100 +10,77 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import softmax_update
 from .primitives import (
     INFINITY,
     LN2,
+    LOG2E,
+    SCALARS,
+    ScoreParams,
+    Sizes,
+    first_row,
     head_of,
-    hide_keys,
-    keep_mask,
-    keys_of_query,
+    load_packed_rows,
     load_rows,
-    load_terms,
     locate,
-    only_seen,
-    present_keys,
-    score,
-    tile_at,
-    visible_keys,
-    walk,
 )
+from .scores import keep_mask, only_seen, scores, softmax_update
+from .visibility import keys_of_query, tile_at, visible_keys, walk
 
 
-@triton.jit
-def _load_packed_rows(q, index, head, position, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-                      col0=0):  # fmt: skip
-    """Rows of several heads, (rows, BLOCK), from column `col0` on."""
-    col = col0 + tl.arange(0, BLOCK)
-    pointers = head_of(q, index, head) + position.to(tl.int64) * q.strides[2]
-    pointers = pointers[:, None] + col[None, :] * q.strides[3]
-    return tl.load(pointers, mask=valid[:, None] & (col[None, :] < SIZE), other=0.0)
-
-
-@triton.jit(do_not_specialize=["sizes", "scalars", "splits", "max_seqlen_q"])
+@triton.jit(do_not_specialize=[*SCALARS, "splits", "max_seqlen_q"])
 def _attention_decode_kernel(
-    q, k, v, partial, peaks, totals, terms, sizes, scalars, splits, max_seqlen_q,
-    CONFIG: tl.constexpr,
+    q, k, v, partial, peaks, totals, terms, num_heads, group, seqlen_q, seqlen_k, scale, softcap,
+    left, right, lower_right, threshold, keep_scale, splits, max_seqlen_q, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for all queries of one key head; unnormalised."""
+    sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
     split, plane = tl.program_id(0) % splits, tl.program_id(0) // splits
-    num_heads_kv = sizes.num_heads // sizes.group
+    num_heads_kv = num_heads // group
     batch, head_kv = plane // num_heads_kv, plane % num_heads_kv
-    start_q, len_q, start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
+    sequence = locate(terms, sizes, params, batch, CONFIG)
     packed = tl.arange(0, CONFIG.BLOCK_M)
-    head, row = head_kv * sizes.group + packed % sizes.group, packed // sizes.group
-    valid = row < len_q
-    query = _load_packed_rows(q, index, head, start_q + row, valid, CONFIG.HEAD_DIM, CONFIG.BLOCK_D)
+    head, row = head_kv * group + packed % group, packed // group
+    position = tl.where(row < sequence.len_q, sequence.start_q + row, -1)
+    query = load_packed_rows(q, sequence.index, head, position, CONFIG.HEAD_DIM, CONFIG.BLOCK_D)
 
-    first, end, holes = present_keys(terms, batch, len_k)
     zero = batch * 0
-    low, high, tile_n, _full, _past_full, past = visible_keys(
-        zero, len_q, shift, first, end, holes, scalars, CONFIG
-    )
+    keys, tiles = visible_keys(zero, sequence, terms, params, CONFIG)
+    low, high, first, end = keys
     # All heads of the group share the list of the first, and splits share what it holds.
-    visited, a, b, _c, _d = walk(terms, batch, head_kv * sizes.group, zero, (tile_n, past, 0, 0))
+    visited, a, b, _c, _d = walk(terms, sequence, head_kv * group, zero, (tiles[0], tiles[3], 0, 0))
     share = tl.cdiv(b - a, splits)
     start = a + split * share
-    row_low, row_high = keys_of_query(row[:, None], len_q, shift, first, end, scalars, CONFIG)
+    bounds = keys_of_query(row[:, None], sequence, first, end, params, CONFIG)
     acc = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_DV], tl.float32)
     peak = tl.full([CONFIG.BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
-    last = start_k + len_k - 1
+    last = sequence.start_k + sequence.len_k - 1
     heads = head[:, None]
     for i in tl.range(start, tl.minimum(start + share, b)):
         n0 = tile_at(i, b, b, visited, terms) * CONFIG.BLOCK_N
+        first_key = sequence.start_k + n0
         col = n0 + tl.arange(0, CONFIG.BLOCK_N)
-        key = load_rows(k, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
+        key = load_rows(k, None, sequence.index, head_kv, first_key, last, CONFIG.BLOCK_N,
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
-        loaded = load_terms((zero, n0), row[:, None], col[None, :], len_q, len_k, index, heads,
-                            terms, False)  # fmt: skip
-        if CONFIG.BLOCK_D <= CONFIG.CHUNK:
-            qk = tl.dot(query, tl.trans(key), input_precision=CONFIG.PRECISION)
-        else:  # as in `primitives.products`
-            qk = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_N], tl.float32)
-            for col0 in tl.range(0, CONFIG.HEAD_DIM, CONFIG.CHUNK, disable_licm=True):
-                left = _load_packed_rows(q, index, head, start_q + row, valid, CONFIG.HEAD_DIM,
-                                         CONFIG.CHUNK, col0)  # fmt: skip
-                right = load_rows(k, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
-                                  CONFIG.HEAD_DIM, CONFIG.CHUNK, False, col0)  # fmt: skip
-                qk = tl.dot(left, tl.trans(right), qk, input_precision=CONFIG.PRECISION)
-        s, factor, _slope = score(
-            qk, loaded, row[:, None], col[None, :], len_q, len_k, heads, terms, scalars, CONFIG
-        )
-        s = hide_keys(s, col[None, :], row_low, row_high, len_k, index, terms)
-        p, shrink, peak, total = softmax_update(s, factor, peak, total, True)
+        s, unit, _slope, _qk = scores(
+            query, key, (q, head, position, None), (k, head_kv, first_key, last), zero, n0,
+            row[:, None], col[None, :], bounds, sequence, heads, terms, sizes, params, None, True,
+            False, False, CONFIG,
+        )  # fmt: skip
+        p, shrink, peak, total = softmax_update(s, unit, peak, total, True, True)
         kept = p
         if terms.rng is not None:
-            keep = keep_mask(terms, scalars, row, n0, batch * sizes.num_heads + heads,
-                             CONFIG.BLOCK_M, CONFIG.BLOCK_N)  # fmt: skip
+            keep = keep_mask(row, n0, sequence, heads, terms, sizes, params, CONFIG.BLOCK_M,
+                             CONFIG.BLOCK_N)  # fmt: skip
             kept = tl.where(keep != 0, p, 0.0)
-        value = load_rows(v, None, index, head_kv, start_k + n0, last, CONFIG.BLOCK_N,
+        value = load_rows(v, None, sequence.index, head_kv, first_key, last, CONFIG.BLOCK_N,
                           CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
         value = only_seen(value, p, col, low, high, terms)
         acc = tl.dot(kept.to(value.dtype), value, acc * shrink[:, None],
                      input_precision=CONFIG.PRECISION)  # fmt: skip
 
-    at = (batch * sizes.num_heads + head).to(tl.int64) * max_seqlen_q + row
+    at = (batch * num_heads + head).to(tl.int64) * max_seqlen_q + row
     at = at * splits + split
     col = tl.arange(0, CONFIG.BLOCK_DV)
     pointers = partial + at[:, None] * CONFIG.BLOCK_DV + col[None, :]
@@ -112,16 +89,18 @@ def _attention_decode_kernel(
     tl.store(totals + at, total, mask=row < max_seqlen_q)
 
 
-@triton.jit(do_not_specialize=["sizes", "scalars", "splits", "max_seqlen_q"])
+@triton.jit(do_not_specialize=[*SCALARS, "splits", "max_seqlen_q"])
 def _attention_combine_kernel(
-    partial, peaks, totals, out, lse, terms, sizes, scalars, splits, max_seqlen_q,
-    CONFIG: tl.constexpr,
+    partial, peaks, totals, out, lse, terms, num_heads, group, seqlen_q, seqlen_k, scale, softcap,
+    left, right, lower_right, threshold, keep_scale, splits, max_seqlen_q, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One row of the output from its splits."""
+    sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
     row, plane = tl.program_id(0) % max_seqlen_q, tl.program_id(0) // max_seqlen_q
-    batch, head = plane // sizes.num_heads, plane % sizes.num_heads
-    start_q, len_q, _start_k, _len_k, _shift, index = locate(terms, sizes, scalars, batch)
-    if row >= len_q:
+    sequence = locate(terms, sizes, params, plane // num_heads, CONFIG)
+    head = plane % num_heads
+    if row >= sequence.len_q:
         return
     split = tl.arange(0, CONFIG.SPLITS)
     col = tl.arange(0, CONFIG.BLOCK_DV)
@@ -130,16 +109,18 @@ def _attention_combine_kernel(
     peak = tl.load(peaks + at, mask=present, other=-INFINITY)
     highest = tl.max(peak, 0)
     anchor = tl.where(highest == -INFINITY, 0.0, highest)
-    weight = tl.exp2(peak - anchor)
+    unit = 1.0 if CONFIG.MODIFIED else scale  # of a peak, as `score` has it
+    weight = tl.exp2((peak - anchor) * (unit * LOG2E))
     total = tl.sum(weight * tl.load(totals + at, mask=present, other=0.0), 0)
     pointers = partial + at[:, None] * CONFIG.BLOCK_DV + col[None, :]
     rows = tl.load(pointers, mask=present[:, None], other=0.0)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    result = tl.sum(rows * weight[:, None], 0) * (scalars.keep_scale / total)
-    target = head_of(out, index, head) + (start_q + row).to(tl.int64) * out.strides[2]
+    result = tl.sum(rows * weight[:, None], 0) * (keep_scale / total)
+    target = head_of(out, sequence.index, head)
+    target += (sequence.start_q + row).to(tl.int64) * out.strides[2]
     tl.store(target + col * out.strides[3], result.to(out.ptr.dtype.element_ty),
              mask=col < CONFIG.HEAD_DIM_V)  # fmt: skip
     if lse is not None:
-        logsumexp = tl.where(empty, -INFINITY, (highest + tl.log2(total)) * LN2)
-        tl.store(lse + (index * sizes.num_heads + head) * sizes.seqlen_q + start_q + row, logsumexp)
+        logsumexp = tl.where(empty, -INFINITY, highest * unit + tl.log2(total) * LN2)
+        tl.store(lse + first_row(sequence, head, sizes) + row, logsumexp)

@@ -1,4 +1,4 @@
-"""What the attention kernels are made of: places, tiles, scores, visibility, random bits.
+"""What the attention kernels are made of: operands, sequences, tiles of rows, products.
 
 Index tensors come in shaped for broadcasting, `row` as (BLOCK_M, 1) and `col` as (1, BLOCK_N) or,
 in a transposed tile, (1, BLOCK_M) and (BLOCK_N, 1): one text serves both. Row indices are clamped
@@ -13,27 +13,38 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ....runtime.triton.rows import View
+
+__all__ = ["View"]
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
-# A bias below this counts as this: in base 2 the smallest float32 would become -inf, which hides.
-LOWEST_BIAS = tl.constexpr(-1e28)
 
 
-class View(NamedTuple):
-    """A tensor as a kernel sees it; a broadcast dimension has stride 0."""
+# Rows of the copy of a padding mask are a multiple of this long, whatever the number of keys.
+ROW_UNIT = tl.constexpr(16)
+
+# Outer strides go by lengths, and Triton compiles a kernel anew where a number in a tuple is 1 or a
+# multiple of 16: shifted, with a bit below, none is. From 2^23 on they take 64 bits so, and with
+# them what is within a tile.
+STRIDE_SHIFT = tl.constexpr(8)
+
+
+class ScoreView(NamedTuple):
+    """A tensor with an element for each score, (B, H, Lq, Lk), as a kernel sees it."""
 
     ptr: Any
-    strides: Any
-    last: Any = 1  # Triton 3.5 loses a constant deep within, a stride of 1, if none comes after it
+    strides: Any  # the outer three shifted, see `stride_of`; a broadcast dimension has stride 0
+    last: Any = 1  # as that of View
 
 
 class Terms(NamedTuple):
     """The optional operands of a call; None for an absent one."""
 
-    bias: Any  # View (B, H, Lq, Lk)
-    mask: Any  # View (B, H, Lq, Lk), bytes
-    padding: Any  # View (B, Lk), bytes
+    bias: Any  # ScoreView
+    mask: Any  # ScoreView, bytes
+    padding: Any  # (B, Lk) bytes, rows as by `padding.stride`
     key_ranges: Any  # (B, 3) int32: first key of the padding mask, past the last, any hole between
     key_lengths: Any  # View (B,) int64
     alibi_slopes: Any  # View (H,)
@@ -55,16 +66,20 @@ class Visits(NamedTuple):
     half: Any
 
 
-class Rows(NamedTuple):
-    """What the forward left of each query's softmax; (B, H, Lq) float32 each, dense."""
+class RowStatistics(NamedTuple):
+    """What recomputes each query's probabilities, p = exp2((score - anchor) * LOG2E - log).
 
-    lse: Any  # natural logarithm; in base 2 where `weight` is there
-    weight: Any  # None, or what refines a probability recomputed from lse (`statistics.py`)
+    (B, H, Lq) each, dense; see `statistics.py`.
+    """
+
+    anchor: Any  # the row's largest score where lse is too coarse, else 0; in units of `score`
+    log: Any  # of the sum of exponentials, base 2; inf where a query sees no key
     delta: Any  # rowsum(dout * out) + rowsum(dweights * weights) - dlse
+    noisy: Any  # int8; at m0 // GRAIN whether a query near m0 has scores whose rounding is no noise
 
 
 class Sizes(NamedTuple):
-    """Numbers of a call that no kernel is specialised on."""
+    """Sizes of a call; see `SCALARS`."""
 
     num_heads: Any
     group: Any  # query heads a key head
@@ -72,7 +87,7 @@ class Sizes(NamedTuple):
     seqlen_k: Any
 
 
-class Scalars(NamedTuple):
+class ScoreParams(NamedTuple):
     """The scalars of a score."""
 
     scale: Any
@@ -84,8 +99,25 @@ class Scalars(NamedTuple):
     keep_scale: Any  # what a kept probability is multiplied by
 
 
+# Arguments of the kernels that none is specialised on. They come one by one: in a tuple Triton
+# would specialise on each of them that is 1 or a multiple of 16.
+SCALARS = [*Sizes._fields, *ScoreParams._fields]
+
+
+class Sequence(NamedTuple):
+    """One sequence of a call: a batch element, or a stretch of the rows of a packed call."""
+
+    batch: Any  # its number
+    index: Any  # along the batch dimension of the tensors, int64
+    start_q: Any  # first row
+    len_q: Any
+    start_k: Any
+    len_k: Any
+    shift: Any  # key on the diagonal of query 0
+
+
 @triton.jit
-def sequence(cu_seqlens, batch, seqlen):
+def stretch(cu_seqlens, batch, seqlen):
     """(first row, number of rows) of a sequence, never outside the tensor."""
     first = batch * 0
     length = first + seqlen
@@ -96,115 +128,23 @@ def sequence(cu_seqlens, batch, seqlen):
 
 
 @triton.jit
-def locate(terms, sizes, scalars, batch):
-    """(start_q, len_q, start_k, len_k, shift, index along the tensors' batch) of a sequence."""
-    start_q, len_q = sequence(terms.cu_seqlens_q, batch, sizes.seqlen_q)
-    start_k, len_k = sequence(terms.cu_seqlens_k, batch, sizes.seqlen_k)
+def locate(terms, sizes, params, batch, CONFIG: tl.constexpr):
+    """The `Sequence` of a number."""
+    start_q, len_q = stretch(terms.cu_seqlens_q, batch, sizes.seqlen_q)
+    start_k, len_k = stretch(terms.cu_seqlens_k, batch, sizes.seqlen_k)
+    if CONFIG.ALIGNED:  # so that the compiler knows, and loads tiles of a bias 16 bytes at a time
+        len_k = len_k // 16 * 16
     index = batch.to(tl.int64)
     if terms.cu_seqlens_q is not None:
         index = index * 0
-    return start_q, len_q, start_k, len_k, (len_k - len_q) * scalars.lower_right, index
+    shift = (len_k - len_q) * params.lower_right
+    return Sequence(batch, index, start_q, len_q, start_k, len_k, shift)
 
 
 @triton.jit
-def present_keys(terms, batch, len_k):
-    """(first, end, holes): keys outside [first, end) are hidden; inside some may be, if holes."""
-    first, end, holes = len_k * 0, len_k, len_k * 0
-    if terms.key_lengths is not None:
-        stride = terms.key_lengths.strides[0]
-        length = tl.load(terms.key_lengths.ptr + batch.to(tl.int64) * stride)
-        end = tl.minimum(tl.maximum(length, 0), end.to(tl.int64)).to(tl.int32)
-    if terms.key_ranges is not None:
-        first = tl.load(terms.key_ranges + batch * 3)
-        end = tl.minimum(tl.load(terms.key_ranges + batch * 3 + 1), end)
-        holes = tl.load(terms.key_ranges + batch * 3 + 2)
-    return first, end, holes
-
-
-@triton.jit
-def split_tiles(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """Tiles of [low, high): (first, first full, past the last full, past the last).
-
-    A full tile lies in [full_low, full_high). There is none where the second equals the third.
-    """
-    first = low // BLOCK
-    last = tl.where(high > low, tl.cdiv(high, BLOCK), first)
-    full_first = tl.cdiv(tl.maximum(full_low, low), BLOCK)
-    full_last = tl.maximum(tl.minimum(full_high, high), 0) // BLOCK
-    some = full_last > full_first
-    return first, tl.where(some, full_first, first), tl.where(some, full_last, first), last
-
-
-@triton.jit
-def visible_keys(m0, end_m, shift, first, end, holes, scalars, CONFIG: tl.constexpr):
-    """Keys that a query of [m0, end_m) sees: (low, high) and the tiles of `split_tiles`."""
-    low, high, full_low, full_high = first, end, first, tl.where(holes != 0, 0, end)
-    if CONFIG.BAND:
-        low = tl.maximum(low, m0 + shift - scalars.left)
-        high = tl.minimum(high, end_m + shift + scalars.right)
-        full_low = tl.maximum(full_low, end_m - 1 + shift - scalars.left)
-        full_high = tl.minimum(full_high, m0 + shift + scalars.right + 1)
-    high = tl.maximum(high, low)
-    tile, full, past_full, past = split_tiles(low, high, full_low, full_high, CONFIG.BLOCK_N)
-    return low, high, tile, full, past_full, past
-
-
-@triton.jit
-def visible_queries(n0, end_n, len_q, shift, whole, scalars, CONFIG: tl.constexpr):
-    """Tiles of queries that see a key of [n0, end_n), as `split_tiles`.
-
-    `whole`: none of these keys is hidden from all queries.
-    """
-    low, high = len_q * 0, len_q
-    full_low, full_high = low, tl.where(whole, len_q, 0)
-    if CONFIG.BAND:
-        low = tl.maximum(low, n0 - shift - scalars.right)
-        high = tl.minimum(high, end_n - shift + scalars.left)
-        full_low = tl.maximum(full_low, end_n - 1 - shift - scalars.right)
-        full_high = tl.minimum(full_high, n0 - shift + scalars.left + 1)
-    high = tl.where(end_n > n0, tl.maximum(high, low), low)
-    return split_tiles(low, high, full_low, full_high, CONFIG.BLOCK_M)
-
-
-@triton.jit
-def walk(terms, batch, head, own, tiles):
-    """How to visit the tiles [a, b) and [c, d): (list, a, b, c, d), for `tile_at`.
-
-    Where there are lists (`visits.py`), a to d become places in that of the tile `own`.
-    """
-    a, b, c, d = tiles
-    row = own
-    if terms.visits is not None:
-        row = terms.visits.ptr + own * terms.visits.strides[2]
-        row += batch.to(tl.int64) * terms.visits.strides[0] + head * terms.visits.strides[1]
-        before, top = row + terms.visits.half, terms.visits.half - 1
-        a, b = tl.load(before + tl.minimum(a, top)), tl.load(before + tl.minimum(b, top))
-        c, d = tl.load(before + tl.minimum(c, top)), tl.load(before + tl.minimum(d, top))
-    return row, a, b, c, d
-
-
-@triton.jit
-def is_visited(m0, n0, batch, head, terms, sizes, scalars, CONFIG: tl.constexpr):
-    """Whether the tile at (m0, n0) is one that a walk along its queries would visit."""
-    _start_q, len_q, _start_k, len_k, shift, _index = locate(terms, sizes, scalars, batch)
-    first, end, holes = present_keys(terms, batch, len_k)
-    end_m = tl.minimum(m0 + CONFIG.BLOCK_M, len_q)
-    _low, _high, tile, _full, _past_full, past = visible_keys(
-        m0, end_m, shift, first, end, holes, scalars, CONFIG
-    )
-    own, other = m0 // CONFIG.BLOCK_M, n0 // CONFIG.BLOCK_N
-    only = (tl.maximum(tile, other), tl.minimum(past, other + 1), 0, 0)
-    _list, a, b, _c, _d = walk(terms, batch, head, own, only)
-    return a < b
-
-
-@triton.jit
-def tile_at(i, b, c, row, terms):
-    """Number of the i-th tile of a walk, which goes on at c after b."""
-    place = tl.where(i < b, i, i - b + c)
-    if terms.visits is not None:
-        place = tl.load(row + place)
-    return place
+def first_row(sequence, head, sizes):
+    """Place of a head's first query in a dense (B, H, Lq) tensor."""
+    return (sequence.index * sizes.num_heads + head) * sizes.seqlen_q + sequence.start_q
 
 
 @triton.jit
@@ -214,15 +154,26 @@ def head_of(view, batch, head):
 
 
 @triton.jit
-def elements_of(view, batch, head, origin, row, col):
-    """Pointers to (row, col) of one head of one batch element.
+def stride_of(view, dim: tl.constexpr, ALIGNED: tl.constexpr):
+    """An outer stride of a `ScoreView`; ALIGNED: a multiple of 16, and the compiler knows it."""
+    stride = view.strides[dim] >> STRIDE_SHIFT
+    if ALIGNED:
+        stride = stride // 16 * 16
+    return stride
+
+
+@triton.jit
+def elements_of(view, batch, head, origin, row, col, ALIGNED: tl.constexpr):
+    """Pointers to (row, col) of one head of one batch element of a `ScoreView`.
 
     `origin` is the tile's first row and column: its place is a 64-bit scalar, what is within the
     tile takes 32 bits.
     """
     m0, n0 = origin
-    stride_m, stride_n = view.strides[2], view.strides[3]
-    base = head_of(view, batch, head) + m0.to(tl.int64) * stride_m + n0.to(tl.int64) * stride_n
+    stride_m, stride_n = stride_of(view, 2, ALIGNED), view.strides[3]
+    base = view.ptr + batch.to(tl.int64) * stride_of(view, 0, ALIGNED)
+    base += head.to(tl.int64) * stride_of(view, 1, ALIGNED)
+    base += m0.to(tl.int64) * stride_m + n0.to(tl.int64) * stride_n
     return base + ((row - m0) * stride_m + (col - n0) * stride_n)
 
 
@@ -251,6 +202,15 @@ def load_rows(view, descriptor, batch, head, row0, last, ROWS: tl.constexpr, SIZ
 
 
 @triton.jit
+def load_packed_rows(view, batch, head, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, col0=0):
+    """Rows of several heads, one of each in `head` and `row`; zero where `row` is negative."""
+    col = col0 + tl.arange(0, BLOCK)
+    pointers = head_of(view, batch, head) + row.to(tl.int64) * view.strides[2]
+    pointers = pointers[:, None] + col[None, :] * view.strides[3]
+    return tl.load(pointers, mask=(row >= 0)[:, None] & (col[None, :] < SIZE), other=0.0)
+
+
+@triton.jit
 def products(left, right, from_left, from_right, index, LEFT: tl.constexpr, RIGHT: tl.constexpr,
              SIZE: tl.constexpr, BLOCK: tl.constexpr, INSIDE: tl.constexpr,
              CONFIG: tl.constexpr):  # fmt: skip
@@ -258,7 +218,8 @@ def products(left, right, from_left, from_right, index, LEFT: tl.constexpr, RIGH
 
     Where rows are longer than CONFIG.CHUNK they are loaded again chunk by chunk from what
     `from_left` and `from_right` say, (view, head, first row, last row): three products of TF32
-    take two registers a number, and long rows would not fit. INSIDE: of the right.
+    take two registers a number, and long rows would not fit. Without a last row, `from_left` has a
+    head and a row of its own for each, as `load_packed_rows` takes them. INSIDE: of the right.
     """
     if BLOCK <= CONFIG.CHUNK:
         return tl.dot(left, tl.trans(right), input_precision=CONFIG.PRECISION)
@@ -266,10 +227,48 @@ def products(left, right, from_left, from_right, index, LEFT: tl.constexpr, RIGH
     y, y_head, y_row, y_last = from_right
     acc = tl.zeros([LEFT, RIGHT], tl.float32)
     for col0 in tl.range(0, SIZE, CONFIG.CHUNK, disable_licm=True):
-        a = load_rows(x, None, index, x_head, x_row, x_last, LEFT, SIZE, CONFIG.CHUNK, False, col0)
+        if x_last is None:
+            a = load_packed_rows(x, index, x_head, x_row, SIZE, CONFIG.CHUNK, col0)
+        else:
+            a = load_rows(x, None, index, x_head, x_row, x_last, LEFT, SIZE, CONFIG.CHUNK, False,
+                          col0)  # fmt: skip
         b = load_rows(y, None, index, y_head, y_row, y_last, RIGHT, SIZE, CONFIG.CHUNK, INSIDE,
                       col0)  # fmt: skip
         acc = tl.dot(a, tl.trans(b), acc, input_precision=CONFIG.PRECISION)
+    return acc
+
+
+@triton.jit
+def _load_column(place, index, column, ROWS: tl.constexpr):
+    """One number of each row, float32; `place` as for `products`."""
+    view, head, row0, last = place
+    row = row0 + tl.minimum(tl.arange(0, ROWS), tl.maximum(last - row0, 0))
+    pointers = head_of(view, index, head) + row.to(tl.int64) * view.strides[2]
+    return tl.load(pointers + column * view.strides[3]).to(tl.float32)
+
+
+@triton.jit
+def products_in_order(from_left, from_right, index, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                      SIZE: tl.constexpr):  # fmt: skip
+    """As `products`, added up column by column: the same bits in every tile of every kernel.
+
+    Where scores are so large that their rounding decides who is seen, kernels agree by this alone.
+    """
+    acc = tl.zeros([LEFT, RIGHT], tl.float32)
+    for column in tl.range(0, SIZE, num_stages=1):
+        a = _load_column(from_left, index, column, LEFT)[:, None]
+        b = _load_column(from_right, index, column, RIGHT)[None, :]
+        acc = tl.fma(tl.broadcast_to(a, [LEFT, RIGHT]), tl.broadcast_to(b, [LEFT, RIGHT]), acc)
+    return acc
+
+
+@triton.jit
+def row_products_in_order(from_left, from_right, index, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Products of rows of one side with those of the other one by one, as `products_in_order`."""
+    acc = tl.zeros([ROWS], tl.float32)
+    for column in tl.range(0, SIZE, num_stages=1):
+        a = _load_column(from_left, index, column, ROWS)
+        acc = tl.fma(a, _load_column(from_right, index, column, ROWS), acc)
     return acc
 
 
@@ -284,161 +283,3 @@ def store_rows(view, batch, head, row0, end, values, ROWS: tl.constexpr, SIZE: t
     pointers = base + within
     inside = (row[:, None] < end) & (col[None, :] < SIZE)
     tl.store(pointers, values.to(view.ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent to about a unit in the last place: Cephes (Moshier 1989), tanhf."""
-    z = x * x
-    small = -5.70498872745e-3 * z + 2.06390887954e-2
-    small = small * z - 5.37397155531e-2
-    small = small * z + 1.33314422036e-1
-    small = small * z - 3.33332819422e-1
-    small = small * z * x + x
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def load_terms(origin, row, col, len_q, len_k, index, head, terms, INSIDE: tl.constexpr):
-    """A tile of bias and bool mask; 0 for what is absent. INSIDE: all keys of the tile exist.
-
-    To be called before the tile's q k^T. The compiler's choice of layouts depends on that order:
-    loaded after it, these tiles pull the whole softmax out of the matrix unit's layout.
-    """
-    bias = 0.0
-    keep = 0
-    row = tl.minimum(row, len_q - 1)
-    if terms.bias is not None:
-        pointers = elements_of(terms.bias, index, head, origin, row, col)
-        if INSIDE:
-            bias = tl.load(pointers)
-        else:
-            bias = tl.load(pointers, mask=col < len_k, other=0.0)
-    if terms.mask is not None:
-        pointers = elements_of(terms.mask, index, head, origin, row, col)
-        if INSIDE:
-            keep = tl.load(pointers)
-        else:
-            keep = tl.load(pointers, mask=col < len_k, other=0)
-    return bias, keep
-
-
-@triton.jit
-def score(qk, loaded, row, col, len_q, len_k, head, terms, scalars, CONFIG: tl.constexpr):
-    """Score of `fused_attn.attention` from q k^T: (s, factor, slope of the softcap).
-
-    `s * factor` is in base 2, factor > 0. A bias of -inf and the bool mask (`loaded`) hide already.
-    """
-    slope = 1.0
-    if not CONFIG.MODIFIED:
-        return qk, scalars.scale * LOG2E, slope
-    bias, keep = loaded
-    s = qk * scalars.scale
-    if CONFIG.SOFTCAP:
-        t = tanh(s / scalars.softcap)
-        s = scalars.softcap * t
-        slope = 1.0 - t * t
-    if terms.alibi_slopes is not None:
-        m = tl.load(terms.alibi_slopes.ptr + head * terms.alibi_slopes.strides[0])
-        s -= m * tl.abs(row + len_k - len_q - col).to(tl.float32)
-    if terms.bias is not None:
-        bias = bias.to(tl.float32)
-        s = tl.where(bias == -INFINITY, bias, s + tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias))
-    if terms.mask is not None:
-        s = tl.where(keep != 0, s, -INFINITY)
-    return s * LOG2E, 1.0, slope
-
-
-@triton.jit
-def keys_of_query(row, len_q, shift, first, end, scalars, CONFIG: tl.constexpr):
-    """Keys [low, high) that a query may see by position; none for a row past the last."""
-    low = row * 0 + first
-    high = tl.where(row < len_q, end, 0)
-    if CONFIG.BAND:
-        low = tl.maximum(low, row + shift - scalars.left)
-        high = tl.minimum(high, row + shift + scalars.right + 1)
-    return low, high
-
-
-@triton.jit
-def queries_of_key(col, len_q, shift, first, end, index, terms, scalars, CONFIG: tl.constexpr):
-    """Queries [low, high) that may see a key by position; none for a key that is not present."""
-    present = (col >= first) & (col < end)
-    if terms.padding is not None:
-        present = present & (load_padding(col, present, index, terms) != 0)
-    low = col * 0
-    high = tl.where(present, len_q, 0)
-    if CONFIG.BAND:
-        low = tl.maximum(low, col - shift - scalars.right)
-        high = tl.minimum(high, col - shift + scalars.left + 1)
-    return low, high
-
-
-@triton.jit
-def load_padding(col, inside, index, terms):
-    """The padding mask's bytes of some keys, 0 for those that are not `inside`."""
-    strides = terms.padding.strides
-    pointers = terms.padding.ptr + index * strides[0] + col.to(tl.int64) * strides[1]
-    return tl.load(pointers, mask=inside, other=0)
-
-
-@triton.jit
-def hide(s, position, low, high):
-    """`s`, -inf where `position` is outside [low, high)."""
-    return tl.where((position >= low) & (position < high), s, -INFINITY)
-
-
-@triton.jit
-def hide_keys(s, col, low, high, len_k, index, terms):
-    """`hide` by key position, and by the padding mask."""
-    s = hide(s, col, low, high)
-    if terms.padding is not None:
-        s = tl.where(load_padding(col, col < len_k, index, terms) != 0, s, -INFINITY)
-    return s
-
-
-@triton.jit
-def probability(s, factor, rows, index, head, start_q, row, len_q, sizes):
-    """Softmax probabilities from scores; 0 in a row that sees no key."""
-    at = (index * sizes.num_heads + head) * sizes.seqlen_q + start_q + tl.minimum(row, len_q - 1)
-    lse2 = tl.load(rows.lse + at)
-    if rows.weight is None:
-        lse2 = lse2 * LOG2E
-    p = tl.exp2(s * factor - tl.where(lse2 == -INFINITY, INFINITY, lse2))
-    if rows.weight is not None:
-        p = p * tl.load(rows.weight + at)
-    return p
-
-
-@triton.jit
-def only_seen(tile, p, col, low, high, terms):
-    """`tile` of K or V, zero where no query sees the key: it may hold NaN, and 0 * NaN is NaN.
-
-    `p` are the probabilities, (queries, keys); keys outside [low, high) are not seen.
-    """
-    seen = (col >= low) & (col < high)
-    if (terms.mask is not None) or (terms.bias is not None) or (terms.padding is not None):
-        seen = seen & (tl.max(p, 0) > 0.0)
-    return tl.where(seen[:, None], tile, tl.zeros_like(tile))
-
-
-@triton.jit
-def keep_mask(terms, scalars, row, col0, head, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which probabilities of a tile survive the dropout, one draw for four neighbouring keys.
-
-    `row` is (BLOCK_M,), `head` is b * H + h. The counter is that of docs/design.md: every backend
-    draws the same mask.
-    """
-    seed = tl.load(terms.rng)
-    offset = tl.load(terms.rng + 1).to(tl.uint32)
-    quad = (col0 // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
-    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
-    c2, c3 = zero + head.to(tl.uint32), zero + offset
-    w0, w1, w2, w3 = tl.philox(
-        seed, zero + quad[None, :], zero + row.to(tl.uint32)[:, None], c2, c3
-    )
-    limit = scalars.threshold.to(tl.uint32, bitcast=True)
-    even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
-    odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
-    return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N])

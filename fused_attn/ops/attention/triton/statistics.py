@@ -1,8 +1,11 @@
-"""Sharper statistics of rows whose lse is too coarse to recompute probabilities from.
+"""Row statistics: what the backward and the weights recompute probabilities from, and delta.
 
-A bias that "hides" keys by the lowest number leaves rows in which all scores are huge and equal:
-lse then cannot hold the logarithm of their count, and exp(score - lse) would not sum to 1. For such
-rows the largest score and the sum of exponentials are taken anew, as two numbers.
+Up to scores of COARSE lse is enough. Beyond, its rounding shows in exp(score - lse): such rows get
+their largest score and the logarithm of their sum of exponentials anew, as two numbers. They are of
+two kinds. A bias that "hides" keys by the lowest number leaves rows in which all scores are huge
+and equal; nothing else is special about them. But where the products themselves are huge, their
+rounding decides who is seen, and kernels must agree on it: such rows are noisy, and all products
+of their scores, and of their gradients, are added up in one order.
 """
 
 from __future__ import annotations
@@ -13,67 +16,144 @@ import triton.language as tl
 from .primitives import (
     INFINITY,
     LOG2E,
-    hide_keys,
-    keys_of_query,
+    SCALARS,
+    ScoreParams,
+    Sizes,
+    first_row,
     load_rows,
-    load_terms,
     locate,
-    present_keys,
-    products,
-    score,
-    tile_at,
-    visible_keys,
-    walk,
+    row_products_in_order,
+    stride_of,
 )
+from .scores import COARSE, scores, softmax_update
+from .visibility import keys_of_query, tile_at, visible_keys, walk
 
-# Beyond this |lse| its rounding error shows in the probabilities.
-COARSE = tl.constexpr(1e4)
+GRAIN = tl.constexpr(16)  # queries that share a flag; no tile has fewer
+_FLAGS = tl.constexpr(1024)  # that a program looks at together
 
 
-@triton.jit(do_not_specialize=["sizes", "scalars", "num_tiles"])
-def _attention_refine_kernel(
-    q, k, lse, peaks, weights, terms, sizes, scalars, num_tiles, CONFIG: tl.constexpr
-):  # fmt: skip
-    """What p = exp2(score - peak) * weight needs of BLOCK_M queries of one head."""
-    tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
-    batch, head = plane // sizes.num_heads, plane % sizes.num_heads
-    _start_q, len_q, _start_k, len_k, shift, index = locate(terms, sizes, scalars, batch)
-    m0 = tile * CONFIG.BLOCK_M
-    row = m0 + tl.arange(0, CONFIG.BLOCK_M)
-    at = plane.to(tl.int64) * sizes.seqlen_q + row
-    inside = row < len_q
-    known = tl.load(lse + at, mask=inside, other=0.0)
-    coarse = (tl.abs(known) > COARSE) & (tl.abs(known) != INFINITY)
+@triton.jit
+def is_noisy(statistics, m0, sequence, head, sizes, CONFIG: tl.constexpr):
+    """Whether one of the BLOCK_M queries from m0 on is noisy."""
+    flag = m0 // GRAIN + tl.arange(0, CONFIG.BLOCK_M // GRAIN)
+    pointers = statistics.noisy + first_row(sequence, head, sizes) + flag
+    flags = tl.load(pointers, mask=flag * GRAIN < sequence.len_q, other=0)
+    return tl.max(flags.to(tl.int32), 0) != 0
+
+
+@triton.jit
+def is_noisy_anywhere(statistics, sequence, head, sizes):
+    """Whether any query of a head is noisy."""
+    count = tl.cdiv(sequence.len_q, GRAIN)
+    pointers = statistics.noisy + first_row(sequence, head, sizes)
+    most = sequence.len_q * 0
+    for start in tl.range(0, count, _FLAGS):
+        flag = start + tl.arange(0, _FLAGS)
+        flags = tl.load(pointers + flag, mask=flag < count, other=0)
+        most = tl.maximum(most, tl.max(flags.to(tl.int32), 0))
+    return most != 0
+
+
+@triton.jit
+def _softmax_of_rows(query, from_q, k, m0, sequence, head, keys, a, b, visited, terms, sizes,
+                     params, IN_ORDER: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """(largest score in units of `score`, sum of exponentials, largest product) of each row.
+
+    Through the tiles [a, b) of a walk.
+    """
+    _low, _high, first, end = keys
+    row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]
+    bounds = keys_of_query(row, sequence, first, end, params, CONFIG)
     peak = tl.full([CONFIG.BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
-    if tl.max(coarse.to(tl.int32), 0) != 0:
-        first, end, holes = present_keys(terms, batch, len_k)
-        end_m = tl.minimum(m0 + CONFIG.BLOCK_M, len_q)
-        _low, _high, tile_n, _full, _past_full, past = visible_keys(
-            m0, end_m, shift, first, end, holes, scalars, CONFIG
-        )
-        query = load_rows(q, None, index, head, m0, len_q - 1, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
-                          CONFIG.BLOCK_D)  # fmt: skip
-        visited, a, b, _c, _d = walk(terms, batch, head, tile, (tile_n, past, 0, 0))
-        for i in tl.range(a, b):
-            n0 = tile_at(i, b, b, visited, terms) * CONFIG.BLOCK_N
-            rows, cols = row[:, None], (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
-            key = load_rows(k, None, index, head // sizes.group, n0, len_k - 1, CONFIG.BLOCK_N,
-                            CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
-            loaded = load_terms((m0, n0), rows, cols, len_q, len_k, index, head, terms, False)
-            qk = products(query, key, (q, head, m0, len_q - 1),
-                          (k, head // sizes.group, n0, len_k - 1), index, CONFIG.BLOCK_M,
-                          CONFIG.BLOCK_N, CONFIG.HEAD_DIM, CONFIG.BLOCK_D, False,
-                          CONFIG)  # fmt: skip
-            s, factor, _slope = score(
-                qk, loaded, rows, cols, len_q, len_k, head, terms, scalars, CONFIG
-            )
-            low, high = keys_of_query(rows, len_q, shift, first, end, scalars, CONFIG)
-            s = hide_keys(s, cols, low, high, len_k, index, terms)
-            new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
-            anchor = tl.where(new_peak == -INFINITY, 0.0, new_peak)
-            p = tl.exp2(s * factor - anchor[:, None])
-            total = total * tl.exp2(peak - anchor) + tl.sum(p, 1)
-            peak = new_peak
-    tl.store(peaks + at, tl.where(coarse, peak, known * LOG2E), mask=inside)
-    tl.store(weights + at, tl.where(coarse, 1.0 / tl.where(coarse, total, 1.0), 1.0), mask=inside)
+    largest = tl.zeros([CONFIG.BLOCK_M], tl.float32)
+    head_kv = head // sizes.group
+    last = sequence.start_k + sequence.len_k - 1
+    for i in tl.range(a, b):
+        n0 = tile_at(i, b, b, visited, terms) * CONFIG.BLOCK_N
+        first_key = sequence.start_k + n0
+        col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
+        key = load_rows(k, None, sequence.index, head_kv, first_key, last, CONFIG.BLOCK_N,
+                        CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+        s, scale, _slope, qk = scores(
+            query, key, from_q, (k, head_kv, first_key, last), m0, n0, row, col, bounds, sequence,
+            head, terms, sizes, params, None, True, IN_ORDER, False, CONFIG,
+        )  # fmt: skip
+        _p, _shrink, peak, total = softmax_update(s, scale, peak, total, True, True)
+        product = tl.where(s == -INFINITY, 0.0, tl.abs(qk * params.scale))
+        largest = tl.maximum(largest, tl.max(product, 1))
+    return peak, total, largest
+
+
+@triton.jit
+def _delta(out, dout, dlse, m0, noisy, sequence, head, CONFIG: tl.constexpr):
+    """rowsum(dout * out) - dlse of BLOCK_M queries."""
+    first_query, last = sequence.start_q + m0, sequence.start_q + sequence.len_q - 1
+    x = load_rows(out, None, sequence.index, head, first_query, last, CONFIG.BLOCK_M,
+                  CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+    dx = load_rows(dout, None, sequence.index, head, first_query, last, CONFIG.BLOCK_M,
+                   CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+    delta = tl.sum(x.to(tl.float32) * dx.to(tl.float32), 1)
+    if noisy:
+        delta = row_products_in_order(
+            (dout, head, first_query, last), (out, head, first_query, last), sequence.index,
+            CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V,
+        )  # fmt: skip
+    if dlse is not None:
+        row = tl.minimum(first_query + tl.arange(0, CONFIG.BLOCK_M), last).to(tl.int64)
+        shares = dlse.ptr + sequence.index * stride_of(dlse, 0, False)
+        shares += head.to(tl.int64) * stride_of(dlse, 1, False) + row * stride_of(dlse, 2, False)
+        delta -= tl.load(shares)
+    return delta
+
+
+@triton.jit(do_not_specialize=[*SCALARS, "num_tiles"])
+def _attention_statistics_kernel(
+    q, k, out, dout, dlse, lse, statistics, terms, num_heads, group, seqlen_q, seqlen_k, scale,
+    softcap, left, right, lower_right, threshold, keep_scale, num_tiles, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """The `RowStatistics` of BLOCK_M queries of one head; delta where there is `out`."""
+    sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
+    sequence = locate(terms, sizes, params, plane // num_heads, CONFIG)
+    head = plane % num_heads
+    m0 = tile * CONFIG.BLOCK_M
+    if m0 >= sequence.len_q:
+        return
+    row = m0 + tl.arange(0, CONFIG.BLOCK_M)
+    at = first_row(sequence, head, sizes) + row
+    inside = row < sequence.len_q
+    known = tl.load(lse + at, mask=inside, other=0.0)
+    coarse = (tl.abs(known) > COARSE) & (tl.abs(known) != INFINITY)
+    keys, tiles = visible_keys(m0, sequence, terms, params, CONFIG)
+    visited, a, b, _c, _d = walk(terms, sequence, head, tile, (tiles[0], tiles[3], 0, 0))
+    first_query, last = sequence.start_q + m0, sequence.start_q + sequence.len_q - 1
+    query = load_rows(q, None, sequence.index, head, first_query, last, CONFIG.BLOCK_M,
+                      CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
+    from_q = (q, head, first_query, last)
+    again = tl.max(coarse.to(tl.int32), 0) != 0
+    peak, total = tl.zeros_like(known), tl.zeros_like(known)
+    if terms.bias is not None:
+        peak, total, largest = _softmax_of_rows(
+            query, from_q, k, m0, sequence, head, keys, a, tl.where(again, b, a), visited, terms,
+            sizes, params, False, CONFIG,
+        )  # fmt: skip
+        again &= tl.max((coarse & (largest > COARSE)).to(tl.int32), 0) != 0
+    anew, sums, _largest = _softmax_of_rows(
+        query, from_q, k, m0, sequence, head, keys, a, tl.where(again, b, a), visited, terms, sizes,
+        params, True, CONFIG,
+    )  # fmt: skip
+    peak, total = tl.where(again, anew, peak), tl.where(again, sums, total)
+    coarse &= total > 0.0
+    hidden = tl.where(known == -INFINITY, INFINITY, known * LOG2E)
+    tl.store(statistics.anchor + at, tl.where(coarse, peak, 0.0), mask=inside)
+    log = tl.where(coarse, tl.log2(tl.where(coarse, total, 1.0)), hidden)
+    tl.store(statistics.log + at, log, mask=inside)
+    flag = m0 // GRAIN + tl.arange(0, CONFIG.BLOCK_M // GRAIN)
+    flags = tl.zeros([CONFIG.BLOCK_M // GRAIN], tl.int8) + again.to(tl.int8)
+    tl.store(statistics.noisy + first_row(sequence, head, sizes) + flag, flags,
+             mask=flag * GRAIN < sequence.len_q)  # fmt: skip
+    if out is not None:
+        delta = _delta(out, dout, dlse, m0, again, sequence, head, CONFIG)
+        tl.store(statistics.delta + at, delta, mask=inside)

@@ -1,10 +1,12 @@
 """The tiles that are shipped: pruned by what the compiler makes of them, at most four a case.
 
-Each is compiled for every architecture of its table: no register is spilled, and shared memory
+Each is compiled for every architecture of its table: no loop spills registers, and shared memory
 suffices (`python -m benchmarks.compiler.triton_report --all`; a sample of it is a test).
 Dictionaries go by kernel, then head size; there follow the lines for calls with none, one and
 several of the operands that make registers scarce (bias, mask, padding mask, dropout, softcap,
-gradient of the weights). In a line the default comes first, the others are for who asks for a
+gradient of the weights). Where bias, mask or gradient have to be loaded element by element, because
+rows do not start at multiples of 16 elements, the next line is taken: a fourth is for several
+operands and that. In a line the default comes first, the others are for who asks for a
 trial.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Tile(NamedTuple):
+class AttentionTile(NamedTuple):
     """Queries and keys of one tile, and how a program goes about it."""
 
     block_m: int
@@ -33,11 +35,13 @@ HOPPER: dict[str, Table] = {
             ((128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
             ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
             ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2)),
+            ((128, 32, 8, 2),),
         ),
         128: (
             ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)),
             ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
             ((128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2)),
+            ((64, 32, 8, 2),),
         ),
         256: (
             ((128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 4, 3)),
@@ -67,11 +71,13 @@ HOPPER: dict[str, Table] = {
             ((128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3)),
             ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2)),
             ((64, 32, 4, 2),),
+            ((32, 32, 4, 2),),
         ),
         128: (
             ((128, 64, 8, 2), (128, 32, 8, 3), (128, 64, 8, 1)),
             ((128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
             ((64, 32, 8, 2),),
+            ((32, 32, 8, 1),),
         ),
         256: (
             ((128, 32, 8, 2), (64, 32, 8, 2)),
@@ -193,6 +199,11 @@ FLOAT32: dict[str, Table] = {
         128: (((16, 16, 4, 1, 32),),),
         256: (((16, 16, 4, 1, 32),),),
     },
+    "statistics": {
+        64: (((32, 16, 4, 1),),),
+        128: (((16, 16, 4, 1),),),
+        256: (((16, 16, 4, 1),),),
+    },
 }
 
 # Kernels of optional results, for all architectures.
@@ -204,8 +215,13 @@ SHARED: dict[str, Table] = {
     },
     "weights": {
         64: (((64, 64, 8, 1),), ((64, 64, 8, 1),), ((64, 32, 8, 1),)),
-        128: (((64, 32, 4, 1),),),
+        128: (((64, 32, 4, 1),), ((64, 32, 4, 1),), ((64, 32, 4, 1),), ((32, 32, 4, 1),)),
         256: (((64, 64, 8, 1),),),
+    },
+    "statistics": {  # without a bias, which may need more of them: it reads out and its gradient
+        64: (((64, 16, 4, 1),),),
+        128: (((16, 16, 4, 1),),),
+        256: (((16, 16, 4, 1),),),
     },
 }
 
@@ -224,12 +240,17 @@ DECODE: dict[int, dict[int, tuple[Numbers, ...]]] = {
 }
 
 # Small ones, so that short tests meet the edges of tiles; rows and columns of unequal size.
-INTERPRETED: dict[str, tuple[Tile, ...]] = {
-    "forward": (Tile(32, 64, 4, 1, 16), Tile(64, 32, 4, 1, 32), Tile(16, 16, 4, 1)),
-    "dkdv": (Tile(64, 32, 4, 1, 16), Tile(16, 64, 4, 1)),
-    "dq": (Tile(32, 64, 4, 1, 16), Tile(64, 16, 4, 1)),
-    "bias": (Tile(32, 64, 4, 1, 16),),
-    "weights": (Tile(64, 64, 4, 1, 16),),
+INTERPRETED: dict[str, tuple[AttentionTile, ...]] = {
+    "forward": (
+        AttentionTile(32, 64, 4, 1, 16),
+        AttentionTile(64, 32, 4, 1, 32),
+        AttentionTile(16, 16, 4, 1),
+    ),
+    "dkdv": (AttentionTile(64, 32, 4, 1, 16), AttentionTile(16, 64, 4, 1)),
+    "dq": (AttentionTile(32, 64, 4, 1, 16), AttentionTile(64, 16, 4, 1)),
+    "bias": (AttentionTile(32, 64, 4, 1, 16),),
+    "weights": (AttentionTile(64, 64, 4, 1, 16),),
+    "statistics": (AttentionTile(64, 32, 4, 1, 16),),
 }
 
-COMBINE = Tile(16, 16, 4, 1)  # of what `decode.py` adds up; only warps and stages count
+COMBINE = AttentionTile(16, 16, 4, 1)  # of what `decode.py` adds up; only warps and stages count

@@ -19,16 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
-from .primitives import View, Visits, head_of
+from .primitives import ScoreView, Visits, stride_of
 
 GRAIN = 16  # no tile is smaller
 _CHUNK = 64  # tiles that a program looks at together
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def _mask_cells_kernel(mask, cells, sizes, GRAIN: tl.constexpr):
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "num_cols"])
+def _mask_cells_kernel(
+    mask, cells, num_heads, num_rows, num_cols, GRAIN: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
     """Cells that show anything, of 4 GRAIN rows and 16 GRAIN columns of the mask."""
-    num_heads, num_rows, num_cols = sizes
+    if ALIGNED:  # so that the compiler knows, and loads 16 bytes at a time
+        num_cols = num_cols // 16 * 16
     ROWS: tl.constexpr = 4 * GRAIN
     COLS: tl.constexpr = 16 * GRAIN
     across, down = tl.cdiv(num_cols, COLS), tl.cdiv(num_rows, ROWS)
@@ -36,8 +39,10 @@ def _mask_cells_kernel(mask, cells, sizes, GRAIN: tl.constexpr):
     strip, plane = program % down, program // down
     row = (strip * ROWS + tl.arange(0, ROWS))[:, None]
     col = (block * COLS + tl.arange(0, COLS))[None, :]
-    pointers = head_of(mask, plane // num_heads, plane % num_heads)
-    pointers += row.to(tl.int64) * mask.strides[2] + col.to(tl.int64) * mask.strides[3]
+    pointers = mask.ptr + (plane // num_heads).to(tl.int64) * stride_of(mask, 0, ALIGNED)
+    pointers += (plane % num_heads).to(tl.int64) * stride_of(mask, 1, ALIGNED)
+    pointers += row.to(tl.int64) * stride_of(mask, 2, ALIGNED)
+    pointers += col.to(tl.int64) * mask.strides[3]
     shown = tl.load(pointers, mask=(row < num_rows) & (col < num_cols), other=0) != 0
     shown = tl.reshape(shown.to(tl.int32), [4, GRAIN, 16, GRAIN])
     shown = tl.max(tl.max(shown, 3), 1)
@@ -47,14 +52,17 @@ def _mask_cells_kernel(mask, cells, sizes, GRAIN: tl.constexpr):
     tl.store(target, shown.to(tl.uint8), mask=(i < rows) & (j < cols))
 
 
-@triton.jit(do_not_specialize=["counts", "strides", "half"])
+@triton.jit(
+    do_not_specialize=[
+        *("own_tiles", "own_cells", "other_cells", "stride_plane", "stride_own", "stride_other"),
+        "half",
+    ]
+)
 def _mask_visits_kernel(
-    cells, lists, counts, strides, half, OWN: tl.constexpr, OTHER: tl.constexpr,
-    CHUNK: tl.constexpr,
+    cells, lists, own_tiles, own_cells, other_cells, stride_plane, stride_own, stride_other, half,
+    OWN: tl.constexpr, OTHER: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The list of one own tile; tiles are OWN and OTHER cells long."""
-    own_tiles, own_cells, other_cells = counts
-    stride_plane, stride_own, stride_other = strides
     plane, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
     own = (tile * OWN + tl.arange(0, OWN))[:, None, None]
     of_tile = tl.arange(0, OTHER)[None, None, :]
@@ -87,8 +95,14 @@ def own_sizes(mask: Tensor) -> tuple[int, ...]:
     return tuple([1 if stride == 0 else size for size, stride in strides])
 
 
-def mask_cells(mask: Tensor, seqlen_q: int, seqlen_k: int) -> MaskCells:
-    """Read a mask once."""
+def mask_cells(
+    mask: Tensor, view: ScoreView, seqlen_q: int, seqlen_k: int, aligned: bool
+) -> MaskCells:
+    """Read a mask once.
+
+    Args:
+        aligned: its rows start at multiples of 16 elements.
+    """
     batch, num_heads, rows, cols = own_sizes(mask)
     whole = (triton.cdiv(seqlen_q, GRAIN), triton.cdiv(seqlen_k, GRAIN))
     shape = (batch, num_heads, triton.cdiv(rows, GRAIN), triton.cdiv(cols, GRAIN))
@@ -97,7 +111,7 @@ def mask_cells(mask: Tensor, seqlen_q: int, seqlen_k: int) -> MaskCells:
     triton_device.launch(
         _mask_cells_kernel,
         programs,
-        *(View(mask.view(torch.uint8), mask.stride()), cells, (num_heads, rows, cols), GRAIN),
+        *(view, cells, num_heads, rows, cols, GRAIN, aligned and cols % 16 == 0),
         warps=4,
         stages=1,
     )
@@ -120,8 +134,8 @@ def visits(known: MaskCells, block_m: int, block_n: int, of_keys: bool) -> Visit
     triton_device.launch(
         _mask_visits_kernel,
         math.prod(shape[:3]),
-        *(known.cells, lists, (own_tiles, held[own], known.whole[other])),
-        *((known.cells.stride(1), *strides), half),
+        *(known.cells, lists, own_tiles, held[own], known.whole[other]),
+        *(known.cells.stride(1), *strides, half),
         *(blocks[own] // GRAIN, blocks[other] // GRAIN, _CHUNK),
         warps=4,
         stages=1,

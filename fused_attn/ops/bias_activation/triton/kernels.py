@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton.rows import drop, load, load_vector, store
+from ....runtime.triton.rows import Dropout, drop, load, load_vector, store
 
 
 @triton.jit
@@ -26,8 +26,11 @@ def activate(x, ACTIVATION: tl.constexpr):
         z = x
         steepness = 1.0
         if ACTIVATION == "gelu_tanh":
-            z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            steepness = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+            # From 1e6 on the sigmoid is 0 or 1, and its slope 0: not 0 times infinity.
+            near = tl.where(tl.abs(x) < 1e6, x, tl.where(x < 0.0, -1e6, 1e6))
+            near = tl.where(x != x, x, near)
+            z = 1.5957691216057308 * (near + 0.044715 * near * near * near)
+            steepness = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         rest = 1.0 / (1.0 + tl.exp(z))  # 1 - sigmoid, without its cancellation
         value = x * sigmoid
@@ -44,12 +47,13 @@ def _load_biased(x, bias, rows, cols, inside, limit):
     return h
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "dropout"])
+@triton.jit(do_not_specialize=["threshold", "drop_scale", "num_rows", "width"])
 def _bias_activation_forward_kernel(
-    x, bias, dropout, y, num_rows, width, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, bias, rng, threshold, drop_scale, y, num_rows, width, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of y."""
+    dropout = Dropout(rng, threshold, drop_scale)
     tiles = tl.cdiv(width, COLS)
     row0, col0 = (tl.program_id(0) // tiles) * ROWS, (tl.program_id(0) % tiles) * COLS
     rows = (row0 + tl.arange(0, ROWS))[:, None]
@@ -63,12 +67,13 @@ def _bias_activation_forward_kernel(
     store(y, rows, cols, value, inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "splits", "dropout"])
+@triton.jit(do_not_specialize=["threshold", "drop_scale", "num_rows", "width", "splits"])
 def _bias_activation_backward_kernel(
-    x, bias, dropout, dy, dx, dbiases, num_rows, width, splits, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, bias, rng, threshold, drop_scale, dy, dx, dbiases, num_rows, width, splits,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dx of every `splits`-th tile of rows of some columns, and their sum for the bias."""
+    dropout = Dropout(rng, threshold, drop_scale)
     split, col0 = tl.program_id(0) % splits, (tl.program_id(0) // splits) * COLS
     cols = (col0 + tl.arange(0, COLS))[None, :]
     first = tl.zeros([COLS], tl.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton.rows import drop, load, load_vector, store
+from ....runtime.triton.rows import Dropout, drop, load, load_vector, store
 from .forward import load_sum
 
 
@@ -26,9 +26,12 @@ def _normalised(x, residual, dropout, weight, mean, rstd, dy, row0, col0, num_ro
         h = load(x, rows[:, None], cols[None, :], inside)
     else:
         h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
-    if mean is not None:
-        h -= tl.load(mean + rows, mask=rows < num_rows, other=0.0)[:, None]
     scale = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)[:, None]
+    if mean is not None:
+        # The difference of two huge numbers may be too large for float32.
+        part = tl.where(scale < 1e-30, 0.25, 1.0)
+        h = h * part - tl.load(mean + rows, mask=rows < num_rows, other=0.0)[:, None] * part
+        scale = scale / part
     normalised = tl.where(inside, h * scale, 0.0)
     gradient = load(dy, rows[:, None], cols[None, :], inside)
     weighted = gradient
@@ -56,12 +59,14 @@ def _write_gradients(dx, dresidual, dh, dropout, normalised, weighted, shift, sl
         store(dx, rows, cols, total, inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "dropout"])
+@triton.jit(do_not_specialize=["threshold", "drop_scale", "num_rows", "width"])
 def _layer_norm_backward_kernel(
-    x, residual, weight, dropout, mean, rstd, dy, dh, dx, dresidual, dweights, dbiases, num_rows,
-    width, SUMMED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, residual, weight, rng, threshold, drop_scale, mean, rstd, dy, dh, dx, dresidual, dweights,
+    dbiases, num_rows, width, SUMMED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """Every `num_programs`-th tile of whole rows, and their sums for weight and bias."""
+    dropout = Dropout(rng, threshold, drop_scale)
     program, programs = tl.program_id(0), tl.num_programs(0)
     dweight = tl.zeros([COLS], tl.float32)
     dbias = tl.zeros([COLS], tl.float32)
@@ -91,12 +96,13 @@ def _layer_norm_backward_kernel(
         tl.store(dbiases + at, dbias, mask=cols < width)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "dropout"])
+@triton.jit(do_not_specialize=["threshold", "drop_scale", "num_rows", "width"])
 def _layer_norm_backward_wide_kernel(
-    x, residual, weight, dropout, mean, rstd, dy, dh, dx, dresidual, num_rows, width,
-    SUMMED: tl.constexpr, DTYPE: tl.constexpr, COLS: tl.constexpr,
+    x, residual, weight, rng, threshold, drop_scale, mean, rstd, dy, dh, dx, dresidual, num_rows,
+    width, SUMMED: tl.constexpr, DTYPE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dx and dresidual of one row that is wider than a tile: first its two means, then the row."""
+    dropout = Dropout(rng, threshold, drop_scale)
     row0 = tl.program_id(0)
     shift = tl.zeros([1], tl.float32)
     slope = tl.zeros([1], tl.float32)
@@ -117,13 +123,14 @@ def _layer_norm_backward_wide_kernel(
                          slope / width, rstd, row0, col0, num_rows, width, 1, COLS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "dropout"])
+@triton.jit(do_not_specialize=["threshold", "drop_scale", "num_rows", "width"])
 def _layer_norm_backward_columns_kernel(
-    x, residual, dropout, mean, rstd, dy, dweights, dbiases, num_rows, width,
+    x, residual, rng, threshold, drop_scale, mean, rstd, dy, dweights, dbiases, num_rows, width,
     SUMMED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Sums for weight and bias of some columns over every SPLITS-th tile of rows."""
+    dropout = Dropout(rng, threshold, drop_scale)
     split, col0 = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS) * COLS
     dweight = tl.zeros([COLS], tl.float32)
     dbias = tl.zeros([COLS], tl.float32)

@@ -1,4 +1,4 @@
-"""Tile sizes: a pure function of the width. `tests/test_triton_compile.py` compiles every line."""
+"""Tile sizes: a pure function of the width. `benchmarks/compiler` compiles every line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ELEMENTS = 2048  # of a tile of several short rows
 _INTERPRETED_ELEMENTS = 1 << 14  # the interpreter's time goes by operations, whatever their size
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """Rows and columns of one tile, and the warps of a program."""
 
     rows: int
@@ -24,7 +24,7 @@ class Tile(NamedTuple):
         return self.cols >= width
 
 
-def tile(width: int, arch: int, backward: bool = False) -> Tile:
+def tile(width: int, arch: int, backward: bool = False) -> RowTile:
     """Tile of a row-wise kernel."""
     elements = _INTERPRETED_ELEMENTS if arch == INTERPRETER else _ELEMENTS
     cols = min(max(16, 1 << (width - 1).bit_length()), WIDEST_TILE)
@@ -32,7 +32,7 @@ def tile(width: int, arch: int, backward: bool = False) -> Tile:
     # The widest rows take all registers: the compiler was seen to spill none of them with these.
     if cols == WIDEST_TILE and (arch >= 120 or (backward and 80 <= arch < 90)):
         warps *= 2
-    return Tile(max(1, elements // cols), cols, warps)
+    return RowTile(max(1, elements // cols), cols, warps)
 
 
 def programs(rows: int, width: int, arch: int, multiprocessors: int) -> int:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton.rows import drop, load, load_vector, store
+from ....runtime.triton.rows import Dropout, drop, load, load_vector, store
+
+# Beyond these a variance is too inexact, or no number at all: the row is scaled first.
+SMALLEST, LARGEST = tl.constexpr(1e-30), tl.constexpr(1e37)
 
 
 @triton.jit
@@ -28,34 +31,63 @@ def load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE: tl.conste
 
 
 @triton.jit
-def _layer_norm_statistics(x, residual, dropout, row0, num_rows, width, eps, DTYPE: tl.constexpr,
-                           ROWS: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr):  # fmt: skip
-    """(mean, 1 / standard deviation) of rows that are wider than a tile."""
+def _is_extreme(variance):
+    """Whether some row of a tile has a variance that float32 cannot hold."""
+    return tl.max((~((variance > SMALLEST) & (variance < LARGEST))).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def _factor(largest, eps):
+    """A power of two that brings a row to about 1, by its largest number or by eps.
+
+    It is inexact only where it is not needed: numbers below 1e-38 have fewer bits anyway.
+    """
+    size = tl.minimum(tl.maximum(tl.maximum(largest, tl.sqrt_rn(eps)), 1e-36), 1e36)
+    return tl.exp2(-tl.floor(tl.log2(size)))
+
+
+@triton.jit
+def _statistics_of_tile(h, inside, width, eps, RMS: tl.constexpr):
+    """(mean, variance + eps) of whole rows."""
+    mean = tl.zeros_like(tl.sum(h, 1))
+    if not RMS:
+        mean = tl.sum(h, 1) / width
+    centred = tl.where(inside, h - mean[:, None], 0.0)
+    return mean, tl.sum(centred * centred, 1) / width + eps
+
+
+@triton.jit
+def _layer_norm_statistics(x, residual, dropout, factor, row0, num_rows, width, eps,
+                           DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                           RMS: tl.constexpr):  # fmt: skip
+    """(mean, variance, largest number) of rows that are wider than a tile, times `factor`."""
     mean = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
     if not RMS:
         for col0 in tl.range(0, width, COLS):
-            mean += tl.sum(load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS,
-                                    COLS), 1)  # fmt: skip
+            h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
+            mean += tl.sum(h * factor[:, None], 1)
         mean = mean / width
     square = tl.zeros([ROWS], tl.float32)
     for col0 in tl.range(0, width, COLS):
         h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
         inside = (col0 + tl.arange(0, COLS))[None, :] < width
-        centred = tl.where(inside, h - mean[:, None], 0.0)
+        centred = tl.where(inside, h * factor[:, None] - mean[:, None], 0.0)
         square += tl.sum(centred * centred, 1)
-    return mean, 1.0 / tl.sqrt_rn(square / width + eps)
+        largest = tl.maximum(largest, tl.max(tl.abs(h), 1))
+    return mean, square / width, largest
 
 
 @triton.jit
-def _write(y, h_out, weight, bias, h, mean, rstd, row0, col0, num_rows, width, ROWS: tl.constexpr,
-           COLS: tl.constexpr):  # fmt: skip
-    """One tile of y and, if it is wanted, of the sum."""
+def _write(y, h_out, weight, bias, h, mean, rstd, factor, row0, col0, num_rows, width,
+           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """One tile of y and, if it is wanted, of the sum; mean and rstd are those of h * factor."""
     rows = (row0 + tl.arange(0, ROWS))[:, None]
     cols = col0 + tl.arange(0, COLS)
     inside = (rows < num_rows) & (cols[None, :] < width)
     if h_out is not None:
         store(h_out, rows, cols[None, :], h, inside)
-    result = (h - mean[:, None]) * rstd[:, None]
+    result = (h * factor[:, None] - mean[:, None]) * rstd[:, None]
     if weight is not None:
         result = result * load_vector(weight, cols, width)[None, :]
     if bias is not None:
@@ -63,31 +95,46 @@ def _write(y, h_out, weight, bias, h, mean, rstd, row0, col0, num_rows, width, R
     store(y, rows, cols[None, :], result, inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "eps", "dropout"])
+@triton.jit(do_not_specialize=["threshold", "drop_scale", "num_rows", "width", "eps"])
 def _layer_norm_forward_kernel(
-    x, residual, weight, bias, dropout, y, h_out, mean_out, rstd_out, num_rows, width, eps,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr,
+    x, residual, weight, bias, rng, threshold, drop_scale, y, h_out, mean_out, rstd_out, num_rows,
+    width, eps, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows; WHOLE: a tile holds all of a row."""
+    dropout = Dropout(rng, threshold, drop_scale)
     row0 = tl.program_id(0) * ROWS
+    factor = tl.full([ROWS], 1.0, tl.float32)
     if WHOLE:
+        inside = tl.arange(0, COLS)[None, :] < width
         h = load_sum(x, residual, dropout, row0, 0, num_rows, width, DTYPE, ROWS, COLS)
-        mean = tl.zeros([ROWS], tl.float32)
-        if not RMS:
-            mean = tl.sum(h, 1) / width
-        centred = tl.where(tl.arange(0, COLS)[None, :] < width, h - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / width + eps)
-        _write(y, h_out, weight, bias, h, mean, rstd, row0, 0, num_rows, width, ROWS, COLS)
+        mean, variance = _statistics_of_tile(h, inside, width, eps, RMS)
+        if _is_extreme(variance):
+            factor = _factor(tl.max(tl.abs(h), 1), eps)
+            root = tl.sqrt_rn(eps) * factor
+            mean, variance = _statistics_of_tile(h * factor[:, None], inside, width, root * root,
+                                                 RMS)  # fmt: skip
+        rstd = 1.0 / tl.sqrt_rn(variance)
+        _write(y, h_out, weight, bias, h, mean, rstd, factor, row0, 0, num_rows, width, ROWS, COLS)
     else:
-        mean, rstd = _layer_norm_statistics(
-            x, residual, dropout, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS
+        mean, variance, largest = _layer_norm_statistics(
+            x, residual, dropout, factor, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS
         )
+        variance += eps
+        if _is_extreme(variance):
+            factor = _factor(largest, eps)
+            root = tl.sqrt_rn(eps) * factor
+            mean, variance, _largest = _layer_norm_statistics(
+                x, residual, dropout, factor, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS
+            )
+            variance += root * root
+        rstd = 1.0 / tl.sqrt_rn(variance)
         for col0 in tl.range(0, width, COLS):
             h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
-            _write(y, h_out, weight, bias, h, mean, rstd, row0, col0, num_rows, width, ROWS, COLS)
+            _write(y, h_out, weight, bias, h, mean, rstd, factor, row0, col0, num_rows, width, ROWS,
+                   COLS)  # fmt: skip
     row = row0 + tl.arange(0, ROWS)
     if mean_out is not None:
-        tl.store(mean_out + row, mean, mask=row < num_rows)
+        tl.store(mean_out + row, mean / factor, mask=row < num_rows)
     if rstd_out is not None:
-        tl.store(rstd_out + row, rstd, mask=row < num_rows)
+        tl.store(rstd_out + row, rstd * factor, mask=row < num_rows)

@@ -50,7 +50,7 @@ def forward(
             triton.cdiv(num_rows, tile.rows),
             *(rows_of(x, shape), rows_of(residual, shape), vector_of(weight), vector_of(bias)),
             *(
-                dropout_of(operands.rng, options.dropout_p),
+                *dropout_of(operands.rng, options.dropout_p),
                 *[result.view for result in results],
                 mean,
                 rstd,
@@ -126,7 +126,7 @@ def _walk_whole(
     triton_device.launch(
         _layer_norm_backward_kernel,
         programs,
-        *(*given, weight, dropout, *rows, dh, *outputs, *partial, num_rows, width),
+        *(*given, weight, *dropout, *rows, dh, *outputs, *partial, num_rows, width),
         *(*flags, tile.rows, tile.cols),
         warps=tile.warps,
         stages=1,
@@ -153,7 +153,7 @@ def _walk_wide(
         triton_device.launch(
             _layer_norm_backward_wide_kernel,
             num_rows,
-            *(*given, weight, dropout, *rows, dh, *outputs, num_rows, width, *flags, tile.cols),
+            *(*given, weight, *dropout, *rows, dh, *outputs, num_rows, width, *flags, tile.cols),
             warps=tile.warps,
             stages=1,
         )
@@ -163,7 +163,7 @@ def _walk_wide(
         triton_device.launch(
             _layer_norm_backward_columns_kernel,
             _SPLITS * triton.cdiv(width, part.cols),
-            *(*given, dropout, *rows, *partial, num_rows, width),
+            *(*given, *dropout, *rows, *partial, num_rows, width),
             *(*flags, part.rows, part.cols, _SPLITS),
             warps=part.warps,
             stages=1,

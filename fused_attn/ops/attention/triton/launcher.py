@@ -18,9 +18,9 @@ from ....runtime.triton import device as triton_device
 from ....runtime.triton import tuning
 from ..problem import LOWER_RIGHT, NONE, Operands, Options
 from . import config
-from .padding import key_ranges
-from .primitives import Scalars, Sizes, Terms, View, Visits
-from .tiles import Tile
+from .padding import padding_of
+from .primitives import STRIDE_SHIFT, ScoreParams, ScoreView, Sizes, Terms, View, Visits
+from .tiles import AttentionTile
 from .visits import MaskCells, mask_cells, own_sizes, visits
 
 # Matrix products that a pass makes of each score.
@@ -30,33 +30,70 @@ _UNLIMITED = 1 << 30
 triton_device.tiles_depend_on(Path(__file__).parent)
 
 
-class Config:
-    """The compile-time numbers of a kernel, as the attributes of one constant."""
+class KernelConfig(str):
+    """The compile-time numbers of a kernel, as the attributes of one constant.
 
-    def __init__(self, **values: Any) -> None:
-        self._text = ", ".join(f"{name}={value}" for name, value in values.items())
+    It is its own text, because Triton's hooks write the constants of a kernel as JSON.
+    """
+
+    def __new__(cls, **values: Any) -> KernelConfig:
+        config = super().__new__(cls, ", ".join(f"{k}={v}" for k, v in values.items()))
         for name, value in values.items():
-            setattr(self, name, tl.constexpr(value))
+            # The interpreter takes a constant within a constant for what it is.
+            bare = isinstance(value, KernelConfig) and triton_device.interpreted()
+            setattr(config, name, value if bare else tl.constexpr(value))
+        return config
 
     def __repr__(self) -> str:
-        return f"Config({self._text})"
+        return f"KernelConfig({self})"
+
+
+# Offsets within a tile of rows take 32 bits: up to 128 rows this far apart.
+FAR_ROWS = 1 << 24
+
+
+def has_far_rows(tensor: Tensor) -> bool:
+    """Whether rows of (B, H, L, D) are too far apart for the kernels."""
+    return tensor.dim() == 4 and max(tensor.stride()[2:]) >= FAR_ROWS
 
 
 def view_of(tensor: Tensor | None) -> View | None:
+    """A tensor as a kernel sees it; a dense copy where its rows are too far apart."""
     if tensor is None:
         return None
-    if tensor.dtype == torch.bool:
-        tensor = tensor.view(torch.uint8)
+    if has_far_rows(tensor):
+        tensor = tensor.contiguous()
     return View(tensor, tensor.stride())
 
 
-def broadcast_view(tensor: Tensor | None) -> View | None:
-    """A view that takes any index in a dimension of size 1."""
-    view = view_of(tensor)
-    if tensor is None or view is None:
+def score_view(tensor: Tensor | None, seqlen_k: int) -> ScoreView | None:
+    """A view of what has an element for each score; it takes any index in a dimension of size 1.
+
+    (B, H, Lq, Lk), or without the last dimension for what each row of scores has one of.
+    """
+    if tensor is None:
         return None
-    strides = zip(tensor.shape, view.strides, strict=True)
-    return View(view.ptr, tuple([0 if size == 1 else stride for size, stride in strides]))
+    sizes = zip(tensor.shape[:3], tensor.stride(), strict=False)
+    outer = [_shifted(0 if size == 1 else stride) for size, stride in sizes]
+    if tensor.dim() == 3:
+        return ScoreView(tensor, tuple(outer))
+    bytes_of_bool = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    last = tensor.stride(3) if tensor.shape[3] > 1 else int(seqlen_k == 1)
+    return ScoreView(bytes_of_bool, (*outer, last))
+
+
+def _shifted(stride: int) -> int:
+    """As `primitives.stride_of` takes it: neither 1 nor a multiple of 16."""
+    return (stride << STRIDE_SHIFT.value) + 8
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether rows start, and end, at multiples of 16 elements."""
+    *outer, last = [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return last <= 1 and all(stride % 16 == 0 for stride in outer)
 
 
 _NO_TERMS = Terms(*[None] * (len(Terms._fields)))
@@ -69,11 +106,13 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 def _terms(operands: Operands) -> Terms:
     if not [x for x in operands[3:] if x is not None]:
         return _NO_TERMS
+    seqlen_k = operands.k.shape[2]
+    padding, key_ranges = padding_of(operands.key_padding_mask)
     return Terms(
-        bias=broadcast_view(operands.bias),
-        mask=broadcast_view(operands.mask),
-        padding=view_of(operands.key_padding_mask),
-        key_ranges=key_ranges(operands.key_padding_mask),
+        bias=score_view(operands.bias, seqlen_k),
+        mask=score_view(operands.mask, seqlen_k),
+        padding=padding,
+        key_ranges=key_ranges,
         key_lengths=view_of(operands.key_lengths),
         alibi_slopes=view_of(operands.alibi_slopes),
         cu_seqlens_q=_dense(operands.cu_seqlens_q),
@@ -82,7 +121,7 @@ def _terms(operands: Operands) -> Terms:
     )
 
 
-class Plan:
+class LaunchPlan:
     """What follows from sizes, dtypes and options alone: worked out once for equal calls."""
 
     def __init__(
@@ -98,7 +137,7 @@ class Plan:
     ) -> None:
         (batch, num_heads, seqlen_q, head_dim), (_, num_heads_kv, seqlen_k, _), v_shape = shapes
         bias, mask, padding, alibi, rng, dweights = given
-        self.kind = config.Kind(
+        self.problem = config.ProblemClass(
             max(head_dim, v_shape[3]),
             dtype.itemsize,
             arch,
@@ -110,41 +149,46 @@ class Plan:
         self.num_heads, self.num_heads_kv = num_heads, num_heads_kv
         self.seqlen_q = options.max_seqlen_q if self.packed else seqlen_q
         self.seqlen_k = options.max_seqlen_k if self.packed else seqlen_k
-        self.sizes = Sizes(num_heads, num_heads // num_heads_kv, seqlen_q, seqlen_k)
-        self.scalars = _scalars(options)
-        band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
-        self.name = self.kind.name(band)
-        self.configs: dict[Tile, Config] = {}
+        self.group = num_heads // num_heads_kv
+        sizes = Sizes(num_heads, self.group, seqlen_q, seqlen_k)
+        self.scalars = (*sizes, *_score_params(options))
+        self.band = options.causal != NONE or options.window_left >= 0 or options.window_right >= 0
+        self.configs: dict[tuple[AttentionTile, bool], KernelConfig] = {}
         self.constants = {
             "HEAD_DIM": head_dim,
             "HEAD_DIM_V": v_shape[3],
             "BLOCK_D": config.padded_size(head_dim),
             "BLOCK_DV": config.padded_size(v_shape[3]),
-            "BAND": band,
+            "BAND": self.band,
             "SOFTCAP": options.softcap > 0,
             # The short path scales after the maximum, which takes a positive scale.
             "MODIFIED": options.softcap > 0 or options.scale <= 0 or bias or mask or alibi,
             "PRECISION": precision,
         }
         multiprocessors = triton_device.multiprocessors(device)
-        self.decode_rows = self.seqlen_q * self.sizes.group
+        self.decode_rows = self.seqlen_q * self.group
         self.splits = config.decode_splits(
             self.decode_rows, self.seqlen_k, num_heads_kv * self.batch, multiprocessors
         )
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(*what: Any) -> Plan:
-    return Plan(*what)
+def _plan(*what: Any) -> LaunchPlan:
+    return LaunchPlan(*what)
 
 
 @functools.cache  # one object a configuration: Triton looks kernels up by it
-def _config(tile: Tile, constants: tuple[tuple[str, Any], ...]) -> Config:
+def _config(
+    tile: AttentionTile, constants: tuple[tuple[str, Any], ...], interpreted: bool
+) -> KernelConfig:
     block_m, block_n, _, _, chunk = tile
-    return Config(BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk, **dict(constants))
+    shared = dict(constants)
+    block = min(block_m, block_n, 32) if interpreted else 16
+    small = KernelConfig(BLOCK_M=block, BLOCK_N=block, CHUNK=16, **shared)
+    return KernelConfig(BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk, **shared, SMALL=small)
 
 
-class Call:
+class Launcher:
     """What all kernels of one call share."""
 
     def __init__(
@@ -172,19 +216,36 @@ class Call:
         )
         self.terms = _terms(operands)
         self._products = products
+        self.align(bias, mask, dweights)
         self._mask_cells: MaskCells | None = None
         self._visits: dict[tuple[int, int, bool], Visits] = {}
 
-    def config(self, tile: Tile, **more: Any) -> Config:
+    def align(self, *tensors: Tensor | None) -> None:
+        """Tell the compiler if all rows of these start and end at multiples of 16 elements.
+
+        They have an element for each score. Nothing is said where there are none: a kernel that
+        knows of lengths is another one.
+        """
+        given = [tensor for tensor in tensors if tensor is not None]
+        whole = self.plan.seqlen_k % 16 == 0
+        self._aligned = bool(given) and whole and all(map(_is_aligned, given))
+        self.problem = self.plan.problem
+        if given and not self._aligned:
+            self.problem = self.problem._replace(ragged=True)
+
+    def config(self, tile: AttentionTile, **more: Any) -> KernelConfig:
         """Compile-time constants of a kernel of this call."""
-        found = None if more else self.plan.configs.get(tile)
+        found = None if more else self.plan.configs.get((tile, self._aligned))
         if found is None:
-            found = _config(tile, (*self.plan.constants.items(), *more.items()))
-            if not more:
-                self.plan.configs[tile] = found
+            more["ALIGNED"] = self._aligned
+            constants = (*self.plan.constants.items(), *more.items())
+            interpreted = self.plan.problem.arch == triton_device.INTERPRETER
+            found = _config(tile, constants, interpreted)
+            if len(more) == 1:
+                self.plan.configs[tile, self._aligned] = found
         return found
 
-    def launch_best(self, kernel: str, run: Callable[[Tile], None]) -> None:
+    def launch_best(self, kernel: str, run: Callable[[AttentionTile], None]) -> None:
         """Run a kernel with the tile that is known to be best, or that a trial shows to be.
 
         Args:
@@ -192,15 +253,16 @@ class Call:
             run: launches it with a tile; may be called several times.
         """
         plan = self.plan
+        name = self.problem.name(plan.band)
         if kernel == "decode":
-            candidates = config.decode_candidates(plan.decode_rows, plan.kind)
-            problem = (kernel, f"{plan.name}, {candidates[0].block_m} rows")
+            candidates = config.decode_candidates(plan.decode_rows, self.problem)
+            key = (kernel, f"{name}, {candidates[0].block_m} rows")
         else:
-            candidates = config.candidates(kernel, plan.kind)
-            problem = (kernel, plan.name)
-        tuning.launch_best(self.operands.q.device, problem, candidates, run)
+            candidates = config.candidates(kernel, self.problem)
+            key = (kernel, name)
+        tuning.launch_best(self.operands.q.device, key, candidates, run)
 
-    def terms_of(self, tile: Tile, of_keys: bool = False) -> Terms:
+    def terms_of(self, tile: AttentionTile, of_keys: bool = False) -> Terms:
         """The optional operands of a kernel, with the tiles to visit where that pays.
 
         Args:
@@ -208,23 +270,25 @@ class Call:
         """
         return self._terms_with_lists(tile, self._products, of_keys)
 
-    def decode_terms_of(self, tile: Tile) -> Terms:
+    def decode_terms_of(self, tile: AttentionTile) -> Terms:
         """As `terms_of`; heads that share a tile have one list if they have one mask."""
         mask, plan = self.operands.mask, self.plan
-        if mask is not None and plan.sizes.group > 1 and own_sizes(mask)[1] > 1:
+        if mask is not None and plan.group > 1 and own_sizes(mask)[1] > 1:
             return self.terms
-        products = config.decode_products(plan.kind, plan.decode_rows)
+        products = config.decode_products(plan.problem, plan.decode_rows)
         return self._terms_with_lists(tile, products, False)
 
-    def _terms_with_lists(self, tile: Tile, products: float, of_keys: bool) -> Terms:
+    def _terms_with_lists(self, tile: AttentionTile, products: float, of_keys: bool) -> Terms:
         mask, plan = self.operands.mask, self.plan
         if mask is None:
             return self.terms
         scores = plan.batch * plan.num_heads * plan.seqlen_q * plan.seqlen_k
-        if not config.lists_pay(plan.kind, math.prod(own_sizes(mask)), scores, products):
+        if not config.lists_pay(plan.problem, math.prod(own_sizes(mask)), scores, products):
             return self.terms
         if self._mask_cells is None:
-            self._mask_cells = mask_cells(mask, plan.seqlen_q, plan.seqlen_k)
+            self._mask_cells = mask_cells(
+                mask, self.terms.mask, plan.seqlen_q, plan.seqlen_k, _is_aligned(mask)
+            )
         key = (tile.block_m, tile.block_n, of_keys)
         if key not in self._visits:
             self._visits[key] = visits(self._mask_cells, *key)
@@ -234,7 +298,7 @@ class Call:
         """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
         plan = self.plan
         long_enough = min(plan.seqlen_q, plan.seqlen_k) >= config.DESCRIPTOR_SEQLEN
-        if not (long_enough and config.has_descriptors(plan.kind.arch, plan.kind.itemsize)):
+        if not (long_enough and config.has_descriptors(plan.problem.arch, plan.problem.itemsize)):
             return (None,) * len(tensors)
         if not all(_can_describe(tensor) for tensor, _ in tensors):
             return (None,) * len(tensors)
@@ -254,14 +318,14 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
-def _scalars(options: Options) -> Scalars:
+def _score_params(options: Options) -> ScoreParams:
     left = options.window_left if options.window_left >= 0 else _UNLIMITED
     right = options.window_right if options.window_right >= 0 else _UNLIMITED
     if options.causal != NONE:
         right = 0
     drop_all = options.dropout_p >= 1.0
     threshold = 0 if drop_all else philox.threshold(options.dropout_p)
-    return Scalars(
+    return ScoreParams(
         scale=options.scale,
         softcap=options.softcap,
         left=min(left, _UNLIMITED),
