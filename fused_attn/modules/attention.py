@@ -177,7 +177,20 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         key_sequences: Sequences,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attention of sequences packed one after the other, out-projection included.
+        """`attend_packed_heads`, and the out-projection of it; (T, E)."""
+        sequences = (query_sequences, key_sequences)
+        return self.out_proj(self.attend_packed_heads(query, key, value, *sequences, is_causal))
+
+    def attend_packed_heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_sequences: Sequences,
+        key_sequences: Sequences,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attention of sequences packed one after the other, before the out-projection.
 
         Args:
             query: (T, E). key: (Tk, kdim). value: (Tk, vdim).
@@ -205,7 +218,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return self.out_proj(out.reshape(query.shape[0], self.embed_dim))
+        return out.reshape(query.shape[0], self.embed_dim)
 
     def attend_cached(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """Causal self-attention of the tokens that follow those in `cache`; (N, L, E) -> (N, L, E).

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
-from . import packing
+from . import packing, token_wise
 
 if TYPE_CHECKING:
     from .attention import FusedMultiheadAttention
@@ -66,10 +66,12 @@ def _packed(
     value_tokens = key_tokens if value is key else packing.from_nested(value)[0]
     if value_tokens.shape[0] != key_tokens.shape[0]:
         _refuse(f"got {key_tokens.shape[0]} keys but {value_tokens.shape[0]} values")
-    out = module.attend_packed(
+    out = module.attend_packed_heads(
         tokens, key_tokens, value_tokens, sequences, key_sequences, is_causal
     )
-    return packing.to_nested(out, query)
+    if token_wise.is_token_wise(module.out_proj):
+        return packing.to_nested(module.out_proj(out), query)
+    return module.out_proj(packing.to_nested(out, query))  # it may ask which sequence is which
 
 
 def _check(

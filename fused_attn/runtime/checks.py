@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import subclasses
+from . import hints, subclasses
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -18,7 +18,10 @@ def type_name(value: object) -> str:
     """How a wrong value is named in a message: dtype and shape for a tensor, else its type."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(getattr(value, "shape", None), tuple):  # NumPy's, JAX's, ...
+        return f"{type(value).__name__} of shape {value.shape}"  # type: ignore[attr-defined]
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def present(operands: Any) -> tuple[str, ...]:
@@ -29,16 +32,21 @@ def present(operands: Any) -> tuple[str, ...]:
 
 def expect_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {type_name(value)}")
+        raise TypeError(
+            hints.with_hint(
+                f"`{name}` must be a tensor, got {type_name(value)}",
+                hints.for_no_tensor(name, value),
+            )
+        )
     if type(value) not in (Tensor, torch.nn.Parameter) and not subclasses.is_understood(value):
         raise TypeError(
             f"`{name}` must be a plain tensor, got a {type(value).__name__}, a subclass of Tensor "
-            f"with rules of its own (__torch_function__); hint: where it is no more than its "
+            f"with rules of its own (__torch_function__)\nhint: where it is no more than its "
             f"numbers, pass `{name}.as_subclass(torch.Tensor)`"
         )
     if value.layout != torch.strided and not value.is_nested:
         raise TypeError(
-            f"`{name}` must be dense, got layout {value.layout}; hint: pass `{name}.to_dense()`"
+            f"`{name}` must be dense, got layout {value.layout}\nhint: `{name}.to_dense()`"
         )
 
 
@@ -74,12 +82,15 @@ def expect_broadcastable(name: str, tensor: Tensor, shape: Sequence[int], layout
 def expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"`{name}` must be {expected}, got {tensor.dtype}")
+        message = f"`{name}` must be {expected}, got {tensor.dtype}"
+        raise TypeError(hints.with_hint(message, hints.for_dtype(name, tensor, dtypes)))
 
 
 def expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"`{name}` must be on {device}, got {tensor.device}")
+        raise ValueError(
+            f"`{name}` must be on {device}, got {tensor.device}\nhint: `{name}.to({str(device)!r})`"
+        )
 
 
 def expect_integer(name: str, value: object, least: int) -> int:
@@ -107,7 +118,8 @@ def expect_probability(name: str, value: object) -> float:
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {type_name(value)}")
+        hint = f"`float({name})`" if hasattr(value, "item") else None
+        raise TypeError(hints.with_hint(f"`{name}` must be a number, got {type_name(value)}", hint))
     return float(value)
 
 
@@ -115,5 +127,6 @@ def expect_no_gradient(name: str, out: Tensor, wanted: bool) -> None:
     """`out` is to be written to, which autograd would not see; `wanted`: an operand wants it to."""
     if torch.is_grad_enabled() and (out.requires_grad or wanted):
         raise ValueError(
-            f"`{name}` must be None where a gradient is wanted, as in torch's functions"
+            f"`{name}` must be None where a gradient is wanted, as in torch's functions\n"
+            "hint: `with torch.no_grad():`, or take the new tensor that comes back"
         )
