@@ -13,10 +13,12 @@ from ..ops.attention.api import attention_varlen
 from ..ops.attention.call import Scalars
 from ..ops.attention.problem import BLHD, Operands, Weights
 from ..runtime import autocast
+from ..runtime.hints import with_hint
 from . import attention_arguments as arguments
 from . import nested_attention
 from .attention_arguments import Sizes
 from .cache import KeyValueCache
+from .mistakes import names_checked
 from .packing import Sequences
 from .positions import check_rotary, rotate
 from .scripting import NotScriptable
@@ -79,6 +81,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         )
         self.rotary_base = check_rotary(rotary_base, self.head_dim)
 
+    @names_checked
     def forward(
         self,
         query: Tensor,
@@ -337,10 +340,14 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
 
 def _check_dtypes(query: Tensor, weight: Tensor) -> None:
     if query.dtype != weight.dtype and not autocast.enabled(query.device):
-        raise RuntimeError(
+        message = (
             f"`query` must have the dtype of the module's weights, {weight.dtype}, "
             f"got {query.dtype}"
         )
+        hint = f"`query.to({weight.dtype})`"
+        if query.is_floating_point():
+            hint += f", `module.to({query.dtype})` or torch.autocast"
+        raise RuntimeError(with_hint(message, hint))
 
 
 def _torch_weights(weights: Tensor | None, wanted: Weights, batched: bool) -> Tensor | None:

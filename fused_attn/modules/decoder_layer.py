@@ -18,6 +18,7 @@ from . import masking, packing, padding
 from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
+from .mistakes import expect_tensor, names_checked
 from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import Masks, PackedCross
@@ -89,6 +90,7 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         if not hasattr(self, "activation"):
             self.activation = F.relu
 
+    @names_checked
     def forward(
         self,
         tgt: Tensor,
@@ -115,6 +117,8 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
+        expect_tensor("tgt", tgt)
+        expect_tensor("memory", memory)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if tgt.is_nested or memory.is_nested:
             return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)

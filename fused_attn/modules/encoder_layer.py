@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
+from .mistakes import expect_tensor, names_checked
 from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import PackedSelf
@@ -84,6 +85,7 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
         )
         fuse_children(self)
 
+    @names_checked
     def forward(
         self,
         src: Tensor,
@@ -105,6 +107,7 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
+        expect_tensor("src", src)
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         if src_key_padding_mask is None or not self.pack_padding:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..ops import dispatch
 from ..ops.bias_activation import call
 from ..ops.bias_activation.api import Activation, bias_activation
-from ..runtime import autocast, checks, higher_order
+from ..runtime import autocast, checks, higher_order, hints
 from . import token_wise
+from .mistakes import expect_tensor
 from .residual import has_hooks, is_plain_tensor
 from .scripting import NotScriptable
 
@@ -115,9 +116,10 @@ class FusedFeedForward(NotScriptable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _LAYERS:
+        if not isinstance(activation, str) or activation not in _LAYERS:
             known = ", ".join(map(repr, _LAYERS))
-            raise ValueError(f"`activation` must be one of {known}, got {activation!r}")
+            message = f"`activation` must be one of {known}, got {activation!r}"
+            raise ValueError(hints.with_hint(message, hints.for_activation(activation)))
         self.gated = activation in _GATED
         width = 2 * dim_feedforward if self.gated else dim_feedforward
         self.linear1 = nn.Linear(d_model, width, bias, device, dtype)
@@ -126,7 +128,13 @@ class FusedFeedForward(NotScriptable, nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(*, d_model) -> (*, d_model), new."""
+        """(*, d_model) -> (*, d_model), new.
+
+        Raises:
+            TypeError: x is no tensor.
+            RuntimeError: x is of another width or dtype, as torch.nn.Linear says.
+        """
+        expect_tensor("x", x)
         return feed_forward(
             x, self.linear1, self.activation, self.dropout, self.linear2, self.gated
         )

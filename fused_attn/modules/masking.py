@@ -61,8 +61,8 @@ def leave_to_caller(key_padding_mask: Tensor | None) -> Tensor | None:
     What lies at padding between the layers is thereby what torch.nn has there, for modules that
     look across positions. It is a mark on the mask since a layer has torch.nn's arguments alone.
     """
-    if key_padding_mask is None:
-        return None
+    if not isinstance(key_padding_mask, Tensor):  # none, or a mistake that attention tells of
+        return key_padding_mask
     marked = key_padding_mask.view_as(key_padding_mask)
     setattr(marked, _LEFT_TO_CALLER, True)
     return marked

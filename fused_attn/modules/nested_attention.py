@@ -87,11 +87,17 @@ def _check(
             f"but received {query.dim()}-D query tensor"
         )
     if not all(x.is_nested and x.dim() == 3 for x in inputs):
-        _refuse("all of `query`, `key` and `value` must be nested and 3-D, or none")
+        _refuse(
+            "all of `query`, `key` and `value` must be nested and 3-D, or none\n"
+            "hint: `torch.nested.as_nested_tensor([...], layout=torch.jagged)`"
+        )
     if key_padding_mask is not None or attn_mask is not None:
-        _refuse("with masks: the lengths of the sequences say what is padding")
+        _refuse(
+            "with masks: the lengths of the sequences say what is padding\n"
+            "hint: leave the masks out; `is_causal=True` is taken beside them"
+        )
     if not module.batch_first:
-        _refuse("unless the module is batch_first")
+        _refuse("unless the module is batch_first\nhint: `batch_first=True` in the constructor")
     sizes = (module.embed_dim, module.kdim, module.vdim)
     if any(x.size(-1) != size for x, size in zip(inputs, sizes, strict=True)):
         _refuse(f"of feature sizes other than {sizes}, got {[x.size(-1) for x in inputs]}")

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.hints import with_hint
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
+from .mistakes import expect_tensor, names_checked, other_order
 from .packable import NO_MASK, note_not_packed, note_packed
 from .packable_stack import PackableStack, PackPadding
 from .packing import Sequences
@@ -34,6 +36,7 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
 
     _LAYER_CLASS = FusedTransformerEncoderLayer
 
+    @names_checked
     def forward(
         self,
         src: Tensor,
@@ -51,6 +54,7 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
             is_causal: no position sees a later one. None is False: the mask says it all, and is
                 not read back to find out whether it is causal.
         """
+        expect_tensor("src", src)
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
         if src_key_padding_mask is None or not self.pack_padding:
@@ -135,6 +139,7 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
 
     _LAYER_CLASS = FusedTransformerDecoderLayer
 
+    @names_checked
     def forward(
         self,
         tgt: Tensor,
@@ -154,6 +159,8 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
             tgt_is_causal: no target position sees a later one. None is False: the mask says it all,
                 and is not read back to find out whether it is causal.
         """
+        expect_tensor("tgt", tgt)
+        expect_tensor("memory", memory)
         causal = (bool(tgt_is_causal), memory_is_causal)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if (masks[2:] == (None, None)) or tgt.is_nested or not self.pack_padding:
@@ -270,6 +277,55 @@ class FusedTransformer(NotScriptable, PackPadding, nn.Transformer):
             _fuse_stack(self.encoder, FusedTransformerEncoder, FusedTransformerEncoderLayer)
         if custom_decoder is None:
             _fuse_stack(self.decoder, FusedTransformerDecoder, FusedTransformerDecoderLayer)
+
+    @names_checked
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The decoder's output; as `torch.nn.Transformer.forward`.
+
+        Raises:
+            RuntimeError: `src` and `tgt` do not fit each other, or the model.
+        """
+        expect_tensor("src", src)
+        expect_tensor("tgt", tgt)
+        if src.dim() == tgt.dim() == 3 and not (src.is_nested or tgt.is_nested):
+            _check_batches(src, tgt, self.batch_first)
+        return super().forward(
+            src,
+            tgt,
+            src_mask,
+            tgt_mask,
+            memory_mask,
+            src_key_padding_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            src_is_causal,
+            tgt_is_causal,
+            memory_is_causal,
+        )
+
+
+def _check_batches(src: Tensor, tgt: Tensor, batch_first: bool) -> None:
+    batch = 0 if batch_first else 1
+    if src.shape[batch] != tgt.shape[batch]:
+        message = (
+            "the batch number of src and tgt must be equal, "
+            f"got shapes {tuple(src.shape)} and {tuple(tgt.shape)}"
+        )
+        fits = src.shape[1 - batch] == tgt.shape[1 - batch]
+        raise RuntimeError(with_hint(message, other_order(batch_first) if fits else None))
 
 
 def _fuse_stack(stack: Any, stack_class: Any, layer_class: Any) -> None:
