@@ -6,6 +6,7 @@ parameters, buffers, hooks, optimizers, tied weights and parametrizations never 
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,10 +46,15 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Report:
-    """What `fuse` or `unfuse` did. Print it, or read its fields."""
+    """What `fuse` or `unfuse` did. Print it, or read its fields.
+
+    Attributes:
+        warnings: arguments that had no effect, one line each.
+    """
 
     swapped: tuple[Swap, ...]
     left_alone: tuple[LeftAlone, ...]
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} modules swapped, {len(self.left_alone)} left alone"]
@@ -56,6 +62,7 @@ class Report:
         lines += [
             f"  {m.name or '(model)'}: {m.kind} left alone: {m.reason}" for m in self.left_alone
         ]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -73,7 +80,8 @@ def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Rep
         skip: modules to leave alone, by qualified name (shell patterns, as "decoder.*") or class.
 
     Returns:
-        What was swapped, and what was left alone and why.
+        What was swapped, what was left alone and why, and warnings of what had no effect: an item
+        of `skip` that keeps no module from being swapped, a model with nothing to swap.
 
     Raises:
         TypeError: `model` is no module, or `skip` holds something else than names and classes.
@@ -81,7 +89,11 @@ def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Rep
     _check_model(model)
     patterns = _skipped(skip)
     swapped, left_alone = [], []
-    for name, module in model.named_modules():
+    names = dict(model.named_modules())
+    warnings = [_without_effect(item, names) for item in patterns]
+    if not any(map(_is_candidate, names.values())):
+        warnings.append(_nothing_to_fuse(model))
+    for name, module in names.items():
         kind = type(module).__name__
         if not _is_candidate(module):
             continue
@@ -98,6 +110,7 @@ def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Rep
             LeftAlone(name, kind, reason + _disarm(module))
             for name, module, kind, reason in left_alone
         ),
+        tuple(filter(None, warnings)),
     )
 
 
@@ -107,8 +120,8 @@ def unfuse(model: nn.Module) -> Report:
     Modules that were made as ours become torch.nn's too.
 
     Returns:
-        What was swapped; and what was left alone, since torch.nn has no such thing: attention with
-        a rotary position embedding, and everything around it.
+        What was swapped; what was left alone, since torch.nn has no such thing (attention with a
+        rotary position embedding, and everything around it); and a warning if there was nothing.
 
     Raises:
         TypeError: `model` is no module.
@@ -127,7 +140,8 @@ def unfuse(model: nn.Module) -> Report:
             before = type(module).__name__
             _change_class(module, _STOCK[fused])
             swapped.append(Swap(name, before, type(module).__name__))
-    return Report(tuple(swapped), tuple(left_alone))
+    warnings = () if swapped or left_alone else (_nothing_to_unfuse(model),)
+    return Report(tuple(swapped), tuple(left_alone), warnings)
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -148,6 +162,47 @@ def _skipped(skip: Iterable[str | type[nn.Module]]) -> tuple[str | type[nn.Modul
         if not (is_class or isinstance(item, str)):
             raise TypeError(f"`skip` must hold names and module classes, got {item!r}")
     return items
+
+
+def _without_effect(item: str | type[nn.Module], modules: dict[str, nn.Module]) -> str | None:
+    """A warning if `item` of `skip` keeps no module from being swapped."""
+    if isinstance(item, type):
+        matched = [module for module in modules.values() if isinstance(module, item)]
+        shown = item.__name__
+    else:
+        matched = [module for name, module in modules.items() if fnmatch.fnmatchcase(name, item)]
+        shown = repr(item)
+    if any(map(_is_candidate, matched)):
+        return None
+    if matched:
+        return f"{shown} in `skip` matches only modules that are not swapped anyway"
+    text = f"{shown} in `skip` matches no module"
+    close = _close_to(item, modules) if isinstance(item, str) else None
+    return text if close is None else f"{text}; hint: {close!r}"
+
+
+def _close_to(pattern: str, modules: dict[str, nn.Module]) -> str | None:
+    """A pattern that was probably meant by one that matches no name."""
+    candidates = [name for name, module in modules.items() if _is_candidate(module)]
+    deeper = f"*.{pattern}"  # as torch.compile and DataParallel put a name in front
+    if fnmatch.filter(candidates, deeper):
+        return deeper
+    stem, star, rest = pattern.partition("*")
+    ends = {name[: i + 1] for name in candidates for i, char in enumerate(name) if char == "."}
+    choices = {name.lower(): name for name in sorted([*candidates, *ends] if star else candidates)}
+    found = difflib.get_close_matches(stem.lower(), choices, n=1)
+    return choices[found[0]] + star + rest if found else None
+
+
+def _nothing_to_fuse(model: nn.Module) -> str:
+    if any(_plain_class(module) in _STOCK for module in model.modules()):
+        return "the model has nothing more to swap: what could be is fused"
+    known = ", ".join(stock.__name__ for stock in DROP_INS)
+    return f"the model has no module to swap; known are {known} of torch.nn"
+
+
+def _nothing_to_unfuse(model: nn.Module) -> str:
+    return f"{type(model).__name__} holds no module of fused_attn"
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -289,3 +289,49 @@ def test_compiled_model_can_be_fused() -> None:
     expected = model(src, tgt)
     fuse(model)
     torch.testing.assert_close(model(src, tgt), expected)
+
+
+NO_EFFECT = {
+    "misspelt pattern": ("decodr.*", "'decodr.*' in `skip` matches no module; hint: 'decoder.*'"),
+    "misspelt name": ("encoder.layer.0", "matches no module; hint: 'encoder.layers.0'"),
+    "other capitals": ("Decoder.*", "'Decoder.*' in `skip` matches no module; hint: 'decoder.*'"),
+    "nothing like it": ("xyz", "'xyz' in `skip` matches no module"),
+    "not the whole name": ("self_attn", "matches no module; hint: '*.self_attn'"),
+    "nothing that is swapped": ("*.linear1", "matches only modules that are not swapped anyway"),
+    "the model's own empty name": ("", ""),
+    "a class that is not there": (nn.RMSNorm, "RMSNorm in `skip` matches no module"),
+    "a class that is not swapped": (nn.Linear, "Linear in `skip` matches only modules"),
+}
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_what_has_no_effect_is_a_warning_in_the_report(name: str) -> None:
+    item, text = NO_EFFECT[name]
+    report = fuse(transformer(), skip=[item, "encoder.norm"])
+    assert len(report.warnings) == (1 if text else 0)
+    for warning in report.warnings:
+        assert text in warning
+        assert f"  warning: {warning}" in str(report)
+    assert len(report.left_alone) == (1 if text else 2)
+
+
+def test_prefixes_of_wrappers_are_hinted_at() -> None:
+    [warning] = fuse(nn.ModuleDict({"module": transformer()}), skip="decoder.*").warnings
+    assert warning == "'decoder.*' in `skip` matches no module; hint: '*.decoder.*'"
+
+
+def test_skip_that_has_an_effect_is_no_warning_even_if_another_item_comes_first() -> None:
+    report = fuse(transformer(), skip=["decoder*", nn.TransformerDecoderLayer])
+    assert report.warnings == ()
+    assert "warning" not in str(report)
+
+
+def test_models_with_nothing_to_swap_are_warned_of() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    assert "the model has no module to swap; known are MultiheadAttention" in str(fuse(model))
+    assert unfuse(model).warnings == ("Sequential holds no module of fused_attn",)
+    model = transformer()
+    assert fuse(model).warnings == ()
+    assert "nothing more to swap" in fuse(model).warnings[0]
+    assert unfuse(model).warnings == ()
+    assert len(unfuse(model).warnings) == 1

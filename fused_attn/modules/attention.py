@@ -13,10 +13,12 @@ from ..ops.attention.api import attention_varlen
 from ..ops.attention.call import Scalars
 from ..ops.attention.problem import BLHD, Operands, Weights
 from ..runtime import autocast
+from ..runtime.hints import with_hint
 from . import attention_arguments as arguments
 from . import nested_attention
 from .attention_arguments import Sizes
 from .cache import KeyValueCache
+from .mistakes import names_checked
 from .packing import Sequences
 from .positions import check_rotary, rotate
 from .scripting import NotScriptable
@@ -79,6 +81,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         )
         self.rotary_base = check_rotary(rotary_base, self.head_dim)
 
+    @names_checked
     def forward(
         self,
         query: Tensor,
@@ -177,7 +180,20 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         key_sequences: Sequences,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attention of sequences packed one after the other, out-projection included.
+        """`attend_packed_heads`, and the out-projection of it; (T, E)."""
+        sequences = (query_sequences, key_sequences)
+        return self.out_proj(self.attend_packed_heads(query, key, value, *sequences, is_causal))
+
+    def attend_packed_heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_sequences: Sequences,
+        key_sequences: Sequences,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attention of sequences packed one after the other, before the out-projection.
 
         Args:
             query: (T, E). key: (Tk, kdim). value: (Tk, vdim).
@@ -205,7 +221,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return self.out_proj(out.reshape(query.shape[0], self.embed_dim))
+        return out.reshape(query.shape[0], self.embed_dim)
 
     def attend_cached(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """Causal self-attention of the tokens that follow those in `cache`; (N, L, E) -> (N, L, E).
@@ -324,10 +340,14 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
 
 def _check_dtypes(query: Tensor, weight: Tensor) -> None:
     if query.dtype != weight.dtype and not autocast.enabled(query.device):
-        raise RuntimeError(
+        message = (
             f"`query` must have the dtype of the module's weights, {weight.dtype}, "
             f"got {query.dtype}"
         )
+        hint = f"`query.to({weight.dtype})`"
+        if query.is_floating_point():
+            hint += f", `module.to({query.dtype})` or torch.autocast"
+        raise RuntimeError(with_hint(message, hint))
 
 
 def _torch_weights(weights: Tensor | None, wanted: Weights, batched: bool) -> Tensor | None:

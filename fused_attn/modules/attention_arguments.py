@@ -15,17 +15,19 @@ from torch import Tensor
 
 from ..ops.dispatch import UnsupportedError
 from ..runtime import autocast, subclasses
-from ..runtime.checks import type_name
+from ..runtime.hints import with_hint
+from . import mistakes
 
 
 class Sizes(NamedTuple):
-    """Sizes of one call: N batch, H heads, L queries, S keys; 3-D inputs or 2-D ones."""
+    """Sizes of one call: N batch, H heads, L queries, S keys; 3-D inputs or 2-D ones; layout."""
 
     batch: int
     heads: int
     queries: int
     keys: int
     batched: bool
+    batch_first: bool = True
 
 
 class Masks(NamedTuple):
@@ -40,8 +42,7 @@ class Masks(NamedTuple):
 def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise TypeError if an input is no tensor."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {type_name(tensor)}")
+        mistakes.expect_tensor(name, tensor)
 
 
 def plain_mask(attn_mask: Any, device: torch.device) -> Tensor:
@@ -72,9 +73,11 @@ def check_tensors(
     """
     rank = query.dim()
     if rank not in (2, 3):
-        raise AssertionError(
+        message = (
             f"query should be unbatched 2D or batched 3D tensor but received {rank}-D query tensor"
         )
+        hint = "`fused_attn.attention` takes (B, H, L, D)" if rank == 4 else None
+        raise AssertionError(with_hint(message, hint))
     batched = rank == 3
     if key.dim() != rank or value.dim() != rank:
         kind = "batched" if batched else "unbatched"
@@ -83,15 +86,18 @@ def check_tensors(
             f"but found {key.dim()}-D and {value.dim()}-D tensors respectively"
         )
     if query.shape[-1] != embed_dim:
-        raise AssertionError(
+        message = (
             f"was expecting embedding dimension of {embed_dim}, "
             f"but got {query.shape[-1]}: query has shape {tuple(query.shape)}"
         )
+        raise AssertionError(with_hint(message, mistakes.hint_for_features(query, embed_dim)))
     if query.dtype.is_complex:
         raise UnsupportedError(f"`query` must be of a real floating dtype, got {query.dtype}")
     sequence = 1 if batched and batch_first else 0
     batch = query.shape[1 - sequence] if batched else 1
-    sizes = Sizes(batch, num_heads, query.shape[sequence], key.shape[sequence], batched)
+    sizes = Sizes(
+        batch, num_heads, query.shape[sequence], key.shape[sequence], batched, batch_first
+    )
     if same_embed_dim and query is key and key is value:
         return sizes
     if same_embed_dim and key.shape != value.shape:
@@ -104,17 +110,22 @@ def check_tensors(
             f"do not match value's {tuple(value.shape[:-1])}"
         )
     if batched and key.shape[1 - sequence] != batch:
-        raise RuntimeError(
+        message = (
             f"`key` and `value` must have the batch size of `query`, {batch}, "
             f"got {key.shape[1 - sequence]}"
         )
+        fits = key.shape[sequence] == query.shape[sequence]
+        raise RuntimeError(with_hint(message, mistakes.other_order(batch_first) if fits else None))
     fault = RuntimeError if same_embed_dim else AssertionError
     for name, tensor, size in (("key", key, key_dim), ("value", value, value_dim)):
         if tensor.shape[-1] != size:
-            raise fault(
+            message = (
                 f"`{name}` must have {size} features in its last dimension, "
                 f"got shape {tuple(tensor.shape)}"
             )
+            argument = "kdim" if name == "key" else "vdim"
+            hint = f"the constructor takes `{argument}={tensor.shape[-1]}`"
+            raise fault(with_hint(message, hint))
     return sizes
 
 
@@ -150,31 +161,30 @@ def check_masks(
 
 
 def _check_mask_dtype(name: str, mask: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {type_name(mask)}")
+    mistakes.expect_tensor(name, mask)
     if mask.dtype == torch.bool or mask.dtype in dtypes:
         return
     if not mask.is_floating_point():
-        raise AssertionError(
-            f"only bool and floating types of {name} are supported, got {mask.dtype}"
-        )
+        message = f"only bool and floating types of {name} are supported, got {mask.dtype}"
+        raise AssertionError(with_hint(message, mistakes.hint_for_mask_dtype(name, mask, dtypes)))
     accepted = " or ".join(str(dtype) for dtype in dict.fromkeys((torch.bool, *dtypes)))
-    raise RuntimeError(f"Expected {name} dtype to be {accepted}, but got {mask.dtype}")
+    message = f"Expected {name} dtype to be {accepted}, but got {mask.dtype}"
+    raise RuntimeError(with_hint(message, mistakes.hint_for_mask_dtype(name, mask, dtypes)))
 
 
 def _check_padding_shape(mask: Tensor, sizes: Sizes) -> None:
     rank = 2 if sizes.batched else 1
     if mask.dim() != rank:
         kind = "batched (3-D)" if sizes.batched else "unbatched (2-D)"
-        raise AssertionError(
+        message = (
             f"For {kind} `query`, expected `key_padding_mask` to be `None` or {rank}-D "
             f"but found {mask.dim()}-D tensor instead"
         )
+        raise AssertionError(with_hint(message, mistakes.hint_for_padding(mask, sizes)))
     expected = (sizes.batch, sizes.keys) if sizes.batched else (sizes.keys,)
     if tuple(mask.shape) != expected:
-        raise AssertionError(
-            f"Expected `key_padding_mask` shape to be {expected} but got {tuple(mask.shape)}"
-        )
+        message = f"Expected `key_padding_mask` shape to be {expected} but got {tuple(mask.shape)}"
+        raise AssertionError(with_hint(message, mistakes.hint_for_padding(mask, sizes)))
 
 
 def _check_attention_shape(mask: Tensor, sizes: Sizes) -> None:
@@ -188,10 +198,11 @@ def _check_attention_shape(mask: Tensor, sizes: Sizes) -> None:
         return
     if rank not in (2, 3):
         kind = "batched (3-D)" if sizes.batched else "unbatched (2-D)"
-        raise AssertionError(
+        message = (
             f"For {kind} `query`, expected `attn_mask` to be `None`, 2-D or 3-D "
             f"but found {rank}-D tensor instead (4-D, broadcastable to {scores}, is accepted too)"
         )
+        raise AssertionError(with_hint(message, mistakes.hint_for_attention(mask, sizes)))
     expected: tuple[int, ...] = scores[2:]
     if rank == 3:
         expected = (sizes.batch * sizes.heads, *expected)
@@ -199,7 +210,8 @@ def _check_attention_shape(mask: Tensor, sizes: Sizes) -> None:
         return
     if rank == 3 and not sizes.batched:
         raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {shape}")
-    raise RuntimeError(f"The shape of the {rank}D attn_mask is {shape}, but should be {expected}.")
+    message = f"The shape of the {rank}D attn_mask is {shape}, but should be {expected}."
+    raise RuntimeError(with_hint(message, mistakes.hint_for_attention(mask, sizes)))
 
 
 def make_masks(

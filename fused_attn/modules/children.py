@@ -33,7 +33,11 @@ def check_nested(
             )
     if any(mask is not None for mask in masks):
         raise AssertionError(
-            "NestedTensors must come without masks: their lengths say what is padding"
+            "NestedTensors must come without masks: their lengths say what is padding\n"
+            "hint: leave the masks out; `is_causal=True` is taken beside them"
         )
     if not batch_first:
-        raise AssertionError("NestedTensors need batch_first=True, got False")
+        raise AssertionError(
+            "NestedTensors need batch_first=True, got False\n"
+            "hint: `batch_first=True` in the constructor"
+        )

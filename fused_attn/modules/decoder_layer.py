@@ -7,23 +7,26 @@ fast path, which calls none of a layer's modules, is never taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import packing, padding
+from . import masking, packing, padding
 from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
+from .mistakes import expect_tensor, names_checked
+from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
 from .packing import Sequences
-from .residual import add_norm, add_norm_sum, has_hooks
+from .padding import Masks, PackedCross
+from .residual import add_norm, add_norm_sum
 from .scripting import NotScriptable
 
 
-class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
+class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` on fused kernels.
 
     Same constructor, children and state_dict. Sub-modules are called, and joined to one operation
@@ -31,14 +34,26 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
 
     A batch runs packed as `FusedTransformerEncoderLayer` says if its `tgt` is padded at the ends
     (`tgt_key_padding_mask` bool; `tgt_mask` None or causal), its `memory` anywhere
-    (`memory_key_padding_mask` bool, no `memory_mask`), or both; the output is 0 at the padding of
-    `tgt`.
+    (`memory_key_padding_mask` bool, no `memory_mask`), or both. Packed or not, the output is 0 at
+    the padding of `tgt`.
 
     Attributes:
-        pack_padding: False to never run packed.
+        pack_padding: False to never run packed, and to have torch.nn's numbers at padding.
     """
 
-    pack_padding: bool = True
+    _ATTENTIONS = ("self_attn", "multihead_attn")
+    _TOKEN_WISE = (
+        "linear1",
+        "activation",
+        "dropout",
+        "linear2",
+        "norm1",
+        "norm2",
+        "norm3",
+        "dropout1",
+        "dropout2",
+        "dropout3",
+    )
 
     def __init__(
         self,
@@ -75,6 +90,7 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         if not hasattr(self, "activation"):
             self.activation = F.relu
 
+    @names_checked
     def forward(
         self,
         tgt: Tensor,
@@ -101,77 +117,86 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
+        expect_tensor("tgt", tgt)
+        expect_tensor("memory", memory)
+        masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if tgt.is_nested or memory.is_nested:
-            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
             return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)
-        if memory_mask is None and self.is_packable():
-            found = padding.find_cross(
-                tgt,
-                memory,
-                tgt_key_padding_mask,
-                memory_key_padding_mask,
-                tgt_mask,
-                tgt_is_causal,
+        paddings = (tgt_key_padding_mask, memory_key_padding_mask)
+        if any(masking.is_left_to_caller(mask) for mask in paddings):
+            return self._dense(tgt, memory, masks, tgt_is_causal, memory_is_causal)
+        if paddings == (None, None) or not self.pack_padding:
+            note_not_packed(self, NO_MASK)
+            return self._dense(tgt, memory, masks, tgt_is_causal, memory_is_causal)
+        found = self._find(tgt, memory, masks, tgt_is_causal, memory_is_causal)
+        if isinstance(found, PackedCross):
+            note_packed(self, found.tgt.padding)
+            tokens = self.forward_packed(
+                found.tgt.padding.gather(tgt),
+                found.tgt.sequences,
+                found.memory.gather(memory),
+                found.memory_sequences,
+                found.tgt.causal,
                 memory_is_causal,
-                self.self_attn,
-                self.multihead_attn,
             )
-            if found is not None:
-                tokens = self.forward_packed(
-                    found.tgt.padding.gather(tgt),
-                    found.tgt.sequences,
-                    found.memory.gather(memory),
-                    found.memory_sequences,
-                    found.tgt.causal,
-                    memory_is_causal,
-                )
-                return found.tgt.padding.scatter(tokens)
+            return found.tgt.padding.scatter(tokens)
+        note_not_packed(self, found)
+        if found == padding.NO_PADDING:
+            return self._dense(tgt, memory, masks, tgt_is_causal, memory_is_causal)
+        known = self.is_known()
+        rows = masking.hidden(tgt, tgt_key_padding_mask, self)
+        tgt = masking.clear(tgt, rows, known)
+        memory = masking.clear(memory, masking.hidden(memory, memory_key_padding_mask, self), known)
+        return masking.zero(self._dense(tgt, memory, masks, tgt_is_causal, memory_is_causal), rows)
+
+    def _find(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: Masks,
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
+    ) -> PackedCross | str:
+        """How to pack; or why not, "" where it is the layer's own modules."""
+        if not self.is_packable():
+            return ""
+        return padding.find_cross(
+            tgt, memory, masks, tgt_is_causal, memory_is_causal, self.self_attn, self.multihead_attn
+        )
+
+    def _dense(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: Masks,
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
+    ) -> Tensor:
+        """The layer on a batch as it is, padding included."""
         return self._blocks(
             tgt,
             lambda x: self.self_attn(
                 x,
                 x,
                 x,
-                key_padding_mask=tgt_key_padding_mask,
+                key_padding_mask=masks.tgt_padding,
                 need_weights=False,
-                attn_mask=tgt_mask,
+                attn_mask=masks.tgt,
                 is_causal=tgt_is_causal,
             )[0],
             lambda x: self.multihead_attn(
                 x,
                 memory,
                 memory,
-                key_padding_mask=memory_key_padding_mask,
+                key_padding_mask=masks.memory_padding,
                 need_weights=False,
-                attn_mask=memory_mask,
+                attn_mask=masks.memory,
                 is_causal=memory_is_causal,
             )[0],
         )
 
-    def is_packable(self) -> bool:
-        """True if `forward_packed` computes what the sub-modules say, and calls all that hooks."""
-        return self.pack_padding and self._is_plain()
-
-    def _is_plain(self) -> bool:
-        return (
-            type(self) is FusedTransformerDecoderLayer
-            and not has_hooks(self)
-            and padding.is_plain_attention(self.self_attn)
-            and padding.is_plain_attention(self.multihead_attn)
-            and packing.is_token_wise(
-                (
-                    self.linear1,
-                    self.dropout,
-                    self.linear2,
-                    self.norm1,
-                    self.norm2,
-                    self.norm3,
-                    self.dropout1,
-                    self.dropout2,
-                    self.dropout3,
-                )
-            )
-        )
+    def _is_own_class(self) -> bool:
+        return type(self) is FusedTransformerDecoderLayer
 
     def forward_packed(
         self,
@@ -224,7 +249,7 @@ class FusedTransformerDecoderLayer(NotScriptable, nn.TransformerDecoderLayer):
         self,
         tgt: Tensor,
         memory: Tensor,
-        masks: Iterable[Tensor | None],
+        masks: Masks,
         *causal: bool,
     ) -> Tensor:
         if not (tgt.is_nested and memory.is_nested):

@@ -14,15 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import packing, padding
+from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
+from .mistakes import expect_tensor, names_checked
+from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
 from .packing import Sequences
-from .residual import add_norm, add_norm_sum, has_hooks
+from .padding import PackedSelf
+from .residual import add_norm, add_norm_sum
 from .scripting import NotScriptable
 
 
-class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
+class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on fused kernels: same constructor, children, state_dict.
 
     Any activation callable runs as it is given. Sub-modules are called as modules, so that hooks,
@@ -31,15 +34,27 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
     or SiLU, and its dropout.
 
     A batch padded at its ends (`src_key_padding_mask` bool; `src_mask` None or causal) runs packed,
-    without work on its padding, in training too; the output is 0 there. Under torch.compile and in
-    captured CUDA graphs, whose shapes cannot depend on data, and where a sub-module has hooks or is
-    another than torch.nn's constructor makes, padding is computed and its output is any number.
+    without work on its padding, in training too. It does not under torch.compile and in captured
+    CUDA graphs, whose shapes cannot depend on data, and where something may look across positions:
+    a sub-module or activation that has hooks, or is of another class than those known, subclasses
+    included, unless it has an attribute `token_wise = True`. Packed or not, the output is 0 at
+    padding (where a bool mask is True, a floating one -inf), and no gradient comes from there.
 
     Attributes:
-        pack_padding: False to never run packed.
+        pack_padding: False to never run packed, and to have torch.nn's numbers at padding.
     """
 
-    pack_padding: bool = True
+    _ATTENTIONS = ("self_attn",)
+    _TOKEN_WISE = (
+        "linear1",
+        "activation",
+        "dropout",
+        "linear2",
+        "norm1",
+        "norm2",
+        "dropout1",
+        "dropout2",
+    )
 
     def __init__(
         self,
@@ -70,6 +85,7 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         )
         fuse_children(self)
 
+    @names_checked
     def forward(
         self,
         src: Tensor,
@@ -91,14 +107,43 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
+        expect_tensor("src", src)
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
-        if src_key_padding_mask is not None and self.is_packable():
-            found = padding.find(src, src_key_padding_mask, src_mask, is_causal, self.self_attn)
-            if found is not None:
-                tokens = found.padding.gather(src)
-                tokens = self.forward_packed(tokens, found.sequences, found.causal)
-                return found.padding.scatter(tokens)
+        if src_key_padding_mask is None or not self.pack_padding:
+            note_not_packed(self, NO_MASK)
+            return self._dense(src, src_mask, src_key_padding_mask, is_causal)
+        if masking.is_left_to_caller(src_key_padding_mask):
+            return self._dense(src, src_mask, src_key_padding_mask, is_causal)
+        found = self._find(src, src_mask, src_key_padding_mask, is_causal)
+        if isinstance(found, PackedSelf):
+            note_packed(self, found.padding)
+            tokens = found.padding.gather(src)
+            tokens = self.forward_packed(tokens, found.sequences, found.causal)
+            return found.padding.scatter(tokens)
+        note_not_packed(self, found)
+        rows = None
+        if found != padding.NO_PADDING:
+            rows = masking.hidden(src, src_key_padding_mask, self)
+        src = masking.clear(src, rows, self.is_known())
+        return masking.zero(self._dense(src, src_mask, src_key_padding_mask, is_causal), rows)
+
+    def _find(
+        self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor, is_causal: bool
+    ) -> PackedSelf | str:
+        """How to pack; or why not, "" where it is the layer's own modules."""
+        if not self.is_packable():
+            return ""
+        return padding.find(src, key_padding_mask, mask, is_causal, self.self_attn)
+
+    def _dense(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """The layer on a batch as it is, padding included."""
         return self._blocks(
             src,
             lambda x: self.self_attn(
@@ -112,25 +157,8 @@ class FusedTransformerEncoderLayer(NotScriptable, nn.TransformerEncoderLayer):
             )[0],
         )
 
-    def is_packable(self) -> bool:
-        """True if `forward_packed` computes what the sub-modules say, and calls all that hooks."""
-        return (
-            self.pack_padding
-            and type(self) is FusedTransformerEncoderLayer
-            and not has_hooks(self)
-            and padding.is_plain_attention(self.self_attn)
-            and packing.is_token_wise(
-                (
-                    self.linear1,
-                    self.dropout,
-                    self.linear2,
-                    self.norm1,
-                    self.norm2,
-                    self.dropout1,
-                    self.dropout2,
-                )
-            )
-        )
+    def _is_own_class(self) -> bool:
+        return type(self) is FusedTransformerEncoderLayer
 
     def forward_packed(
         self, tokens: Tensor, sequences: Sequences, is_causal: bool = False

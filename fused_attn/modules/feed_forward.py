@@ -1,8 +1,12 @@
-"""linear2(dropout(activation(linear1(x)))), with bias, activation and dropout as one operation.
+"""linear2(dropout(activation(linear1(x)))), with activation and dropout as one operation.
 
 The gated forms multiply activation(gate) by the other half of linear1's features. One operation is
 where linear1 and the dropout are plain (`residual`), the activation is one that
 `fused_attn.bias_activation` knows, and a kernel can run it. Everything else is called as given.
+
+linear1's bias is part of the operation in float32 and float64. In 16 bits it is part of the
+product, whose sum is rounded once: a product that is rounded before its bias is added puts units
+near 0 on the wrong side of ReLU's kink, and their whole gradient with them.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from torch import Tensor, nn
 from ..ops import dispatch
 from ..ops.bias_activation import call
 from ..ops.bias_activation.api import Activation, bias_activation
-from ..runtime import autocast, checks, higher_order
+from ..runtime import autocast, checks, higher_order, hints
+from . import token_wise
+from .mistakes import expect_tensor
 from .residual import has_hooks, is_plain_tensor
 from .scripting import NotScriptable
 
@@ -56,16 +62,21 @@ def feed_forward(
     """The position-wise network of a Transformer layer (Vaswani et al. 2017, section 3.3)."""
     name = _name_of(activation)
     if name is None or not _is_plain_linear(linear1) or not _runs_fused(x, linear1, name):
+        _note_modules(name, linear1)
         h = linear1(x)
         if gated:
             gate, up = h.chunk(2, dim=-1)
             return linear2(dropout(activation(gate) * up))
         return linear2(dropout(activation(h)))
-    # The product without its bias: torch would write the bias to memory first and add to it.
-    h = F.linear(x, linear1.weight)
     bias: Tensor | None = linear1.bias
-    if bias is not None and bias.dtype != h.dtype:  # under autocast
-        bias = bias.to(h.dtype)
+    if bias is not None and _product_dtype(x).itemsize < 4:
+        h, bias = F.linear(x, linear1.weight, bias), None
+    else:
+        # Without its bias: torch would write the bias to memory first and add to it.
+        h = F.linear(x, linear1.weight)
+        if bias is not None and bias.dtype != h.dtype:  # float64 under autocast
+            bias = bias.to(h.dtype)
+    _note_fused(name, bias)
     dropout_p = 0.0
     rest: nn.Module | None = dropout
     if type(dropout) is nn.Dropout and not has_hooks(dropout):
@@ -105,9 +116,10 @@ class FusedFeedForward(NotScriptable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _LAYERS:
+        if not isinstance(activation, str) or activation not in _LAYERS:
             known = ", ".join(map(repr, _LAYERS))
-            raise ValueError(f"`activation` must be one of {known}, got {activation!r}")
+            message = f"`activation` must be one of {known}, got {activation!r}"
+            raise ValueError(hints.with_hint(message, hints.for_activation(activation)))
         self.gated = activation in _GATED
         width = 2 * dim_feedforward if self.gated else dim_feedforward
         self.linear1 = nn.Linear(d_model, width, bias, device, dtype)
@@ -116,7 +128,13 @@ class FusedFeedForward(NotScriptable, nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(*, d_model) -> (*, d_model), new."""
+        """(*, d_model) -> (*, d_model), new.
+
+        Raises:
+            TypeError: x is no tensor.
+            RuntimeError: x is of another width or dtype, as torch.nn.Linear says.
+        """
+        expect_tensor("x", x)
         return feed_forward(
             x, self.linear1, self.activation, self.dropout, self.linear2, self.gated
         )
@@ -137,11 +155,35 @@ def _is_plain_linear(linear: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _runs_fused(x: Tensor, linear: nn.Linear, name: Activation) -> bool:
-    dtype = x.dtype
-    if autocast.enabled(x.device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
     ask = call.has_kernel if torch.compiler.is_compiling() else _has_kernel
-    return ask(x.device, dtype, linear.out_features, name)
+    return ask(x.device, _product_dtype(x), linear.out_features, name)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of what a linear makes of x."""
+    if autocast.enabled(x.device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _note_modules(name: Activation | None, linear: nn.Module) -> None:
+    """Tell whoever watches why the sub-modules are called one by one."""
+    if not dispatch.is_watched():
+        return
+    if name is None:
+        why = "the activation has hooks, or is none that bias_activation knows"
+    elif not _is_plain_linear(linear):
+        why = token_wise.why_not("linear1", linear)
+    else:
+        why = "no kernel can run bias_activation here"
+    dispatch.note(f"feed-forward: one sub-module after the other, since {why}")
+
+
+def _note_fused(name: Activation, bias: Tensor | None) -> None:
+    """Tell whoever watches where the bias is added."""
+    if dispatch.is_watched():
+        where = "the product has the bias, if any" if bias is None else "bias after the product"
+        dispatch.note(f"feed-forward: {where}; {name} and dropout in one pass")
 
 
 def _may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:

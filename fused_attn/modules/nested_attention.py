@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
-from . import packing
+from . import packing, token_wise
 
 if TYPE_CHECKING:
     from .attention import FusedMultiheadAttention
@@ -66,10 +66,12 @@ def _packed(
     value_tokens = key_tokens if value is key else packing.from_nested(value)[0]
     if value_tokens.shape[0] != key_tokens.shape[0]:
         _refuse(f"got {key_tokens.shape[0]} keys but {value_tokens.shape[0]} values")
-    out = module.attend_packed(
+    out = module.attend_packed_heads(
         tokens, key_tokens, value_tokens, sequences, key_sequences, is_causal
     )
-    return packing.to_nested(out, query)
+    if token_wise.is_token_wise(module.out_proj):
+        return packing.to_nested(module.out_proj(out), query)
+    return module.out_proj(packing.to_nested(out, query))  # it may ask which sequence is which
 
 
 def _check(
@@ -85,11 +87,17 @@ def _check(
             f"but received {query.dim()}-D query tensor"
         )
     if not all(x.is_nested and x.dim() == 3 for x in inputs):
-        _refuse("all of `query`, `key` and `value` must be nested and 3-D, or none")
+        _refuse(
+            "all of `query`, `key` and `value` must be nested and 3-D, or none\n"
+            "hint: `torch.nested.as_nested_tensor([...], layout=torch.jagged)`"
+        )
     if key_padding_mask is not None or attn_mask is not None:
-        _refuse("with masks: the lengths of the sequences say what is padding")
+        _refuse(
+            "with masks: the lengths of the sequences say what is padding\n"
+            "hint: leave the masks out; `is_causal=True` is taken beside them"
+        )
     if not module.batch_first:
-        _refuse("unless the module is batch_first")
+        _refuse("unless the module is batch_first\nhint: `batch_first=True` in the constructor")
     sizes = (module.embed_dim, module.kdim, module.vdim)
     if any(x.size(-1) != size for x, size in zip(inputs, sizes, strict=True)):
         _refuse(f"of feature sizes other than {sizes}, got {[x.size(-1) for x in inputs]}")

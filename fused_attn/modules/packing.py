@@ -7,15 +7,10 @@ attention takes the boundaries along.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from .residual import has_hooks
-
-_TOKEN_WISE = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.Identity)
+from torch import Tensor
 
 
 class Sequences(NamedTuple):
@@ -61,11 +56,6 @@ class Padding(NamedTuple):
             return tokens.view(*self.shape, width)
         length, batch = self.shape
         return tokens.view(batch, length, width).transpose(0, 1).contiguous()
-
-
-def is_token_wise(modules: Iterable[nn.Module]) -> bool:
-    """True if calling each of `modules` on packed tokens is the same as on a padded batch."""
-    return all(isinstance(m, _TOKEN_WISE) and not has_hooks(m) for m in modules)
 
 
 def from_nested(x: Any) -> tuple[Tensor, Sequences]:

@@ -11,6 +11,6 @@ class NotScriptable:
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks a module for before it compiles it."""
         raise NotImplementedError(
-            f"torch.jit.script cannot compile {type(self).__name__}: use torch.compile or "
+            f"torch.jit.script cannot compile {type(self).__name__}\nhint: use torch.compile or "
             "torch.export, or put torch.nn's modules back first with fused_attn.unfuse(model)"
         )

@@ -8,23 +8,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import packing, padding
+from ..runtime.hints import with_hint
+from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
+from .mistakes import expect_tensor, names_checked, other_order
+from .packable import NO_MASK, note_not_packed, note_packed
+from .packable_stack import PackableStack, PackPadding
 from .packing import Sequences
-from .padding import PackedCross
+from .padding import Masks, PackedCross, PackedSelf
 from .scripting import NotScriptable
 
 
-class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
+class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder` that packs a padded batch once for all layers.
 
-    A batch padded at its ends runs without work on its padding, as `FusedTransformerEncoderLayer`
-    describes, in training as in inference; the last layer's output is 0 there. The constructor's
-    `enable_nested_tensor` and `mask_check` steer torch.nn's own way to that and do nothing here.
+    A batch padded at its ends runs without work on its padding where all layers and the norm can,
+    as `FusedTransformerEncoderLayer` describes, in training as in inference. Packed or not, the
+    output is 0 at padding, after the norm too. Where nothing is packed, layers hand on at padding
+    what torch.nn's do. The constructor's `enable_nested_tensor` and `mask_check` steer torch.nn's
+    own way to that and do nothing here.
+
+    Attributes:
+        pack_padding: that of the layers: True if all have it. Setting it sets theirs.
     """
 
+    _LAYER_CLASS = FusedTransformerEncoderLayer
+
+    @names_checked
     def forward(
         self,
         src: Tensor,
@@ -42,30 +54,54 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
             is_causal: no position sees a later one. None is False: the mask says it all, and is
                 not read back to find out whether it is causal.
         """
+        expect_tensor("src", src)
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
-        if src_key_padding_mask is not None and self._is_packable():
-            attention = self.layers[0].self_attn
-            found = padding.find(src, src_key_padding_mask, mask, bool(is_causal), attention)
-            if found is not None:
-                tokens = found.padding.gather(src)
-                output = self._layers_packed(tokens, found.sequences, found.causal)
-                return self._finish(found.padding.scatter(output))
+        if src_key_padding_mask is None or not self.pack_padding:
+            note_not_packed(self, NO_MASK)
+            return self._dense(src, mask, src_key_padding_mask, bool(is_causal))
+        found = self._find(src, mask, src_key_padding_mask, bool(is_causal))
+        if isinstance(found, PackedSelf):
+            note_packed(self, found.padding)
+            tokens = found.padding.gather(src)
+            output = self._layers_packed(tokens, found.sequences, found.causal)
+            return found.padding.scatter(self._finish(output))
+        note_not_packed(self, found)
+        rows = None
+        if found != padding.NO_PADDING:
+            rows = masking.hidden(src, src_key_padding_mask, self.layout_owner())
+        src = masking.clear(src, rows, self.is_known())
+        marked = masking.leave_to_caller(src_key_padding_mask)
+        return masking.zero(self._dense(src, mask, marked, bool(is_causal)), rows)
+
+    def _find(
+        self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor, is_causal: bool
+    ) -> PackedSelf | str:
+        """How to pack; or why not, "" where it is the modules."""
+        if not self.is_packable():
+            return ""
+        return padding.find(src, key_padding_mask, mask, is_causal, self.layers[0].self_attn)
+
+    def _dense(
+        self,
+        src: Tensor,
+        mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """Layers and norm on a batch as it is, padding included."""
         output = src
         for layer in self.layers:
             ours = isinstance(layer, nn.TransformerEncoderLayer)
             output = layer(
                 output,
                 src_mask=mask if ours else _as_torch_passes_it(mask, src),
-                is_causal=bool(is_causal),
+                is_causal=is_causal,
                 src_key_padding_mask=(
                     src_key_padding_mask if ours else _as_torch_passes_it(src_key_padding_mask, src)
                 ),
             )
         return self._finish(output)
-
-    def _is_packable(self) -> bool:
-        return _are_packable(self.layers, FusedTransformerEncoderLayer)
 
     def _layers_packed(self, tokens: Tensor, sequences: Sequences, is_causal: bool) -> Tensor:
         for layer in self.layers:
@@ -81,7 +117,7 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first if len(self.layers) else True
         check_nested((src,), (mask, src_key_padding_mask), batch_first)
-        if self._is_packable() and (self.norm is None or packing.is_token_wise([self.norm])):
+        if self.is_packable():
             tokens, sequences = packing.from_nested(src)
             output = self._layers_packed(tokens, sequences, is_causal)
             return packing.to_nested(self._finish(output), src)
@@ -89,17 +125,21 @@ class FusedTransformerEncoder(NotScriptable, nn.TransformerEncoder):
         output = self.forward(padded, src_key_padding_mask=hidden, is_causal=is_causal)
         return packing.unpad_nested(output, hidden, src)
 
-    def _finish(self, output: Tensor) -> Tensor:
-        return output if self.norm is None else self.norm(output)
 
-
-class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
+class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecoder):
     """`torch.nn.TransformerDecoder` that packs a padded batch once for all layers.
 
-    Padding of `tgt` and of `memory` costs nothing where `FusedTransformerDecoderLayer` says so.
-    Torch's look into the mask is not taken.
+    Padding of `tgt` and of `memory` costs nothing where `FusedTransformerDecoderLayer` says so. The
+    output is 0 at the padding of `tgt` as that of `FusedTransformerEncoder` is. Torch's look into
+    the mask is not taken.
+
+    Attributes:
+        pack_padding: that of the layers: True if all have it. Setting it sets theirs.
     """
 
+    _LAYER_CLASS = FusedTransformerDecoderLayer
+
+    @names_checked
     def forward(
         self,
         tgt: Tensor,
@@ -119,35 +159,60 @@ class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
             tgt_is_causal: no target position sees a later one. None is False: the mask says it all,
                 and is not read back to find out whether it is causal.
         """
-        tgt_causal = bool(tgt_is_causal)
-        if memory_mask is None and not tgt.is_nested and self._is_packable():
-            found = padding.find_cross(
-                tgt,
-                memory,
-                tgt_key_padding_mask,
-                memory_key_padding_mask,
-                tgt_mask,
-                tgt_causal,
-                memory_is_causal,
-                self.layers[0].self_attn,
-                self.layers[0].multihead_attn,
-            )
-            if found is not None:
-                output = self._layers_packed(tgt, memory, found, memory_is_causal)
-                return output if self.norm is None else self.norm(output)
-        return super().forward(
-            tgt,
-            memory,
-            tgt_mask=tgt_mask,
-            memory_mask=memory_mask,
-            tgt_key_padding_mask=tgt_key_padding_mask,
-            memory_key_padding_mask=memory_key_padding_mask,
-            tgt_is_causal=tgt_causal,
-            memory_is_causal=memory_is_causal,
+        expect_tensor("tgt", tgt)
+        expect_tensor("memory", memory)
+        causal = (bool(tgt_is_causal), memory_is_causal)
+        masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        if (masks[2:] == (None, None)) or tgt.is_nested or not self.pack_padding:
+            note_not_packed(self, NO_MASK)
+            return self._dense(tgt, memory, masks, causal)
+        found = self._find(tgt, memory, masks, causal)
+        if isinstance(found, PackedCross):
+            note_packed(self, found.tgt.padding)
+            output = self._finish(self._layers_packed(tgt, memory, found, memory_is_causal))
+            return found.tgt.padding.scatter(output)
+        note_not_packed(self, found)
+        marked = [masking.leave_to_caller(mask) for mask in masks[2:]]
+        masks = Masks(tgt_mask, memory_mask, *marked)
+        if found == padding.NO_PADDING:
+            return self._dense(tgt, memory, masks, causal)
+        known = self.is_known()
+        owner = self.layout_owner()
+        rows = masking.hidden(tgt, tgt_key_padding_mask, owner)
+        tgt = masking.clear(tgt, rows, known)
+        memory = masking.clear(
+            memory, masking.hidden(memory, memory_key_padding_mask, owner), known
+        )
+        return masking.zero(self._dense(tgt, memory, masks, causal), rows)
+
+    def _find(
+        self, tgt: Tensor, memory: Tensor, masks: Masks, causal: tuple[bool, bool]
+    ) -> PackedCross | str:
+        """How to pack; or why not, "" where it is the modules."""
+        if not self.is_packable():
+            return ""
+        first = self.layers[0]
+        return padding.find_cross(
+            tgt, memory, masks, *causal, first.self_attn, first.multihead_attn
         )
 
-    def _is_packable(self) -> bool:
-        return _are_packable(self.layers, FusedTransformerDecoderLayer)
+    def _dense(
+        self, tgt: Tensor, memory: Tensor, masks: Masks, causal: tuple[bool, bool]
+    ) -> Tensor:
+        """Layers and norm on a batch as it is, padding included."""
+        output = tgt
+        for layer in self.layers:
+            output = layer(
+                output,
+                memory,
+                tgt_mask=masks.tgt,
+                memory_mask=masks.memory,
+                tgt_key_padding_mask=masks.tgt_padding,
+                memory_key_padding_mask=masks.memory_padding,
+                tgt_is_causal=causal[0],
+                memory_is_causal=causal[1],
+            )
+        return self._finish(output)
 
     def _layers_packed(
         self, tgt: Tensor, memory: Tensor, found: PackedCross, memory_is_causal: bool
@@ -163,11 +228,15 @@ class FusedTransformerDecoder(NotScriptable, nn.TransformerDecoder):
                 found.tgt.causal,
                 memory_is_causal,
             )
-        return found.tgt.padding.scatter(tokens)
+        return tokens
 
 
-class FusedTransformer(NotScriptable, nn.Transformer):
-    """`torch.nn.Transformer` on fused kernels: same constructor, children, state_dict."""
+class FusedTransformer(NotScriptable, PackPadding, nn.Transformer):
+    """`torch.nn.Transformer` on fused kernels: same constructor, children, state_dict.
+
+    Attributes:
+        pack_padding: that of the layers: True if all have it. Setting it sets theirs.
+    """
 
     def __init__(
         self,
@@ -209,15 +278,54 @@ class FusedTransformer(NotScriptable, nn.Transformer):
         if custom_decoder is None:
             _fuse_stack(self.decoder, FusedTransformerDecoder, FusedTransformerDecoderLayer)
 
+    @names_checked
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The decoder's output; as `torch.nn.Transformer.forward`.
 
-def _are_packable(layers: Any, layer_class: Any) -> bool:
-    """True if all of `layers` are such, packable, and of one layout."""
-    return len(layers) > 0 and all(
-        isinstance(layer, layer_class)
-        and layer.is_packable()
-        and layer.self_attn.batch_first == layers[0].self_attn.batch_first
-        for layer in layers
-    )
+        Raises:
+            RuntimeError: `src` and `tgt` do not fit each other, or the model.
+        """
+        expect_tensor("src", src)
+        expect_tensor("tgt", tgt)
+        if src.dim() == tgt.dim() == 3 and not (src.is_nested or tgt.is_nested):
+            _check_batches(src, tgt, self.batch_first)
+        return super().forward(
+            src,
+            tgt,
+            src_mask,
+            tgt_mask,
+            memory_mask,
+            src_key_padding_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            src_is_causal,
+            tgt_is_causal,
+            memory_is_causal,
+        )
+
+
+def _check_batches(src: Tensor, tgt: Tensor, batch_first: bool) -> None:
+    batch = 0 if batch_first else 1
+    if src.shape[batch] != tgt.shape[batch]:
+        message = (
+            "the batch number of src and tgt must be equal, "
+            f"got shapes {tuple(src.shape)} and {tuple(tgt.shape)}"
+        )
+        fits = src.shape[1 - batch] == tgt.shape[1 - batch]
+        raise RuntimeError(with_hint(message, other_order(batch_first) if fits else None))
 
 
 def _fuse_stack(stack: Any, stack_class: Any, layer_class: Any) -> None:

@@ -188,7 +188,9 @@ def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None)
     if name is not None:
         find(backends, name)
     chosen = able[0] if able else None
-    detail = next((getattr(b, "detail", str)() for b in backends if chosen == b.NAME), "")
+    detail = ""
+    if not is_compiling():  # it looks at what no compiler can trace
+        detail = next((getattr(b, "detail", str)() for b in backends if chosen == b.NAME), "")
     return Explanation(problem, chosen, reasons, detail, tuple(by_name.items()))
 
 
@@ -210,6 +212,11 @@ def watching(tell: Callable[[Explanation | str], None]) -> Iterator[None]:
     finally:
         _watcher = before
         forget_plans()
+
+
+def is_watched() -> bool:
+    """True while somebody is `watching`: what costs time to say need not be said otherwise."""
+    return _watcher is not None
 
 
 def note(text: str) -> None:

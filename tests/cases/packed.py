@@ -16,6 +16,8 @@ LENGTHS = [L, 4, 1, 0]
 class Recording(nn.Module):
     """An activation that remembers how many tokens passed."""
 
+    token_wise = True
+
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[int] = []
