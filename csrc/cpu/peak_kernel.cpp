@@ -1,7 +1,7 @@
 // Compiled once per instruction-set level; see peak.h.
 #include "cpu/peak_kernel.h"
 
-#include "attention/cpu/engine.h"
+#include "cpu/engine.h"
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 namespace {
@@ -11,8 +11,7 @@ volatile double sink;  // keeps the compiler from leaving the work out
 // Chains of multiply-adds: twelve registers hide a latency of four or five cycles at two a cycle,
 // and leave some for the operands; an accumulator that is spilled would be timed, too.
 template <class Real>
-constexpr int kAccumulators = attention::FUSED_ATTN_LEVEL::smaller(
-    12, attention::FUSED_ATTN_LEVEL::larger(1, kRegisterVectors<Real> * 3 / 4));
+constexpr int kAccumulators = smaller(12, larger(1, kRegisterVectors<Real> * 3 / 4));
 
 template <class E>
 double run(int64_t repeats) {
@@ -37,8 +36,7 @@ double run(int64_t repeats) {
 
 double multiply_adds(DType dtype, int64_t repeats) {
   double operations = 0;
-  attention::FUSED_ATTN_LEVEL::with_engine(
-      dtype, [&](auto engine) { operations = run<decltype(engine)>(repeats); });
+  with_engine(dtype, [&](auto engine) { operations = run<decltype(engine)>(repeats); });
   return operations;
 }
 

@@ -7,8 +7,8 @@
 #include <set>
 #include <utility>
 
-#include "cuda/launch.h"
 #include "cuda/launch_error.h"
+#include "cuda/launch_shape.h"
 
 namespace fused_attn::device {
 

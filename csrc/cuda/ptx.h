@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "cuda/words.h"
 
 namespace fused_attn::device {
 

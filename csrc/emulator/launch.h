@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "cuda/launch.h"
+#include "cuda/launch_shape.h"
 
 namespace fused_attn::emulator {
 

@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "common/float16.h"
-#include "cuda/device.h"
+#include "cuda/words.h"
 #include "emulator/machine.h"
 
 namespace fused_attn::device {

@@ -122,22 +122,14 @@ FUSED_ATTN_INLINE Vec<Unit> broadcast(const Unit* from) {
   return Vec<Unit>::set1(unit);
 }
 
-template <class E, Form kForm, int R, int G, class Epilogue>
-FUSED_ATTN_INLINE void multiply_tile(const Product<E>& x, int64_t row, int group,
-                                     const Epilogue& epilogue) {
-  using Real = typename E::Real;
+// acc += the products of `depth` units from a and b on, which move along.
+template <class E, Form kForm, int R, int G>
+FUSED_ATTN_INLINE void accumulate(const Product<E>& x, int64_t depth, const typename E::Unit*& a,
+                                  const typename E::Unit*& b, Vec<typename E::Real> (&acc)[R][G]) {
   using Unit = typename E::Unit;
   const int64_t stride_row = kForm == Form::kRows ? x.stride_a : 1;
   const int64_t stride_depth = kForm == Form::kRows ? 1 : x.stride_a;
-  const Unit* a = x.a + row * stride_row;
-  const Unit* b = x.b + group * kLanes;
-  Vec<Real> acc[R][G];
-  FUSED_ATTN_UNROLL
-  for (int r = 0; r < R; ++r) {
-    FUSED_ATTN_UNROLL
-    for (int g = 0; g < G; ++g) acc[r][g] = Vec<Real>::zero();
-  }
-  for (int64_t k = 0; k < x.depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     Vec<Unit> lanes[G];
     FUSED_ATTN_UNROLL
     for (int g = 0; g < G; ++g) lanes[g] = Vec<Unit>::load(b + g * kLanes);
@@ -149,6 +141,58 @@ FUSED_ATTN_INLINE void multiply_tile(const Product<E>& x, int64_t row, int group
     }
     a += stride_depth;
     b += x.stride_b;
+  }
+}
+
+template <class Real, int R, int G>
+FUSED_ATTN_INLINE void clear(Vec<Real> (&acc)[R][G]) {
+  FUSED_ATTN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    FUSED_ATTN_UNROLL
+    for (int g = 0; g < G; ++g) acc[r][g] = Vec<Real>::zero();
+  }
+}
+
+// A sum that runs over more units than kLongestChain is made of parts of kChain: its rounding error
+// grows with the number of additions one after the other.
+constexpr int64_t kLongestChain = 192;
+constexpr int64_t kChain = 128;
+
+template <class E, Form kForm, int R, int G>
+FUSED_ATTN_NOINLINE void multiply_deep_tile(const Product<E>& x, const typename E::Unit* a,
+                                            const typename E::Unit* b, typename E::Real* to) {
+  using V = Vec<typename E::Real>;
+  for (int64_t done = 0; done < x.depth; done += kChain) {
+    V acc[R][G];
+    clear(acc);
+    accumulate<E, kForm>(x, smaller(kChain, x.depth - done), a, b, acc);
+    for (int r = 0; r < R; ++r) {
+      for (int g = 0; g < G; ++g) {
+        typename E::Real* at = to + (r * G + g) * kLanes;
+        (done == 0 ? acc[r][g] : V::load(at) + acc[r][g]).store(at);
+      }
+    }
+  }
+}
+
+template <class E, Form kForm, int R, int G, class Epilogue>
+FUSED_ATTN_INLINE void multiply_tile(const Product<E>& x, int64_t row, int group,
+                                     const Epilogue& epilogue) {
+  using Real = typename E::Real;
+  const typename E::Unit* a = x.a + row * (kForm == Form::kRows ? x.stride_a : 1);
+  const typename E::Unit* b = x.b + group * kLanes;
+  Vec<Real> acc[R][G];
+  if (x.depth <= kLongestChain) {
+    clear(acc);
+    accumulate<E, kForm>(x, x.depth, a, b, acc);
+  } else {
+    alignas(64) Real sums[R * G * kLanes];
+    multiply_deep_tile<E, kForm, R, G>(x, a, b, sums);
+    FUSED_ATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FUSED_ATTN_UNROLL
+      for (int g = 0; g < G; ++g) acc[r][g] = Vec<Real>::load(sums + (r * G + g) * kLanes);
+    }
   }
   epilogue(x.c + row * x.stride_c + group * kLanes, x.stride_c, group * kLanes, acc);
 }

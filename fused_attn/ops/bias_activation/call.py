@@ -83,7 +83,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation:
     )
     return any(
         not dispatch.is_formula(backend)
-        and not dispatch.only_by_name(backend)
+        and dispatch.only_by_name(backend, problem) is None
         and not dispatch.why_not(backend, problem)
         for backend in BACKENDS
     )
