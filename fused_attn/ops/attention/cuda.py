@@ -154,7 +154,7 @@ def _within_padding(operands: Operands) -> Operands:
 
 
 def _workspace(operands: Operands, add_up_dq: bool) -> Tensor:
-    """Memory for the row statistics, three numbers a head and query, in tiles, and the sum of dq."""
+    """Memory for the row statistics, three numbers a head and query in tiles, and the sum of dq."""
     tile, slice_columns = 64, 16
     _, num_heads, rows, head_dim = operands.q.shape
     if operands.cu_seqlens_q is not None:
