@@ -37,7 +37,8 @@ struct RunningSoftmax {
   }
 };
 
-// What turns exponentials relative to one shift into those relative to another.
+// What turns exponentials relative to one shift into those relative to another. Largest scores only
+// grow; where there was none, nothing has been summed and any number does.
 template <bool kPlain, class Real>
 FUSED_ATTN_INLINE Vec<Real> correction_between(const Shift<Real>& before, const Shift<Real>& now,
                                                int q, Vec<Real> scale) {
@@ -45,7 +46,7 @@ FUSED_ATTN_INLINE Vec<Real> correction_between(const Shift<Real>& before, const 
   const V apart = V::load(before.base + q) - V::load(now.base + q);
   if constexpr (!kPlain) return exp(clamp_exponent(apart));
   const V offset = V::load(now.offset + q) - V::load(before.offset + q);
-  return exp2(clamp_exponent(fma(apart, scale, offset)));
+  return exp2(min(V::zero(), clamp_exponent(fma(apart, scale, offset))));
 }
 
 // Makes the exponents of 16 queries relative to their largest scores so far. Does any of them have
@@ -61,7 +62,9 @@ FUSED_ATTN_INLINE bool renew_shift(const RunningSoftmax<Real>& state, int q, Vec
     return false;
   }
   const V scaled = largest * scale;
-  const Mask large = greater(abs(scaled), V::set1(kMaxOffset<Real>));
+  // Queries that have seen nothing do without: the exponential of their scores is 0.
+  const Mask large =
+      greater(abs(scaled), V::set1(kMaxOffset<Real>)) & greater(largest, V::set1(kLowest<Real>));
   select(large, largest, V::zero()).store(shift.base + q);
   select(large, V::zero(), V::zero() - scaled).store(shift.offset + q);
   return large != 0;

@@ -41,10 +41,6 @@ class BackwardRows {
   }
 
   FUSED_ATTN_DEVICE void add(int64_t row) {
-    mean_ = p_.mean == nullptr ? 0.0f : p_.mean[row];
-    rstd_ = normal_rstd_ = p_.rstd[row];
-    factor_ = 1.0f;
-    if (rstd_ < 0x1p-100f) make_smaller(row);
     float sum_g = 0.0f, sum_gn = 0.0f;
     each_chunk<Shape>(p_.width, [&](int chunk, int column) {
       read(row, chunk, column);
@@ -60,7 +56,7 @@ class BackwardRows {
     const float average_gn = sum_over_row<Shape::kThreads>(sum_gn, scratch_) / count;
     each_chunk<Shape>(p_.width, [&](int chunk, int column) {
       if constexpr (!Shape::kHeld) read(row, chunk, column);
-      write(row, chunk, column, average_g, average_gn);
+      write(row, chunk, column, average_g, average_gn, p_.rstd[row]);
     });
   }
 
@@ -83,31 +79,29 @@ class BackwardRows {
     return parts + int64_t{device::block_index()} * p_.width;
   }
 
-  // Differences of rows near the end of the range of numbers would overflow, and their rstd may
-  // have become 0: they are taken times a power of two.
-  FUSED_ATTN_DEVICE void make_smaller(int64_t row) {
-    factor_ = 0x1p-96f;
-    mean_ *= factor_;
-    float squares = 0.0f;
-    each_chunk<Shape>(p_.width, [&](int, int column) {
-      float h[kWidth];
-      load_sum(row, column, h);
-      FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < kWidth; ++i) {
-        const float apart = device::multiply_add(h[i], factor_, -mean_);
-        squares += apart * apart;
-      }
-    });
-    normal_rstd_ = device::reciprocal_root(sum_over_row<Shape::kThreads>(squares, scratch_) /
-                                           static_cast<float>(p_.width));
+  // normal = (h * factor - mean) * rstd. The factor is 1, or a power of two for rows near the end
+  // of the range of numbers, whose differences would overflow. Looked up whenever it is asked for:
+  // the longest rows have no registers for it.
+  struct Statistics {
+    float factor, mean, rstd;
+  };
+  FUSED_ATTN_DEVICE Statistics statistics(int64_t row) const {
+    Statistics s{1.0f, p_.mean == nullptr ? 0.0f : p_.mean[row], p_.rstd[row]};
+    if (s.rstd < 0x1p-100f) {
+      s.factor = 0x1p-96f;
+      s.mean *= s.factor;
+      s.rstd = times_2_to_96(s.rstd);
+    }
+    return s;
   }
 
   FUSED_ATTN_DEVICE void read(int64_t row, int chunk, int column) {
     float (&normal)[kWidth] = normal_[chunk];
     load_sum(row, column, normal);
+    const Statistics s = statistics(row);
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kWidth; ++i) {
-      normal[i] = device::multiply_add(normal[i], factor_, -mean_) * normal_rstd_;
+      normal[i] = device::multiply_add(normal[i], s.factor, -s.mean) * s.rstd;
     }
     load<T>(row_of<T>(p_.dy, row, p_.width), column, dy_);
     float weight[kWidth];
@@ -148,12 +142,12 @@ class BackwardRows {
   }
 
   FUSED_ATTN_DEVICE void write(int64_t row, int chunk, int column, float average_g,
-                               float average_gn) {
+                               float average_gn, float rstd) {
     float dsum[kWidth], dh[kWidth];
     if (p_.dh != nullptr) load<T>(row_of<T>(p_.dh, row, p_.width), column, dh);
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kWidth; ++i) {
-      dsum[i] = (g_[chunk][i] - average_g - normal_[chunk][i] * average_gn) * rstd_;
+      dsum[i] = (g_[chunk][i] - average_g - normal_[chunk][i] * average_gn) * rstd;
       if (p_.dh != nullptr) dsum[i] += dh[i];
     }
     if (p_.dresidual != nullptr) store<T>(row_of<T>(p_.dresidual, row, p_.width), column, dsum);
@@ -194,8 +188,6 @@ class BackwardRows {
 
   const DeviceNormBackward& p_;
   SharedAddress scratch_;
-  float mean_ = 0.0f, rstd_ = 0.0f;
-  float factor_ = 1.0f, normal_rstd_ = 0.0f;  // normal = (h * factor - mean) * normal_rstd
   float dy_[kWidth];
   float normal_[kHeldChunks][kWidth], g_[kHeldChunks][kWidth];
   float dweight_[kHeldChunks][kWidth], dbias_[kHeldChunks][kWidth];

@@ -45,7 +45,7 @@ class ForwardRow {
     });
     if (device::thread_index() % Shape::kThreads != 0) return;
     if (p_.mean != nullptr) p_.mean[row_] = mean * power.inverse;
-    if (p_.rstd != nullptr) p_.rstd[row_] = rstd * power.factor;
+    if (p_.rstd != nullptr) p_.rstd[row_] = product_of_any_size(rstd, power.factor);
   }
 
  private:

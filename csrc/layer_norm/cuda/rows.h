@@ -159,6 +159,17 @@ struct RowPower {
   }
 };
 
+// Subnormal numbers count as 0 in arithmetic, but rstd may be one: these two make and read it.
+FUSED_ATTN_DEVICE float product_of_any_size(float x, float power) {
+  const float product = x * power;
+  if (!(device::magnitude(product) < 0x1p-126f) || x == 0.0f) return product;
+  return device::float_of(static_cast<uint32_t>(x * 0x1p23f * (power * 0x1p126f)));
+}
+FUSED_ATTN_DEVICE float times_2_to_96(float x) {
+  const uint32_t bits = device::bits_of(x);
+  return bits < 0x00800000u ? static_cast<float>(bits) * 0x1p-53f : x * 0x1p96f;
+}
+
 // Threads of a block: several rows where a warp holds one.
 template <int kThreads>
 constexpr int kBlockThreads = kThreads > 256 ? kThreads : 256;
