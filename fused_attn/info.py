@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",
     "FUSED_ATTN_TUNING": "off, read, on: what becomes of tiles that were found to be fastest",
     "FUSED_ATTN_CPU": "instruction-set level of the CPU kernels, for tests",
+    "FUSED_ATTN_DEBUG": "1: warn, once a kind, where a call is right and its user likely wrong",
 }
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import debug
 from . import masking, packing, padding
 from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
@@ -119,6 +120,9 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         """
         expect_tensor("tgt", tgt)
         expect_tensor("memory", memory)
+        if debug.enabled:
+            debug.look_at_padding(self, tgt_key_padding_mask)
+            debug.look_at_padding(self, memory_key_padding_mask)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if tgt.is_nested or memory.is_nested:
             return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)

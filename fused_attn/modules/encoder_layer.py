@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import debug
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
@@ -108,6 +109,8 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
         expect_tensor("src", src)
+        if debug.enabled:
+            debug.look_at_padding(self, src_key_padding_mask)
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         if src_key_padding_mask is None or not self.pack_padding:

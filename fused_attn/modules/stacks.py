@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import debug
 from ..runtime.hints import with_hint
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
@@ -55,6 +56,8 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
                 not read back to find out whether it is causal.
         """
         expect_tensor("src", src)
+        if debug.enabled:
+            debug.look_at_padding(self, src_key_padding_mask)
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
         if src_key_padding_mask is None or not self.pack_padding:
@@ -161,6 +164,9 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
         """
         expect_tensor("tgt", tgt)
         expect_tensor("memory", memory)
+        if debug.enabled:
+            debug.look_at_padding(self, tgt_key_padding_mask)
+            debug.look_at_padding(self, memory_key_padding_mask)
         causal = (bool(tgt_is_causal), memory_is_causal)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if (masks[2:] == (None, None)) or tgt.is_nested or not self.pack_padding:
@@ -300,6 +306,8 @@ class FusedTransformer(NotScriptable, PackPadding, nn.Transformer):
         """
         expect_tensor("src", src)
         expect_tensor("tgt", tgt)
+        if debug.enabled:
+            debug.look_at_memory(src_key_padding_mask, memory_key_padding_mask)
         if src.dim() == tgt.dim() == 3 and not (src.is_nested or tgt.is_nested):
             _check_batches(src, tgt, self.batch_first)
         return super().forward(
