@@ -20,7 +20,7 @@ from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .mistakes import expect_tensor, names_checked
-from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
+from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import Masks, PackedCross
 from .residual import add_norm, add_norm_sum
@@ -134,7 +134,7 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
             return self._dense(tgt, memory, masks, tgt_is_causal, memory_is_causal)
         found = self._find(tgt, memory, masks, tgt_is_causal, memory_is_causal)
         if isinstance(found, PackedCross):
-            note_packed(self, found.tgt.padding)
+            note_packed(self, found.tgt.padding, found.memory)
             tokens = self.forward_packed(
                 found.tgt.padding.gather(tgt),
                 found.tgt.sequences,
@@ -259,7 +259,9 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         if not (tgt.is_nested and memory.is_nested):
             raise AssertionError("`tgt` and `memory` must both be NestedTensors, or neither")
         check_nested((tgt, memory), masks, self.self_attn.batch_first)
-        if self.is_packable():
+        packable = self.is_packable()
+        note_nested(self, packable)
+        if packable:
             tokens, sequences = packing.from_nested(tgt)
             out = self.forward_packed(tokens, sequences, *packing.from_nested(memory), *causal)
             return packing.to_nested(out, tgt)

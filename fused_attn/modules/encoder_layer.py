@@ -19,7 +19,7 @@ from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .mistakes import expect_tensor, names_checked
-from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
+from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import PackedSelf
 from .residual import add_norm, add_norm_sum
@@ -181,7 +181,9 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
     ) -> Tensor:
         masks = (src_mask, src_key_padding_mask)
         check_nested((src,), masks, self.self_attn.batch_first)
-        if self.is_packable():
+        packable = self.is_packable()
+        note_nested(self, packable)
+        if packable:
             tokens, sequences = packing.from_nested(src)
             return packing.to_nested(self.forward_packed(tokens, sequences, is_causal), src)
         padded, hidden = packing.pad_nested(src)

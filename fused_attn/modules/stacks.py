@@ -15,7 +15,7 @@ from .children import Activation, check_nested, fuse_children
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
 from .mistakes import expect_tensor, names_checked, other_order
-from .packable import NO_MASK, note_not_packed, note_packed
+from .packable import NO_MASK, note_nested, note_not_packed, note_packed
 from .packable_stack import PackableStack, PackPadding
 from .packing import Sequences
 from .padding import Masks, PackedCross, PackedSelf
@@ -120,7 +120,9 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first if len(self.layers) else True
         check_nested((src,), (mask, src_key_padding_mask), batch_first)
-        if self.is_packable():
+        packable = self.is_packable()
+        note_nested(self, packable)
+        if packable:
             tokens, sequences = packing.from_nested(src)
             output = self._layers_packed(tokens, sequences, is_causal)
             return packing.to_nested(self._finish(output), src)
@@ -174,7 +176,7 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
             return self._dense(tgt, memory, masks, causal)
         found = self._find(tgt, memory, masks, causal)
         if isinstance(found, PackedCross):
-            note_packed(self, found.tgt.padding)
+            note_packed(self, found.tgt.padding, found.memory)
             output = self._finish(self._layers_packed(tgt, memory, found, memory_is_causal))
             return found.tgt.padding.scatter(output)
         note_not_packed(self, found)
