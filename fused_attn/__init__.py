@@ -34,6 +34,7 @@ from .ops.embedding.api import embedding
 from .ops.explain import explain, last_backend
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .prepare import autotune, autotuning, warmup
+from .runtime.debug import debug
 
 __all__ = [
     "AttentionGradients",
@@ -65,6 +66,7 @@ __all__ = [
     "autotuning",
     "beam_search",
     "bias_activation",
+    "debug",
     "embedding",
     "explain",
     "fuse",

@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "FUSED_ATTN_TUNING": "off, read, on: what becomes of tiles that were found to be fastest",
     "FUSED_ATTN_BACKENDS": "backends switched off or on by name: -cuda,triton",
     "FUSED_ATTN_CPU": "instruction-set level of the CPU kernels, for tests",
+    "FUSED_ATTN_DEBUG": "1: warn, once a kind, where a call is right and its user likely wrong",
 }
 
 

@@ -12,7 +12,7 @@ from ..ops.attention import call
 from ..ops.attention.api import attention_varlen
 from ..ops.attention.call import Scalars
 from ..ops.attention.problem import BLHD, Operands, Weights
-from ..runtime import autocast
+from ..runtime import autocast, debug
 from ..runtime.hints import with_hint
 from . import attention_arguments as arguments
 from . import nested_attention
@@ -156,6 +156,11 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             q, k = (self._rotate(x) for x in (q, k))
         k, v, appended = self._append_keys(k, v, sizes)
         masks = arguments.make_masks(key_padding_mask, attn_mask, is_causal, sizes, appended, q)
+        if debug.enabled:
+            seen = None if masks.bias is None else masks.bias != -torch.inf
+            padding = masks.key_padding_mask
+            keep = None if padding is None else padding[:, None, None]
+            debug.look_at_masks(self, (masks.mask, seen, keep), sizes.batch)
         wanted: Weights = None
         if need_weights:
             wanted = "average" if average_attn_weights else "per_head"

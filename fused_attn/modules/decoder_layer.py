@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import debug
 from . import masking, packing, padding
 from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .mistakes import expect_tensor, names_checked
-from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
+from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import Masks, PackedCross
 from .residual import add_norm, add_norm_sum
@@ -119,6 +120,9 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         """
         expect_tensor("tgt", tgt)
         expect_tensor("memory", memory)
+        if debug.enabled:
+            debug.look_at_padding(self, tgt_key_padding_mask)
+            debug.look_at_padding(self, memory_key_padding_mask)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if tgt.is_nested or memory.is_nested:
             return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)
@@ -130,7 +134,7 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
             return self._dense(tgt, memory, masks, tgt_is_causal, memory_is_causal)
         found = self._find(tgt, memory, masks, tgt_is_causal, memory_is_causal)
         if isinstance(found, PackedCross):
-            note_packed(self, found.tgt.padding)
+            note_packed(self, found.tgt.padding, found.memory)
             tokens = self.forward_packed(
                 found.tgt.padding.gather(tgt),
                 found.tgt.sequences,
@@ -255,7 +259,9 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         if not (tgt.is_nested and memory.is_nested):
             raise AssertionError("`tgt` and `memory` must both be NestedTensors, or neither")
         check_nested((tgt, memory), masks, self.self_attn.batch_first)
-        if self.is_packable():
+        packable = self.is_packable()
+        note_nested(self, packable)
+        if packable:
             tokens, sequences = packing.from_nested(tgt)
             out = self.forward_packed(tokens, sequences, *packing.from_nested(memory), *causal)
             return packing.to_nested(out, tgt)

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import debug
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .mistakes import expect_tensor, names_checked
-from .packable import NO_MASK, PackableLayer, note_not_packed, note_packed
+from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import PackedSelf
 from .residual import add_norm, add_norm_sum
@@ -108,6 +109,8 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
         expect_tensor("src", src)
+        if debug.enabled:
+            debug.look_at_padding(self, src_key_padding_mask)
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         if src_key_padding_mask is None or not self.pack_padding:
@@ -178,7 +181,9 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
     ) -> Tensor:
         masks = (src_mask, src_key_padding_mask)
         check_nested((src,), masks, self.self_attn.batch_first)
-        if self.is_packable():
+        packable = self.is_packable()
+        note_nested(self, packable)
+        if packable:
             tokens, sequences = packing.from_nested(src)
             return packing.to_nested(self.forward_packed(tokens, sequences, is_causal), src)
         padded, hidden = packing.pad_nested(src)

@@ -68,13 +68,25 @@ class PackableLayer(nn.Module):
         raise NotImplementedError
 
 
-def note_packed(module: nn.Module, rows: Padding) -> None:
-    """Tell whoever watches that `module` runs packed."""
+def note_packed(module: nn.Module, rows: Padding, memory: Padding | None = None) -> None:
+    """Tell whoever watches that `module` runs packed, and how much is left."""
     if dispatch.is_watched():
-        total = rows.shape.numel()
-        real = total if rows.rows is None else rows.rows.numel()
-        name = type(module).__name__
-        dispatch.note(f"{name} packed: {real} of {total} positions are real")
+        text = f"{type(module).__name__} packed: {_real(rows)} positions are real"
+        dispatch.note(text if memory is None else f"{text}, {_real(memory)} of the memory")
+
+
+def note_nested(module: Any, packed: bool) -> None:
+    """Tell whoever watches how `module` runs NestedTensors."""
+    if dispatch.is_watched():
+        how = (
+            "packed: as the NestedTensor is" if packed else "not packed: the NestedTensor is padded"
+        )
+        dispatch.note(f"{type(module).__name__} {how}")
+
+
+def _real(rows: Padding) -> str:
+    total = rows.shape.numel()
+    return f"{total if rows.rows is None else rows.rows.numel()} of {total}"
 
 
 def note_not_packed(module: Any, why: str) -> None:

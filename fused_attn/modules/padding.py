@@ -19,7 +19,8 @@ from .packing import Padding, Sequences
 from .residual import has_hooks
 
 NO_PADDING = "no position is padding"
-_UNFIT_MASK = "the padding mask is not bool, or does not fit"
+_FLOATING_MASK = "the padding mask is not bool"
+_UNFIT_MASK = "the padding mask does not fit"
 _UNFIT_INPUT = "the sizes of the inputs do not fit"
 _NOT_AT_END = "padding lies elsewhere than at the ends"
 _MEMORY_MASK = "there is a `memory_mask`"
@@ -76,7 +77,7 @@ def find(
     if batch is None or x.shape[-1] != attention.embed_dim:
         return _UNFIT_INPUT
     if not batch.fits(key_padding_mask):
-        return _UNFIT_MASK
+        return _UNFIT_MASK if key_padding_mask.dtype == torch.bool else _FLOATING_MASK
     if not _is_square(mask, batch.length):
         return _OTHER_MASK
     facts = [key_padding_mask.any(), batch.is_padded_at_end(key_padding_mask), *_triangles(mask)]
@@ -124,7 +125,7 @@ def find_cross(
     ):
         return _UNFIT_INPUT
     if not (queries.fits(tgt_key_padding_mask) and keys.fits(memory_key_padding_mask)):
-        return _UNFIT_MASK
+        return _UNFIT_MASK if all(m.dtype == torch.bool for m in given) else _FLOATING_MASK
     if not _is_square(tgt_mask, queries.length):
         return _OTHER_MASK
     yes = torch.ones((), dtype=torch.bool, device=tgt.device)

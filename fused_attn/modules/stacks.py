@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime import debug
 from ..runtime.hints import with_hint
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
 from .mistakes import expect_tensor, names_checked, other_order
-from .packable import NO_MASK, note_not_packed, note_packed
+from .packable import NO_MASK, note_nested, note_not_packed, note_packed
 from .packable_stack import PackableStack, PackPadding
 from .packing import Sequences
 from .padding import Masks, PackedCross, PackedSelf
@@ -55,6 +56,8 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
                 not read back to find out whether it is causal.
         """
         expect_tensor("src", src)
+        if debug.enabled:
+            debug.look_at_padding(self, src_key_padding_mask)
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
         if src_key_padding_mask is None or not self.pack_padding:
@@ -117,7 +120,9 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
     ) -> Tensor:
         batch_first = self.layers[0].self_attn.batch_first if len(self.layers) else True
         check_nested((src,), (mask, src_key_padding_mask), batch_first)
-        if self.is_packable():
+        packable = self.is_packable()
+        note_nested(self, packable)
+        if packable:
             tokens, sequences = packing.from_nested(src)
             output = self._layers_packed(tokens, sequences, is_causal)
             return packing.to_nested(self._finish(output), src)
@@ -161,6 +166,9 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
         """
         expect_tensor("tgt", tgt)
         expect_tensor("memory", memory)
+        if debug.enabled:
+            debug.look_at_padding(self, tgt_key_padding_mask)
+            debug.look_at_padding(self, memory_key_padding_mask)
         causal = (bool(tgt_is_causal), memory_is_causal)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if (masks[2:] == (None, None)) or tgt.is_nested or not self.pack_padding:
@@ -168,7 +176,7 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
             return self._dense(tgt, memory, masks, causal)
         found = self._find(tgt, memory, masks, causal)
         if isinstance(found, PackedCross):
-            note_packed(self, found.tgt.padding)
+            note_packed(self, found.tgt.padding, found.memory)
             output = self._finish(self._layers_packed(tgt, memory, found, memory_is_causal))
             return found.tgt.padding.scatter(output)
         note_not_packed(self, found)
@@ -300,6 +308,8 @@ class FusedTransformer(NotScriptable, PackPadding, nn.Transformer):
         """
         expect_tensor("src", src)
         expect_tensor("tgt", tgt)
+        if debug.enabled:
+            debug.look_at_memory(src_key_padding_mask, memory_key_padding_mask)
         if src.dim() == tgt.dim() == 3 and not (src.is_nested or tgt.is_nested):
             _check_batches(src, tgt, self.batch_first)
         return super().forward(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import autocast, checks, higher_order, hints, philox
+from ...runtime import autocast, checks, debug, higher_order, hints, philox
 from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, KERNEL
@@ -49,6 +49,8 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
         operands = _autocast(operands)
     if operands.sinks is not None and scalars.backend != reference.NAME:
         return _with_sinks(operands, scalars, out)
+    if debug.enabled:
+        debug.look_at_call(operands, scalars.layout)
     if operands.alibi_slopes is not None:
         operands = _differentiable_alibi(operands, scalars)
     if scalars.dropout_p:
