@@ -225,3 +225,40 @@ def test_warming_up_for_another_gpu_is_refused_in_the_interpreter() -> None:
     q = torch.randn(1, 1, 2, 8)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         fused_attn.warmup(q, q, q, arch=90)
+
+
+@pytest.mark.parametrize("name", ["forward", "decode", "packed"])
+def test_rows_that_are_too_far_apart_are_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets within a tile take 32 bits; with the limit lowered, everything is too far apart."""
+    from fused_attn.ops.attention.triton import launcher
+
+    lengths = {"forward": (33, 40), "decode": (1, 600), "packed": (33, 33)}[name]
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (lengths[0], *lengths[1:] * 2))
+
+    def results() -> list[Tensor]:
+        if name == "packed":
+            cu = torch.tensor([0, 10, 30], dtype=torch.int32)
+            rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+            out = fused_attn.attention_varlen(*rows, cu, cu, 20, 20, backend="triton")
+        else:
+            out = fused_attn.attention(q, k, v, backend="triton")
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    skip_unless_supported(Case(), "triton", {"q": q, "k": k, "v": v})
+    expected = results()
+    monkeypatch.setattr(launcher, "FAR_ROWS", 1)
+    assert launcher.has_far_rows(q)
+    for actual, near in zip(results(), expected, strict=True):
+        assert torch.equal(actual, near)
+
+
+def test_strides_of_scores_take_64_bits_where_they_need_them() -> None:
+    """Shifted, as kernels get them, a stride of 2^23 is no 32-bit number any more."""
+    from fused_attn.ops.attention.triton.launcher import score_view
+
+    bias = torch.empty(1, 1, 2, 3, device="meta").as_strided((1, 1, 2, 3), (1, 1, 1 << 23, 1))
+    *_, rows, last = score_view(bias, 3).strides
+    assert rows > 2**31
+    assert rows >> 8 == 1 << 23
+    assert last == 1
+    assert all(stride % 16 != 0 and stride != 1 for stride in score_view(bias, 3).strides[:3])

@@ -25,7 +25,7 @@ from .primitives import (
     store_rows,
 )
 from .scores import keep_mask, load_scores, only_seen, probabilities
-from .statistics import is_noisy, is_noisy_anywhere
+from .statistics import is_noisy, is_noisy_in_group
 from .visibility import keys_of_query, tile_at, visible_keys, visible_queries, walk
 
 
@@ -204,9 +204,7 @@ def _attention_backward_dkdv_kernel(
             dkey, dvalue, key, value, from_k, from_v, q, dout, statistics, dweights, n0, sequence,
             head, bounds, path, terms, sizes, params, True, False, CONFIG,
         )  # fmt: skip
-    again = _is_wrong(dkey)
-    for member in range(group):
-        again |= is_noisy_anywhere(statistics, sequence, head_kv * group + member, sizes)
+    again = _is_wrong(dkey) | is_noisy_in_group(statistics, sequence, head_kv, sizes)
     # Stored first: their registers are free for what may follow.
     end = tl.where(again, 0, sequence.len_k)
     _store_keys(dk, dv, dkey, dvalue, n0, end, sequence, head_kv, params, CONFIG)

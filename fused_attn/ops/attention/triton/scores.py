@@ -86,8 +86,8 @@ def score(qk, loaded, row, col, sequence, head, terms, params, CONFIG: tl.conste
         s -= m * tl.abs(row + sequence.len_k - sequence.len_q - col).to(tl.float32)
     if terms.bias is not None:
         bias = bias.to(tl.float32)
-        total = s + bias
-        total = tl.where(total < -LARGEST, -LARGEST, total)  # what is finite does not hide
+        # What is finite does not hide.
+        total = tl.maximum(s + bias, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
         s = tl.where(bias == -INFINITY, bias, total)
     if terms.mask is not None:
         s = tl.where(keep != 0, s, -INFINITY)

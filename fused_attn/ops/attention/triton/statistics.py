@@ -29,7 +29,7 @@ from .scores import COARSE, scores, softmax_update
 from .visibility import keys_of_query, tile_at, visible_keys, walk
 
 GRAIN = tl.constexpr(16)  # queries that share a flag; no tile has fewer
-_FLAGS = tl.constexpr(1024)  # that a program looks at together
+_FLAGS = tl.constexpr(256)  # that a program looks at together
 
 
 @triton.jit
@@ -42,16 +42,17 @@ def is_noisy(statistics, m0, sequence, head, sizes, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def is_noisy_anywhere(statistics, sequence, head, sizes):
-    """Whether any query of a head is noisy."""
+def is_noisy_in_group(statistics, sequence, head_kv, sizes):
+    """Whether any query of the heads that share a key head is noisy."""
     count = tl.cdiv(sequence.len_q, GRAIN)
-    pointers = statistics.noisy + first_row(sequence, head, sizes)
-    most = sequence.len_q * 0
-    for start in tl.range(0, count, _FLAGS):
-        flag = start + tl.arange(0, _FLAGS)
-        flags = tl.load(pointers + flag, mask=flag < count, other=0)
-        most = tl.maximum(most, tl.max(flags.to(tl.int32), 0))
-    return most != 0
+    most = tl.zeros([_FLAGS], tl.int8)
+    for member in range(sizes.group):
+        head = head_kv * sizes.group + member
+        pointers = statistics.noisy + first_row(sequence, head, sizes)
+        for start in tl.range(0, count, _FLAGS):
+            flag = start + tl.arange(0, _FLAGS)
+            most = tl.maximum(most, tl.load(pointers + flag, mask=flag < count, other=0))
+    return tl.max(most.to(tl.int32), 0) != 0
 
 
 @triton.jit
