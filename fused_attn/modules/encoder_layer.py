@@ -37,9 +37,9 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
     A batch padded at its ends (`src_key_padding_mask` bool; `src_mask` None or causal) runs packed,
     without work on its padding, in training too. It does not under torch.compile and in captured
     CUDA graphs, whose shapes cannot depend on data, and where something may look across positions:
-    a sub-module or activation that has hooks, or is of another class than those known, subclasses
-    included, unless it has an attribute `token_wise = True`. Packed or not, the output is 0 at
-    padding (where a bool mask is True, a floating one -inf), and no gradient comes from there.
+    a sub-module or activation that has hooks, or is of another class than those known (subclasses
+    and parametrized ones too) and does not say `token_wise = True`. Packed or not, the output is 0
+    at padding (where a bool mask is True, a floating one -inf), and no gradient comes from there.
 
     Attributes:
         pack_padding: False to never run packed, and to have torch.nn's numbers at padding.
