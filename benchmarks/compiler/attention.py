@@ -70,7 +70,7 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str, length: int) -> None:
     if kind == "mask":
         operands = operands._replace(mask=_meta(2, 1, length, length, dtype=torch.bool))
     if kind == "dropout":
-        operands, dropout_p = operands._replace(rng=_meta(2, dtype=torch.int64)), 0.1
+        operands, dropout_p = operands._replace(dropout_rng=_meta(2, dtype=torch.int64)), 0.1
     if kind == "everything":
         operands = operands._replace(
             k=_meta(2, 4, length, head_dim, dtype=dtype),
@@ -79,7 +79,7 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str, length: int) -> None:
             mask=_meta(2, 1, length, length, dtype=torch.bool),
             key_padding_mask=_meta(2, length, dtype=torch.bool),
             alibi_slopes=_meta(8),
-            rng=_meta(2, dtype=torch.int64),
+            dropout_rng=_meta(2, dtype=torch.int64),
         )
         softcap, dropout_p = 30.0, 0.1
         dbias = _meta(1, 8, length, length)

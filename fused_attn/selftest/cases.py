@@ -113,7 +113,7 @@ def _run_attention(
     if options.get("alibi"):
         tensors["alibi_slopes"] = (2.0 ** -torch.arange(1.0, heads + 1)).to(device)
     if "dropout_p" in options:
-        tensors["rng"] = torch.tensor([7, 11], device=device)
+        tensors["dropout_rng"] = torch.tensor([7, 11], device=device)
     known = ("causal", "window", "softcap", "dropout_p")
     scalars = attention_call.Scalars(
         **{name: options[name] for name in known if name in options}, return_lse=True

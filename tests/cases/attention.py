@@ -99,7 +99,7 @@ class Case:
         if self.sinks:
             tensors["sinks"] = randn(self.num_heads).requires_grad_(requires_grad)
         if self.dropout_p:
-            tensors["rng"] = torch.randint(0, 2**62, (2,), generator=generator)
+            tensors["dropout_rng"] = torch.randint(0, 2**62, (2,), generator=generator)
         return tensors
 
     def _shown_tiles(self, shape: torch.Size) -> Tensor:

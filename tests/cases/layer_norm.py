@@ -132,7 +132,7 @@ class Case:
     def _skip_unless_supported(self, backend: str, tensors: dict[str, Tensor]) -> None:
         rng = torch.tensor(RNG) if self.dropout_p else None
         scalars = call.Scalars(self.row, self.eps, self.rms, self.dropout_p)
-        problem = call.problem_of(Operands(**tensors, rng=rng), scalars)
+        problem = call.problem_of(Operands(**tensors, dropout_rng=rng), scalars)
         if reasons := dispatch.find(BACKENDS, backend).why_not(problem):
             pytest.skip("; ".join(reasons))
 

@@ -96,7 +96,7 @@ def attention_backward(
         key_padding_mask=key_padding_mask,
         key_lengths=key_lengths,
         alibi_slopes=alibi_slopes,
-        rng=dropout_rng if dropout_p else None,
+        dropout_rng=dropout_rng if dropout_p else None,
         sinks=sinks,
     )
     scalars = Scalars(causal, window, softcap, scale, dropout_p, backend=backend)

@@ -54,8 +54,8 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     if operands.alibi_slopes is not None:
         operands = _differentiable_alibi(operands, scalars)
     if scalars.dropout_p:
-        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.q, "q")
-        operands = operands._replace(rng=rng)
+        rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.q, "q")
+        operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
     if plan.has_lengths:
         values.check(operands, plan.options)

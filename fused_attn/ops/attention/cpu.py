@@ -9,7 +9,7 @@ from ...runtime import native
 from .problem import AttentionProblem, Operands, Options
 
 NAME = "cpu"
-OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "rng")) | {
+OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "dropout_rng")) | {
     *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
 }
 GRADIENTS = frozenset(("q", "k", "v", "bias"))

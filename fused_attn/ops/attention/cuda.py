@@ -12,7 +12,7 @@ from ...runtime import verified
 from .problem import NO_WEIGHTS, AttentionProblem, Operands, Options, describe
 
 NAME = "cuda"
-OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "rng")) | {
+OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "dropout_rng")) | {
     *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
 }
 GRADIENTS = frozenset(("q", "k", "v", "bias"))
@@ -147,7 +147,7 @@ def _readable(operands: Operands) -> tuple[Tensor | None, ...]:
     """q, k and v as the copy engine can read them, small vectors dense; the rest by strides."""
     operands = _within_padding(operands)
     first_vector = Operands._fields.index("key_lengths")
-    end = Operands._fields.index("rng") + 1
+    end = Operands._fields.index("dropout_rng") + 1
     vectors = [None if x is None else x.contiguous() for x in operands[first_vector:end]]
     tiles = [cuda_runtime.for_tiles(x) for x in operands[:3]]
     return (*tiles, *operands[3:first_vector], *vectors)

@@ -42,7 +42,7 @@ class Operands(NamedTuple):
     alibi_slopes: Tensor | None = None  # (H,) float32
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
-    rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
+    dropout_rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
     sinks: Tensor | None = None  # (H,) float: the score of one more key, whose value is 0
 
 
@@ -234,11 +234,11 @@ def _check_shared(operands: Operands) -> None:
     if operands.sinks is not None:
         checks.expect_shape("sinks", operands.sinks, (operands.q.shape[1],), "(H,)")
         checks.expect_dtype("sinks", operands.sinks, checks.FLOAT_DTYPES)
-    if operands.rng is not None:
-        checks.expect_shape("dropout_rng", operands.rng, (2,), "(2,)")
-        checks.expect_dtype("dropout_rng", operands.rng, (torch.int64,))
+    if operands.dropout_rng is not None:
+        checks.expect_shape("dropout_rng", operands.dropout_rng, (2,), "(2,)")
+        checks.expect_dtype("dropout_rng", operands.dropout_rng, (torch.int64,))
     names = ("bias", "mask", "key_padding_mask", "key_lengths", "alibi_slopes", "cu_seqlens_q")
-    for name in (*names, "cu_seqlens_k", "rng", "sinks"):
+    for name in (*names, "cu_seqlens_k", "dropout_rng", "sinks"):
         operand = getattr(operands, name)
         if operand is not None:
             checks.expect_device(name, operand, operands.q.device)

@@ -65,7 +65,7 @@ def _forward_dense(
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
     p, lse = _softmax(s, operands.sinks)
-    p = _dropout(p, operands.rng, options.dropout_p)
+    p = _dropout(p, operands.dropout_rng, options.dropout_p)
     out = (p @ v).to(q.dtype)
     if compute in (torch.float16, torch.bfloat16):
         lse = lse.float()
@@ -193,7 +193,7 @@ def _forward_packed(
         v=_spread(operands.v, rows_k),
         key_lengths=lengths_k,
         alibi_slopes=operands.alibi_slopes,
-        rng=operands.rng,
+        dropout_rng=operands.dropout_rng,
         sinks=operands.sinks,
     )
     shift = (lengths_k - lengths_q)[:, None, None, None]

@@ -41,8 +41,8 @@ plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tensor:
     """y; written to `out`, or new if None."""
     if scalars.dropout_p:
-        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
-        operands = operands._replace(rng=rng)
+        rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.x, "x")
+        operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
     if out is not None:
         _check_out(out, operands, plan)

@@ -9,7 +9,7 @@ from ...runtime import native
 from .problem import BiasActivationProblem, Operands, Options
 
 NAME = "cpu"
-OPERANDS = frozenset(("bias", "rng"))
+OPERANDS = frozenset(("bias", "dropout_rng"))
 GRADIENTS = frozenset(("x", "bias"))
 
 

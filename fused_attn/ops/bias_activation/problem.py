@@ -18,7 +18,7 @@ class Operands(NamedTuple):
 
     x: Tensor  # (*, width), or (*, 2 * width) if gated: the gates, then what they are multiplied by
     bias: Tensor | None = None  # (x.shape[-1],)
-    rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
+    dropout_rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
 
 
 class Options(NamedTuple):

@@ -35,8 +35,8 @@ plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 def run(operands: Operands, scalars: Scalars) -> Tensor:
     """y, new."""
     if scalars.dropout_p:
-        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.weight, "weight")
-        operands = operands._replace(rng=rng)
+        rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.weight, "weight")
+        operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
     if profiler._is_profiler_enabled:
         with recorded("embedding", plan.backend.NAME):

@@ -9,7 +9,7 @@ from ...runtime import native
 from .problem import EmbeddingProblem, Operands, Options
 
 NAME = "cpu"
-OPERANDS = frozenset(("table", "positions", "rng"))
+OPERANDS = frozenset(("table", "positions", "dropout_rng"))
 GRADIENTS = frozenset(("weight", "table"))
 
 

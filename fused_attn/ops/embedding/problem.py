@@ -20,7 +20,7 @@ class Operands(NamedTuple):
     weight: Tensor  # (V, E)
     table: Tensor | None = None  # (P, E), one row a position
     positions: Tensor | None = None  # (*, L) int64, rows of `table`; counted if None
-    rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
+    dropout_rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
 
 
 class Options(NamedTuple):

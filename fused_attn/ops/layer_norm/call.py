@@ -55,8 +55,8 @@ def run(
     if torch._C._is_any_autocast_enabled():
         operands = _autocast(operands)
     if scalars.dropout_p:
-        rng = philox.rng_of_call(operands.rng, scalars.dropout_p, operands.x, "x")
-        operands = operands._replace(rng=rng)
+        rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.x, "x")
+        operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
     for name, tensor in (("out", out), ("sum_out", sum_out)):
         if tensor is not None:

@@ -9,7 +9,7 @@ from ...runtime import native
 from .problem import LayerNormProblem, Operands, Options
 
 NAME = "cpu"
-OPERANDS = frozenset(("residual", "weight", "bias", "rng"))
+OPERANDS = frozenset(("residual", "weight", "bias", "dropout_rng"))
 GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
 

@@ -10,7 +10,7 @@ from ...runtime import verified
 from .problem import LayerNormProblem, Operands, Options, describe
 
 NAME = "cuda"
-OPERANDS = frozenset(("residual", "weight", "bias", "rng"))
+OPERANDS = frozenset(("residual", "weight", "bias", "dropout_rng"))
 GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +49,7 @@ def forward(
             rows.read(operands.x),
             rows.read(operands.residual),
             *_parameters(y.dtype, operands.weight, operands.bias),
-            operands.rng,
+            operands.dropout_rng,
             *(y_rows, h_rows, _flat(mean), _flat(rstd)),
             *options[1:],
         )
@@ -84,7 +84,7 @@ def backward(
         workspace = torch.empty(2 * parts * width, dtype=torch.float32, device=dy.device)
         arguments = (
             *((None, None) if summed else (x, rows.read(operands.residual))),
-            *(*_parameters(dy.dtype, operands.weight), operands.rng, x if summed else None),
+            *(*_parameters(dy.dtype, operands.weight), operands.dropout_rng, x if summed else None),
             *(_flat(mean), _flat(rstd), dy_rows, rows.read(dh)),
             *(dx_rows, dres_rows, parameters[0].sums, parameters[1].sums, workspace),
             *(options.rms, options.dropout_p),

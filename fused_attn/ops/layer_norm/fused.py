@@ -215,7 +215,9 @@ def _gradients(
         return {}
     needs = ctx.needs_input_grad[:4]
     # Without dropout x and residual have one gradient.
-    shared = needs[0] and needs[1] and operands.rng is None and ctx.dtypes[0] == ctx.dtypes[1]
+    shared = (
+        needs[0] and needs[1] and operands.dropout_rng is None and ctx.dtypes[0] == ctx.dtypes[1]
+    )
     wanted = (needs[0], needs[1] and not shared, *needs[2:])
     tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
     if profiler._is_profiler_enabled:
@@ -285,7 +287,9 @@ class _LayerNorm(torch.autograd.Function):
         def formula(
             x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
         ) -> Result:
-            y, h = reference.forward(Operands(x, residual, weight, bias, operands.rng), options)
+            y, h = reference.forward(
+                Operands(x, residual, weight, bias, operands.dropout_rng), options
+            )
             return y, h if need_sum else None
 
         return tuple(higher_order.tangents_through(formula, operands[:4], tangents[:4]))
@@ -301,7 +305,7 @@ def _differentiable_gradients(
         def whole(
             x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
         ) -> Sequence[Tensor]:
-            moved = Operands(x, residual, weight, bias, operands.rng)
+            moved = Operands(x, residual, weight, bias, operands.dropout_rng)
             return (reference.forward(moved, options)[0],)
 
         return higher_order.gradients_through(whole, operands[:4], (dy,))
@@ -317,8 +321,8 @@ def _differentiable_gradients(
         return [None, None, dweight, dbias]
     total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     dx = total
-    if operands.rng is not None:
-        dx = reference.dropout(total, operands.rng, options)
+    if operands.dropout_rng is not None:
+        dx = reference.dropout(total, operands.dropout_rng, options)
     needs = ctx.needs_input_grad
     return [
         dx.to(ctx.dtypes[0]) if needs[0] else None,

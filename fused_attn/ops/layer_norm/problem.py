@@ -21,7 +21,7 @@ class Operands(NamedTuple):
     residual: Tensor | None = None  # shape of x
     weight: Tensor | None = None  # shape of a row
     bias: Tensor | None = None  # shape of a row; LayerNorm only
-    rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
+    dropout_rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
 
 
 class Options(NamedTuple):
@@ -118,7 +118,7 @@ def describe(operands: Operands, options: Options, row: tuple[int, ...]) -> Laye
         checks.expect_dtype("dropout_rng", rng, (torch.int64,))
     for name, operand in zip(Operands._fields, operands, strict=True):
         if operand is not None:
-            checks.expect_device("dropout_rng" if name == "rng" else name, operand, x.device)
+            checks.expect_device(name, operand, x.device)
     width = 1
     for size in row:
         width *= size

@@ -36,12 +36,12 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
 def add(operands: Operands, options: Options) -> Tensor:
     """H = dropout(x) + residual, rounded once."""
     x, residual = operands.x, operands.residual
-    if residual is None and operands.rng is None:
+    if residual is None and operands.dropout_rng is None:
         return x
     dtype = sum_dtype(operands)
     h = x.to(compute_dtype(dtype))
-    if operands.rng is not None:
-        h = dropout(h, operands.rng, options)
+    if operands.dropout_rng is not None:
+        h = dropout(h, operands.dropout_rng, options)
     if residual is not None:
         h = h + residual.to(h.dtype)
     return h.to(dtype)

@@ -69,7 +69,7 @@ MISTAKES = {
     "dropout high": ({"dropout_p": 1.5}, ValueError, r"`dropout_p` must be in \[0, 1\], got 1.5"),
     "dropout low": ({"dropout_p": -0.1}, ValueError, r"`dropout_p` must be in \[0, 1\], got -0.1"),
     "dropout nan": ({"dropout_p": float("nan")}, ValueError, r"`dropout_p` must be in"),
-    "rng": (
+    "dropout_rng": (
         {"dropout_p": 0.1, "dropout_rng": torch.ones(2)},
         TypeError,
         r"`dropout_rng` must be torch.int64",

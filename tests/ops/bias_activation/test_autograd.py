@@ -125,7 +125,7 @@ def test_checkpointing_gives_the_same_gradients(bias_activation_backend: str) ->
 def test_opcheck(backend: str, name: str) -> None:
     case = CASES[name]
     rng = torch.tensor([1, 2]) if case.dropout_p else None
-    operands = Operands(**case.tensors(requires_grad=False), rng=rng)
+    operands = Operands(**case.tensors(requires_grad=False), dropout_rng=rng)
     scalars = call.Scalars(case.activation, case.gated, case.dropout_p)
     problem = call.problem_of(operands, scalars)
     if reasons := next(b for b in BACKENDS if backend == b.NAME).why_not(problem):

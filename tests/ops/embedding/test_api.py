@@ -157,7 +157,7 @@ def test_derivatives_of_second_order_and_forward_mode(
 @pytest.mark.parametrize("table", [None, "counted", "given"])
 def test_opcheck(backend: str, table: str | None) -> None:
     case = Case(table=table, dropout_p=0.2)
-    operands = Operands(**case.tensors(requires_grad=False), rng=torch.tensor(RNG))
+    operands = Operands(**case.tensors(requires_grad=False), dropout_rng=torch.tensor(RNG))
     scalars = call.Scalars(case.scale, 0, 1, case.dropout_p)
     problem = call.problem_of(operands, scalars)
     if reasons := next(b for b in BACKENDS if backend == b.NAME).why_not(problem):

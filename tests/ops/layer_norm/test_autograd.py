@@ -159,7 +159,7 @@ def test_opcheck(backend: str, name: str) -> None:
     case = CASES[name]
     tensors = case.tensors(requires_grad=False)
     rng = torch.tensor([1, 2]) if case.dropout_p else None
-    operands = Operands(**tensors, rng=rng)
+    operands = Operands(**tensors, dropout_rng=rng)
     need_sum = case.residual == "pre"
     scalars = call.Scalars(case.row, 1e-5, case.rms, case.dropout_p)
     problem = call.problem_of(operands, scalars)

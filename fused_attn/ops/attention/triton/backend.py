@@ -13,7 +13,7 @@ from ..problem import NO_WEIGHTS, AttentionProblem, Operands, Options
 from . import config
 
 NAME = "triton"
-OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "rng")) | {
+OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "dropout_rng")) | {
     *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
 }
 GRADIENTS = frozenset(("q", "k", "v", "bias"))
@@ -39,7 +39,7 @@ def why_not(problem: AttentionProblem) -> list[str]:
 
 def _wanted(problem: AttentionProblem) -> tuple[config.ProblemClass, tuple[str, ...], int]:
     """What decides the tiles of a call, the kernels that it runs, and the rows of decoding."""
-    heavy = ("bias", "mask", "key_padding_mask", "rng")
+    heavy = ("bias", "mask", "key_padding_mask", "dropout_rng")
     kind = config.ProblemClass(
         max(problem.head_dim, problem.head_dim_v),
         problem.dtype.itemsize,

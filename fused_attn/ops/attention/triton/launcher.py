@@ -117,7 +117,7 @@ def _terms(operands: Operands) -> Terms:
         alibi_slopes=view_of(operands.alibi_slopes),
         cu_seqlens_q=_dense(operands.cu_seqlens_q),
         cu_seqlens_k=_dense(operands.cu_seqlens_k),
-        rng=operands.rng,
+        rng=operands.dropout_rng,
     )
 
 

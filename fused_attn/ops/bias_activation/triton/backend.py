@@ -12,7 +12,7 @@ from ....runtime.triton import device as triton_device
 from ..problem import BiasActivationProblem, Operands, Options
 
 NAME = "triton"
-OPERANDS = frozenset(("bias", "rng"))
+OPERANDS = frozenset(("bias", "dropout_rng"))
 GRADIENTS = frozenset(("x", "bias"))
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

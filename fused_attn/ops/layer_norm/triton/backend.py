@@ -12,7 +12,7 @@ from ....runtime.triton import device as triton_device
 from ..problem import LayerNormProblem, Operands, Options
 
 NAME = "triton"
-OPERANDS = frozenset(("residual", "weight", "bias", "rng"))
+OPERANDS = frozenset(("residual", "weight", "bias", "dropout_rng"))
 GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
 MAX_WIDTH = 65536

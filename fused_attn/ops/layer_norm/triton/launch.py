@@ -50,7 +50,7 @@ def forward(
             triton.cdiv(num_rows, tile.rows),
             *(rows_of(x, shape), rows_of(residual, shape), vector_of(weight), vector_of(bias)),
             *(
-                *dropout_of(operands.rng, options.dropout_p),
+                *dropout_of(operands.dropout_rng, options.dropout_p),
                 *[result.view for result in results],
                 mean,
                 rstd,
@@ -76,7 +76,7 @@ def backward(
 ) -> None:
     x, residual, weight, _, _ = operands
     shape = _, width = _shape(x, options)
-    dropout = dropout_of(operands.rng, options.dropout_p)
+    dropout = dropout_of(operands.dropout_rng, options.dropout_p)
     given = (rows_of(x, shape), None if summed else rows_of(residual, shape))
     dtype = x.dtype if summed else sum_dtype(operands)
     rows = (mean, rstd, rows_of(dy, shape))
