@@ -26,6 +26,7 @@ SIZES = {
     "several tiles": Case(1, 1, 1, 200, 600, 32),
     "odd head": Case(head_dim=13, head_dim_v=13),
     "wide head": Case(1, 1, 1, 20, 33, 130),
+    "deep head": Case(1, 1, 1, 20, 40, 256),
     "head sizes differ": Case(head_dim=24, head_dim_v=40),
     "odd values": Case(head_dim=16, head_dim_v=7),
     "head 80": Case(head_dim=80, seqlen_q=33, seqlen_k=50),
