@@ -2,8 +2,8 @@
 
 `python -m benchmarks.compiler.triton_report [--arch 80 90 100 120] [--all] [--jobs N] [--json]`
 compiles the kernels of representative calls as a launch would and prints registers, spills, shared
-memory and the instructions that matter, read from the machine code. It fails if a loop touches
-spilled registers. (Values that only what follows the loops needs may be set aside before them.)
+memory and the instructions that matter, read from the machine code. It fails if an innermost loop
+touches spilled registers. (Values that only what follows the loops needs may be set aside before.)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
     registers: int
     stack: int  # bytes; spilled registers live there
     shared: int  # bytes
-    spills: int  # instructions within loops that write or read the stack
+    spills: int  # instructions within innermost loops that write or read the stack
     counts: dict[str, int]  # of the groups of INSTRUCTIONS
     seconds: float  # of compiling
 
@@ -73,7 +73,7 @@ Figures = tuple[int, int, int, dict[str, int]]
 
 
 def spills_in_loops(code: str, label: str, opcode: str, branch: str) -> int:
-    """Instructions of the group "local" between a label and a branch back to it.
+    """Instructions of the group "local" in innermost loops, from a label to a branch back to it.
 
     Args:
         label, opcode, branch: patterns of a line that name a label, an operation, a target.
@@ -88,7 +88,12 @@ def spills_in_loops(code: str, label: str, opcode: str, branch: str) -> int:
             loops.append((labels[found[1]], number))
         if (found := re.search(opcode, line)) and found[1].startswith(INSTRUCTIONS["local"]):
             local.append(number)
-    return sum(any(first <= number <= last for first, last in loops) for number in local)
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    ]
+    return sum(any(first <= number <= last for first, last in innermost) for number in local)
 
 
 @functools.lru_cache(maxsize=64)  # the calls of an architecture have kernels in common
@@ -231,7 +236,7 @@ def main(arguments: list[str]) -> int:
             count += 1
             spilling += kernel.spills > 0
             print(json.dumps(kernel._asdict()) if options.json else _row(kernel), flush=True)
-    print(f"{count} kernels, {spilling} spill registers in loops", file=sys.stderr)
+    print(f"{count} kernels, {spilling} spill registers in innermost loops", file=sys.stderr)
     return 1 if spilling else 0
 
 

@@ -192,3 +192,6 @@ def test_spills_count_within_loops_only() -> None:
     patterns = (r"(\.L\w+):", r"/\*[0-9a-f]{4,}\*/\s+([A-Z0-9_.]+)", r"\bBRA\b.*`\((\.L\w+)\)")
     assert spills_in_loops(code.format("FADD R3, R3, R4"), *patterns) == 0
     assert spills_in_loops(code.format("LDL R3, [R1]"), *patterns) == 1
+    nested = ".L_x_0:\n" + code + "   /*0050*/ BRA `(.L_x_0) ;\n"  # the two others are outside now
+    assert spills_in_loops(nested.format("FADD R3, R3, R4"), *patterns) == 0
+    assert spills_in_loops(nested.format("LDL R3, [R1]"), *patterns) == 1
