@@ -114,7 +114,7 @@ def test_nested(hooked: bool) -> None:
     if hooked:
         ours.norm1.register_forward_hook(lambda *_: None)
     x = torch.nested.as_nested_tensor([X[0, :3], X[1]], layout=torch.jagged)
-    start = "not packed: padded NestedTensor" if hooked else "packed: as a NestedTensor is"
+    start = "not packed: the NestedTensor is padded" if hooked else "packed: as the NestedTensor is"
     assert notes(ours, x)[0] == f"FusedTransformerEncoderLayer {start}"
 
 
