@@ -137,7 +137,7 @@ def test_importing_starts_no_cuda() -> None:
 
 
 def test_the_build_fails_on_what_ptxas_must_not_report() -> None:
-    sys.path.insert(0, str(ROOT / "csrc"))
+    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
     try:
         from check_ptxas import complaints
     finally:

@@ -61,10 +61,10 @@ FUSED_ATTN_INLINE bool renew_shift(const RunningSoftmax<Real>& state, int q, Vec
     V::zero().store(shift.offset + q);
     return false;
   }
-  const V scaled = largest * scale;
-  // Queries that have seen nothing do without: the exponential of their scores is 0.
-  const Mask large =
-      greater(abs(scaled), V::set1(kMaxOffset<Real>)) & greater(largest, V::set1(kLowest<Real>));
+  // Queries that have seen nothing do without either: the exponential of their scores is 0.
+  const Mask seen = greater(largest, V::set1(kLowest<Real>));
+  const V scaled = select(seen, largest * scale, V::zero());
+  const Mask large = greater(abs(scaled), V::set1(kMaxOffset<Real>));
   select(large, largest, V::zero()).store(shift.base + q);
   select(large, V::zero(), V::zero() - scaled).store(shift.offset + q);
   return large != 0;
