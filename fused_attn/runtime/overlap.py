@@ -48,7 +48,7 @@ def expect_apart(name: str, out: Tensor, operands: Any, in_place: Iterable[str] 
     for field, operand in zip(operands._fields, operands, strict=True):
         if not isinstance(operand, Tensor) or not share_memory(out, operand):
             continue
-        if field in allowed and _is_same(out, operand):
+        if field in allowed and is_same(out, operand):
             continue
         how = f"be `{field}` itself or " if field in allowed else ""
         raise ValueError(f"`{name}` must {how}share no memory with `{field}`, got tensors that do")
@@ -123,7 +123,8 @@ def _reaches(terms: list[Term], low: int, high: int) -> bool:
     return False
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """True if both are the very same elements of memory, in the same order."""
     return (
         a.data_ptr() == b.data_ptr()
         and a.shape == b.shape

@@ -119,7 +119,13 @@ def test_bias_activation_in_place_and_not(bias_activation_backend: str) -> None:
     assert torch.equal(mine, expected)
     with pytest.raises(ValueError, match="`out` must be `x` itself or share no memory"):
         bias_activation(x[:4], out=x[2:], **how)
+    for out in (x[:, 4:], x[:, 1:5]):
+        with pytest.raises(ValueError, match="`out` must be `x` itself or share no memory"):
+            bias_activation(x, gated=True, out=out, **how)
+    gates = x.clone()
+    expected = bias_activation(x, gated=True, **how)
+    assert torch.equal(bias_activation(gates, gated=True, out=gates[:, :4], **how), expected)
     with pytest.raises(ValueError, match="`out` must be `x` itself or share no memory"):
-        bias_activation(x, gated=True, out=x[:, :4], **how)
+        bias_activation(x[:4], out=x[2:], **how)
     with pytest.raises(ValueError, match="`out` must share no memory with `bias`"):
         bias_activation(x[:1], x[1], out=x[1:2], **how)
