@@ -52,6 +52,7 @@ def _is_cacheable(decoder: Any) -> bool:
     return (
         type(decoder) is FusedTransformerDecoder
         and not has_hooks(decoder)
+        and decoder.has_known_norm()  # another one may look at all positions
         and all(
             type(layer) is FusedTransformerDecoderLayer and layer.is_cacheable()
             for layer in decoder.layers

@@ -43,12 +43,12 @@ class PackableStack(PackPadding):
         return (
             len(layers) > 0
             and all(self._is_packable_layer(layer) for layer in layers)
-            and self._has_known_norm()
+            and self.has_known_norm()
         )
 
     def is_known(self) -> bool:
         """True if nothing in the stack looks at positions that the masks hide."""
-        return self._has_known_norm() and all(
+        return self.has_known_norm() and all(
             isinstance(layer, self._LAYER_CLASS) and layer.is_known() for layer in self.layers
         )
 
@@ -73,7 +73,7 @@ class PackableStack(PackPadding):
         attention: Any = layer.self_attn
         return attention.batch_first == self.layers[0].self_attn.batch_first
 
-    def _has_known_norm(self) -> bool:
+    def has_known_norm(self) -> bool:
         return self.norm is None or token_wise.is_token_wise(self.norm)
 
     def _finish(self, output: Tensor) -> Tensor:

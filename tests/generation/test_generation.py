@@ -312,3 +312,14 @@ def test_beams_are_an_int(beams: Any) -> None:
 def test_no_source_tensor_is_named() -> None:
     with pytest.raises(TypeError, match="`src` must be a tensor, got list"):
         greedy_search(sharp(), [[1, 2]], **ENDS, max_len=3)
+
+
+def test_a_last_norm_that_looks_across_positions_decodes_without_caches() -> None:
+    class Centred(torch.nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input - input.mean(dim=1, keepdim=True))
+
+    model = sharp()
+    model.transformer.decoder.norm = Centred(model.transformer.decoder.norm.normalized_shape[0])
+    model = model.double().eval()
+    assert type(model.start(batch(), 4)) is PlainDecoding
