@@ -28,10 +28,9 @@ def _normalised(x, residual, dropout, weight, mean, rstd, dy, row0, col0, num_ro
         h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
     scale = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)[:, None]
     if mean is not None:
-        # The difference of two huge numbers may be too large for float32.
-        part = tl.where(scale < 1e-30, 0.25, 1.0)
-        h = h * part - tl.load(mean + rows, mask=rows < num_rows, other=0.0)[:, None] * part
-        scale = scale / part
+        # A quarter of each: the difference of two huge numbers may be too large for float32.
+        h = h * 0.25 - tl.load(mean + rows, mask=rows < num_rows, other=0.0)[:, None] * 0.25
+        scale = scale * 4.0
     normalised = tl.where(inside, h * scale, 0.0)
     gradient = load(dy, rows[:, None], cols[None, :], inside)
     weighted = gradient
