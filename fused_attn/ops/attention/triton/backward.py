@@ -63,11 +63,11 @@ def softmax_gradient(p, dp, dweights, delta, keep, terms, params):
 def _is_wrong(total):
     """Whether a sum of gradients shows that a probability was not finite.
 
-    It was not, or an operand was not, if an element of its row is not: a score, as this kernel
+    It was not, or an operand was not, if an element of the sum is not: a score, as this kernel
     computes it, may exceed by far the one that lse comes from, where large products cancel.
     """
-    of_rows = tl.sum(total, 1)
-    return tl.max((of_rows - of_rows != 0.0).to(tl.int32), 0) != 0
+    # All at once: for sm_100 Triton 3.7.1 fails to compile the sum of an accumulator along an axis.
+    return tl.sum(total * 0.0) != 0.0  # NaN where anything is not finite
 
 
 @triton.jit
