@@ -33,13 +33,11 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules that `name` imports, at its top or in a function; not for type checkers alone."""
+    """Modules that `name` imports: at its top, in a function, for type checkers."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..modules.cache import KeyValueCache, LayerCache
 from ..modules.decoder_layer import FusedTransformerDecoderLayer
 from ..modules.residual import has_hooks
 from ..modules.stacks import FusedTransformerDecoder
 
-if TYPE_CHECKING:
-    from .seq2seq import Seq2SeqTransformer
+
+class Model(Protocol):
+    """What is asked here of a `Seq2SeqTransformer`, which calls this file."""
+
+    padding_idx: int
+
+    @property
+    def transformer(self) -> nn.Transformer: ...
+
+    @property
+    def tgt_embedding(self) -> nn.Module: ...
+
+    @property
+    def generator(self) -> nn.Module: ...
+
+    def encode(self, src: Tensor, src_padding: Tensor | None = None) -> Tensor: ...
+
+    def decode(self, tgt: Tensor, memory: Tensor, src_padding: Tensor | None = None) -> Tensor: ...
 
 
 class Decoding(Protocol):
@@ -31,9 +47,7 @@ class Decoding(Protocol):
         ...
 
 
-def start(
-    model: Seq2SeqTransformer, src: Tensor, max_len: int, beams: int, use_cache: bool | None
-) -> Decoding:
+def start(model: Model, src: Tensor, max_len: int, beams: int, use_cache: bool | None) -> Decoding:
     """As `Seq2SeqTransformer.start`."""
     possible = _is_cacheable(model.transformer.decoder)
     if use_cache and not possible:
@@ -65,7 +79,7 @@ class CachedDecoding:
 
     def __init__(
         self,
-        model: Seq2SeqTransformer,
+        model: Model,
         memory: Tensor,
         padding: Tensor,
         max_len: int,
@@ -101,9 +115,7 @@ class CachedDecoding:
 class PlainDecoding:
     """Each step computes all positions again; works with any decoder."""
 
-    def __init__(
-        self, model: Seq2SeqTransformer, memory: Tensor, padding: Tensor, beams: int
-    ) -> None:
+    def __init__(self, model: Model, memory: Tensor, padding: Tensor, beams: int) -> None:
         self._model = model
         self._memory = memory.repeat_interleave(beams, dim=0)
         self._padding = padding.repeat_interleave(beams, dim=0)

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import NoReturn, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import packing, token_wise
 
-if TYPE_CHECKING:
-    from .attention import FusedMultiheadAttention
+
+class Attention(Protocol):
+    """What is asked here of a `FusedMultiheadAttention`, which calls this file."""
+
+    embed_dim: int
+    kdim: int
+    vdim: int
+    batch_first: bool
+    add_zero_attn: bool
+
+    @property
+    def bias_k(self) -> Tensor | None: ...
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, Tensor | None]]: ...
+
+    @property
+    def attend_packed_heads(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def out_proj(self) -> nn.Module: ...
 
 
 def forward(
-    module: FusedMultiheadAttention,
+    module: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,7 +76,7 @@ def forward(
 
 
 def _packed(
-    module: FusedMultiheadAttention, query: Tensor, key: Tensor, value: Tensor, is_causal: bool
+    module: Attention, query: Tensor, key: Tensor, value: Tensor, is_causal: bool
 ) -> Tensor:
     tokens, sequences = packing.from_nested(query)
     if key is query:
@@ -75,7 +95,7 @@ def _packed(
 
 
 def _check(
-    module: FusedMultiheadAttention,
+    module: Attention,
     inputs: tuple[Tensor, ...],
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
