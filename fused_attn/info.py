@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -12,7 +11,7 @@ import torch
 from ._version import __version__
 from .ops import dispatch
 from .ops.operations import OPERATIONS
-from .runtime import native
+from .runtime import native, versions
 
 ENVIRONMENT = {
     "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",
@@ -35,19 +34,12 @@ def _versions() -> str:
         "fused_attn": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": f"{torch.__version__} (CUDA {cuda})",
-        "triton": _distribution_version("triton"),
+        "triton": versions.installed("triton") or "not installed",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads for torch",
         "GPU": _gpu(),
     }
     return _table("versions", rows)
-
-
-def _distribution_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpu() -> str:

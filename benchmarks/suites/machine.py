@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fused_attn import __version__
-from fused_attn.runtime import native
+from fused_attn.runtime import native, versions
 
 CHECKOUT = Path(__file__).parents[2]
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -29,7 +28,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version() or "") if device == "cuda" else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": versions.installed("triton") or "",
         "fused_attn": __version__,
         "commit": _commit(),
     }
@@ -90,11 +89,3 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-@functools.cache
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.dispatch import UnsupportedError
-from ..runtime import autocast, subclasses
+from ..runtime import autocast, checks, subclasses
 from ..runtime.hints import with_hint
 from . import mistakes
 
@@ -42,7 +42,7 @@ class Masks(NamedTuple):
 def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise TypeError if an input is no tensor."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        mistakes.expect_tensor(name, tensor)
+        checks.expect_any_tensor(name, tensor)
 
 
 def plain_mask(attn_mask: Any, device: torch.device) -> Tensor:
@@ -161,7 +161,7 @@ def check_masks(
 
 
 def _check_mask_dtype(name: str, mask: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    mistakes.expect_tensor(name, mask)
+    checks.expect_any_tensor(name, mask)
     if mask.dtype == torch.bool or mask.dtype in dtypes:
         return
     if not mask.is_floating_point():

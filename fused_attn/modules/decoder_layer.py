@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime import debug
+from ..runtime import checks, debug
 from . import masking, packing, padding
 from .cache import LayerCache
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
-from .mistakes import expect_tensor, names_checked
+from .mistakes import names_checked
 from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import Masks, PackedCross
@@ -118,8 +118,8 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
-        expect_tensor("tgt", tgt)
-        expect_tensor("memory", memory)
+        checks.expect_any_tensor("tgt", tgt)
+        checks.expect_any_tensor("memory", memory)
         if debug.enabled:
             debug.look_at_padding(self, tgt_key_padding_mask)
             debug.look_at_padding(self, memory_key_padding_mask)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime import debug
+from ..runtime import checks, debug
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
-from .mistakes import expect_tensor, names_checked
+from .mistakes import names_checked
 from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import PackedSelf
@@ -108,7 +108,7 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as torch.nn does for each fault.
         """
-        expect_tensor("src", src)
+        checks.expect_any_tensor("src", src)
         if debug.enabled:
             debug.look_at_padding(self, src_key_padding_mask)
         if src.is_nested:

@@ -24,7 +24,6 @@ from ..ops.bias_activation import call
 from ..ops.bias_activation.api import Activation, bias_activation
 from ..runtime import autocast, checks, higher_order, hints
 from . import token_wise
-from .mistakes import expect_tensor
 from .residual import has_hooks, is_plain_tensor
 from .scripting import NotScriptable
 
@@ -134,7 +133,7 @@ class FusedFeedForward(NotScriptable, nn.Module):
             TypeError: x is no tensor.
             RuntimeError: x is of another width or dtype, as torch.nn.Linear says.
         """
-        expect_tensor("x", x)
+        checks.expect_any_tensor("x", x)
         return feed_forward(
             x, self.linear1, self.activation, self.dropout, self.linear2, self.gated
         )

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from torch import Tensor
 
 from ..runtime import hints
-from ..runtime.checks import type_name
 
 # What an argument is called elsewhere, and the names that it may have here.
 _PADDING = ("src_key_padding_mask", "key_padding_mask", "tgt_key_padding_mask")
@@ -39,13 +38,6 @@ def names_checked(forward: Callable[P, R]) -> Callable[P, R]:
         return forward(*args, **kwargs)
 
     return checked
-
-
-def expect_tensor(name: str, value: object) -> None:
-    """Raise TypeError for what is no tensor; NumPy's arrays are not printed."""
-    if not isinstance(value, Tensor):
-        message = f"`{name}` must be a tensor, got {type_name(value)}"
-        raise TypeError(hints.with_hint(message, hints.for_no_tensor(name, value)))
 
 
 def other_order(batch_first: bool) -> str:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime import debug
+from ..runtime import checks, debug
 from ..runtime.hints import with_hint
 from . import masking, packing, padding
 from .children import Activation, check_nested, fuse_children
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
-from .mistakes import expect_tensor, names_checked, other_order
+from .mistakes import names_checked, other_order
 from .packable import NO_MASK, note_nested, note_not_packed, note_packed
 from .packable_stack import PackableStack, PackPadding
 from .packing import Sequences
@@ -55,7 +55,7 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
             is_causal: no position sees a later one. None is False: the mask says it all, and is
                 not read back to find out whether it is causal.
         """
-        expect_tensor("src", src)
+        checks.expect_any_tensor("src", src)
         if debug.enabled:
             debug.look_at_padding(self, src_key_padding_mask)
         if src.is_nested:
@@ -164,8 +164,8 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
             tgt_is_causal: no target position sees a later one. None is False: the mask says it all,
                 and is not read back to find out whether it is causal.
         """
-        expect_tensor("tgt", tgt)
-        expect_tensor("memory", memory)
+        checks.expect_any_tensor("tgt", tgt)
+        checks.expect_any_tensor("memory", memory)
         if debug.enabled:
             debug.look_at_padding(self, tgt_key_padding_mask)
             debug.look_at_padding(self, memory_key_padding_mask)
@@ -306,8 +306,8 @@ class FusedTransformer(NotScriptable, PackPadding, nn.Transformer):
         Raises:
             RuntimeError: `src` and `tgt` do not fit each other, or the model.
         """
-        expect_tensor("src", src)
-        expect_tensor("tgt", tgt)
+        checks.expect_any_tensor("src", src)
+        checks.expect_any_tensor("tgt", tgt)
         if debug.enabled:
             debug.look_at_memory(src_key_padding_mask, memory_key_padding_mask)
         if src.dim() == tgt.dim() == 3 and not (src.is_nested or tgt.is_nested):

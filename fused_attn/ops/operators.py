@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from ..runtime import higher_order
-from ..runtime.profiling import profiler, recorded
+from ..runtime import higher_order, profiling
 from . import dispatch
 from .dispatch import OPERATOR, Route
 
@@ -230,11 +229,9 @@ def recomputing(
         if higher_order.backward_needs_formula((dy,)):
             inputs = [given[place] for place in places]
             found = higher_order.gradients_through(formula_of(given, how), inputs, (dy,))
-        elif profiler._is_profiler_enabled and not dispatch.is_traced():
-            with recorded(f"{name}_backward", ctx.backend):
-                found = run_backward(given, how, ctx.backend, dy, needs)
         elif not dispatch.is_traced():
-            found = run_backward(given, how, ctx.backend, dy, needs)
+            rest = (given, how, ctx.backend, dy, needs)
+            found = profiling.call(f"{name}_backward", ctx.backend, run_backward, *rest)
         else:
             operator = getattr(torch.ops.fused_attn, f"{name}_backward")
             found = only(operator(*given, *how, ctx.backend, dy, needs), needs)

@@ -30,7 +30,8 @@ def present(operands: Any) -> tuple[str, ...]:
     return tuple(name for name in optional if getattr(operands, name) is not None)
 
 
-def expect_tensor(name: str, value: object) -> None:
+def expect_any_tensor(name: str, value: object) -> None:
+    """A tensor, be it nested, sparse or of a subclass."""
     if not isinstance(value, Tensor):
         raise TypeError(
             hints.with_hint(
@@ -38,6 +39,12 @@ def expect_tensor(name: str, value: object) -> None:
                 hints.for_no_tensor(name, value),
             )
         )
+
+
+def expect_tensor(name: str, value: object) -> None:
+    """A dense tensor, of torch's own class or of a subclass whose rules are known."""
+    expect_any_tensor(name, value)
+    assert isinstance(value, Tensor)
     if type(value) not in (Tensor, torch.nn.Parameter) and not subclasses.is_understood(value):
         raise TypeError(
             f"`{name}` must be a plain tensor, got a {type(value).__name__}, a subclass of Tensor "
@@ -93,11 +100,11 @@ def expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
         )
 
 
-def expect_integer(name: str, value: object, least: int) -> int:
-    """An int of at least `least`; symbolic ones, which compilers trace with, are taken."""
+def expect_integer(name: str, value: object, least: int | None = None) -> int:
+    """An int, of at least `least`; symbolic ones, which compilers trace with, are taken."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"`{name}` must be an int, got {type_name(value)}")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}")
     return value  # type: ignore[return-value]
 

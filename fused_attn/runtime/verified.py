@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from . import user_files, versions
 
 FORMAT = 1
 PACKAGE = Path(__file__).parents[1]
@@ -69,7 +68,7 @@ def machine(index: int) -> dict[str, str]:
         "capability": f"{major}.{minor}",
         "driver": _driver(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": versions.installed("triton") or "none",
     }
 
 
@@ -90,17 +89,9 @@ def _driver() -> str:
     return str(torch.version.hip) if ask is None or torch.version.hip else str(ask() // 1000)
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def user_folder() -> Path:
     """Where the records of this user's machine lie."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fused_attn" / "verified"
+    return user_files.folder() / "verified"
 
 
 def passed(here: dict[str, str]) -> frozenset[str]:
@@ -143,10 +134,7 @@ def write(here: dict[str, str], keys: set[str], folder: Path | None = None) -> P
     path = folder / f"{name}.json"
     text = json.dumps({"format": FORMAT, "machine": here, "passed": sorted(keys)}, indent=1)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{os.getpid()}.new")
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
+        user_files.write(path, text)
     except OSError as error:
         warnings.warn(f"the record cannot be kept in {path}: {error}", stacklevel=2)
         return None

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, empty_like
 
-from ...runtime import higher_order
-from ...runtime.profiling import profiler, recorded
+from ...runtime import higher_order, profiling
 from .. import dispatch, operators
 from ..dispatch import OPERATOR, Route
 from . import reference
@@ -276,10 +275,8 @@ def gradients(
     assert lse is not None
     tail = (out, lse, dout, dlse, dweights, needs)
     if not dispatch.is_traced():
-        if profiler._is_profiler_enabled:
-            with recorded("attention_backward", settings.backend):
-                return run_backward(operands, options, settings, *tail)
-        return run_backward(operands, options, settings, *tail)
+        rest = (operands, options, settings, *tail)
+        return profiling.call("attention_backward", settings.backend, run_backward, *rest)
     found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
     return operators.only(found, needs)
 

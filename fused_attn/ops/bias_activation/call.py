@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, overlap, philox
-from ...runtime.profiling import profiler, recorded
+from ...runtime import checks, overlap, philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused, reference
@@ -46,10 +45,7 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> Tens
     plan = plans.get(_make_plan, operands, scalars)
     if out is not None:
         _check_out(out, operands, plan)
-    if profiler._is_profiler_enabled:
-        with recorded("bias_activation", plan.backend.NAME):
-            return _execute(plan, operands, out)
-    return _execute(plan, operands, out)
+    return profiling.call("bias_activation", plan.backend.NAME, _execute, plan, operands, out)
 
 
 def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> Tensor:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import philox
-from ...runtime.profiling import profiler, recorded
+from ...runtime import philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused, reference
@@ -38,10 +37,7 @@ def run(operands: Operands, scalars: Scalars) -> Tensor:
         rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.weight, "weight")
         operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
-    if profiler._is_profiler_enabled:
-        with recorded("embedding", plan.backend.NAME):
-            return _execute(plan, operands)
-    return _execute(plan, operands)
+    return profiling.call("embedding", plan.backend.NAME, _execute, plan, operands)
 
 
 def _execute(plan: Plan, operands: Operands) -> Tensor:

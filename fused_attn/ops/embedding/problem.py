@@ -102,28 +102,18 @@ def make_options(
     """Check the scalars of a call as a user gives them and put them in the kernels' form."""
     padding = NO_PADDING
     if padding_idx is not None:
-        padding = _integer("padding_idx", padding_idx)
+        padding = checks.expect_integer("padding_idx", padding_idx)
         if not -num_tokens <= padding < num_tokens:
             raise ValueError(
                 f"`padding_idx` must be in [{-num_tokens}, {num_tokens}), got {padding}"
             )
         padding %= num_tokens
-    first = _integer("offset", offset)
-    if first < 0:
-        raise ValueError(f"`offset` must be at least 0, got {first}")
     return Options(
         checks.expect_finite("scale", scale),
-        first,
+        checks.expect_integer("offset", offset, least=0),
         padding,
         checks.expect_probability("dropout_p", dropout_p),
     )
-
-
-def _integer(name: str, value: object) -> int:
-    # Compilers trace with symbolic integers.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"`{name}` must be an int, got {checks.type_name(value)}")
-    return value  # type: ignore[return-value]
 
 
 def describe(operands: Operands, options: Options) -> EmbeddingProblem:

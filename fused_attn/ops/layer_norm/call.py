@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, overlap, philox
-from ...runtime.profiling import profiler, recorded
+from ...runtime import checks, overlap, philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused, reference
@@ -63,10 +62,8 @@ def run(
             _check_out(name, tensor, operands, plan.needs_grad)
     if out is not None and sum_out is not None and overlap.share_memory(out, sum_out):
         raise ValueError("`out` must share no memory with `sum_out`, got tensors that do")
-    if profiler._is_profiler_enabled:
-        with recorded("layer_norm", plan.backend.NAME):
-            return _execute(plan, operands, scalars.need_sum, out, sum_out)
-    return _execute(plan, operands, scalars.need_sum, out, sum_out)
+    rest = (plan, operands, scalars.need_sum, out, sum_out)
+    return profiling.call("layer_norm", plan.backend.NAME, _execute, *rest)
 
 
 def _execute(

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import higher_order
-from ...runtime.profiling import profiler, recorded
+from ...runtime import higher_order, profiling
 from .. import dispatch, operators
 from ..dispatch import OPERATOR, Route
 from . import reference
@@ -220,23 +219,9 @@ def _gradients(
     )
     wanted = (needs[0], needs[1] and not shared, *needs[2:])
     tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
-    if profiler._is_profiler_enabled:
-        with recorded("layer_norm_backward", settings.backend):
-            return _gradients_of(operands, options, settings, tail, shared)
-    return _gradients_of(operands, options, settings, tail, shared)
-
-
-def _gradients_of(
-    operands: Operands,
-    options: Options,
-    settings: Settings,
-    tail: tuple[Any, ...],
-    shared: bool,
-) -> dict[str, Tensor | None]:
-    wanted = tail[-1]
-    grads: Sequence[Tensor | None]
     if not dispatch.is_traced():
-        grads = run_backward(operands, options, settings, *tail)
+        rest = (operands, options, settings, *tail)
+        grads = profiling.call("layer_norm_backward", settings.backend, run_backward, *rest)
     else:
         operator = torch.ops.fused_attn.layer_norm_backward
         grads = operators.only(operator(*operands, *options, *settings, *tail), wanted)

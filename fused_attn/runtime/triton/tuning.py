@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import user_files
 from . import device as triton_device
 
 SHIPPED = Path(__file__).parents[2] / "tuned"
@@ -179,15 +179,9 @@ def _milliseconds(run: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def user_folder() -> Path:
-    """Where choices are kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fused_attn"
-
-
 def _read(machine: triton_device.Machine) -> dict[Key, tuple[int, ...]]:
     known: dict[Key, tuple[int, ...]] = {}
-    for folder in (SHIPPED, user_folder()):  # the user's come last and win
+    for folder in (SHIPPED, user_files.folder()):  # the user's come last and win
         path = folder / machine.file_name()
         if path.exists():
             try:
@@ -222,8 +216,8 @@ def _parse(path: Path, machine: triton_device.Machine) -> dict[Key, tuple[int, .
 
 
 def _write(machine: triton_device.Machine, key: Key, tile: tuple[int, ...]) -> None:
-    """Add a choice to the user's file; another process sees the old file or the new one."""
-    path = user_folder() / machine.file_name()
+    """Add a choice to the user's file."""
+    path = user_files.folder() / machine.file_name()
     choices: dict[Key, tuple[int, ...]] = {}
     with contextlib.suppress(OSError, ValueError):  # a broken one is written anew
         choices = _parse(path, machine)
@@ -233,9 +227,6 @@ def _write(machine: triton_device.Machine, key: Key, tile: tuple[int, ...]) -> N
     header = json.dumps({"format": _FORMAT, "machine": machine._asdict()})[:-1]
     text = f'{header}, "choices": [\n  {lines}\n]}}\n'
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        user_files.write(path, text)
     except OSError as error:
         warnings.warn(f"the choice of tiles cannot be kept in {path}: {error}", stacklevel=2)
