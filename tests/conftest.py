@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from tests.cases import without_gpu
 
@@ -67,7 +68,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test that wants a dtype which its backend lacks is skipped, with the backend's words."""
     try:
         return (yield)
-    except fused_attn.UnsupportedError as error:
+    except (fused_attn.UnsupportedError, TorchDynamoException) as error:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         for backend in (x for x in params.values() if isinstance(x, str)):
             if backend in PARTIAL and f"backend {backend!r} cannot run" in str(error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -60,8 +59,8 @@ def _refuse_name(module: str, name: str, known: Iterable[str]) -> NoReturn:
     elif name in ("need_weights", "average_attn_weights"):
         hint = "layers return no weights; their `self_attn` does where it is called by itself"
     else:
-        close = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f"`{close[0]}=`" if close else None
+        close = hints.closest(name, sorted(known))
+        hint = f"`{close}=`" if close else None
     message = f"{module}.forward() got an unexpected keyword argument {name!r}"
     raise TypeError(hints.with_hint(message, hint))
 

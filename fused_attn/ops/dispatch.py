@@ -9,7 +9,6 @@ policy.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import enum
 import functools
 import importlib
@@ -137,10 +136,9 @@ def find(backends: Sequence[BackendT], name: str) -> BackendT:
         if name == backend.NAME:
             return backend
     names = [backend.NAME for backend in backends]
-    known = ", ".join(map(repr, names))
-    close = difflib.get_close_matches(str(name), names, n=1)
-    message = f"`backend` must be one of {known}, got {name!r}"
-    raise ValueError(hints.with_hint(message, f"`backend={close[0]!r}`" if close else None))
+    close = hints.closest(str(name), names)
+    message = f"`backend` must be one of {', '.join(map(repr, names))}, got {name!r}"
+    raise ValueError(hints.with_hint(message, f"`backend={close!r}`" if close else None))
 
 
 @functools.cache
@@ -171,12 +169,19 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
         if not reasons:
             return backend
         refusals.append((backend.NAME, reasons))
-    who = "no backend" if name is None else f"backend {name!r}"
-    lines = [f"{who} can run {problem}" if name is None else f"{who} cannot run {problem}"]
-    lines += [f"  {backend}: {reason}" for backend, reasons in refusals for reason in reasons]
+    raise UnsupportedError(_refusal(refusals, problem, name))
+
+
+def _refusal(refusals: list[tuple[str, list[str]]], problem: Any, name: str | None) -> str:
+    # Dynamo keeps a message of constants alone, and sizes may be symbols.
+    what = "this call" if is_compiling() else problem
+    text = f"no backend can run {what}" if name is None else f"backend {name!r} cannot run {what}"
+    for backend, reasons in refusals:
+        for reason in reasons:
+            text += f"\n  {backend}: {reason}"
     if name is not None:
-        lines.append("hint: leave `backend` out, and the first that can runs the call")
-    raise UnsupportedError("\n".join(lines))
+        text += "\nhint: leave `backend` out, and the first that can runs the call"
+    return text
 
 
 def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
@@ -240,16 +245,15 @@ def only_by_name(backend: Backend, problem: Any) -> str | None:
     return None if ask is None else ask(problem)
 
 
-@functools.cache
-def _switched(value: str) -> tuple[frozenset[str], frozenset[str]]:
+def _switched(value: str) -> tuple[list[str], list[str]]:
     """Names of backends that the environment switches off ("-cuda,triton") and on ("cuda")."""
-    off, on = set(), set()
+    off, on = [], []
     for word in value.replace(" ", "").split(","):
         if word.startswith("-"):
-            off.add(word[1:])
+            off.append(word[1:])
         elif word:
-            on.add(word.removeprefix("+"))
-    return frozenset(off), frozenset(on)
+            on.append(word.removeprefix("+"))
+    return off, on
 
 
 class Route(enum.Enum):

@@ -56,13 +56,21 @@ def with_hint(message: str, hint: str | None) -> str:
     return message if hint is None else f"{message}\nhint: {hint}"
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The word that was meant, if one is near; none in a compiled call, which cannot search."""
+    if torch.compiler.is_compiling():
+        return None
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return close[0] if close else None
+
+
 def refuse_unknown(function: str, unknown: Mapping[str, Any], known: Iterable[str]) -> NoReturn:
     """Raises TypeError for keyword arguments that `function` does not have."""
     name = next(iter(unknown))
     hint = ELSEWHERE.get(name)
     if hint is None:
-        close = difflib.get_close_matches(name, list(known), n=1)
-        hint = f"`{close[0]}=`" if close else None
+        close = closest(name, known)
+        hint = f"`{close}=`" if close else None
     raise TypeError(with_hint(f"`{function}` got an unexpected argument `{name}`", hint))
 
 
@@ -96,8 +104,10 @@ def for_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> str
 
 def for_activation(activation: object) -> str | None:
     """What an activation of another name is called here."""
-    name = activation.lower() if isinstance(activation, str) else ""
-    if callable(activation):
+    name = ""
+    if isinstance(activation, str):
+        name = activation.lower()
+    elif not torch.compiler.is_compiling():  # which does not know the names of functions
         name = getattr(activation, "__name__", type(activation).__name__).lower()
     if name in ("relu", "gelu", "silu"):
         return f"`activation={name!r}`"

@@ -119,7 +119,7 @@ def assert_same_run(example: Example, a: Path, b: Path) -> None:
     for key, state in whole["optimizer"]["state"].items():
         for name, value in state.items():
             assert torch.equal(parts["optimizer"]["state"][key][name], value), (key, name)
-    assert torch.equal(whole["dropout_rng"], parts["dropout_rng"])
+    assert torch.equal(whole["rng"], parts["rng"])
     for ours, theirs in zip(whole["history"], parts["history"], strict=True):
         for name in ("step", "train_loss", "val_loss", "tokens"):
             assert ours[name] == theirs[name], name

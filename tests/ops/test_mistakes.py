@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -224,3 +225,21 @@ def test_a_message_does_not_print_data() -> None:
     with pytest.raises(TypeError) as caught:
         attend(q=np.zeros((100, 100)))
     assert len(str(caught.value)) < 200
+
+
+# Not those whose call the compiler itself cannot follow.
+COMPILED = sorted(MISTAKES.keys() - {"traced by torch.fx"})
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_call_says_the_same(name: str) -> None:
+    """torch.compile wraps the error in one of its own, which quotes the message."""
+    call, kind, words, _ = MISTAKES[name]
+    if name == "a backend that cannot" and native.why_not() is not None:
+        pytest.skip("no compiled part")
+    torch._dynamo.reset()
+    with pytest.raises((kind, torch._dynamo.exc.Unsupported)) as caught:
+        torch.compile(call, fullgraph=True, backend="aot_eager")()
+    said = str(caught.value).replace("\\n", "\n").replace("\\'", "'")
+    first = words.split("attention on")[0]  # a compiled call is not described by its sizes
+    assert re.search(first, said)

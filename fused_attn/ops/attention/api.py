@@ -283,8 +283,8 @@ def attention_backends() -> tuple[str, ...]:
 
 def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Explanation:
     """`explain` of `attention`; it runs nothing."""
-    inner = {"dropout_rng", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
-    known = {"dropout_rng", "out", *Operands._fields, *Scalars._fields} - inner
+    inner = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+    known = {"out", *Operands._fields, *Scalars._fields} - inner
     for name in arguments:
         if name not in known:
             hints.refuse_unknown("explain", {name: None}, known)
@@ -298,7 +298,6 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> disp
     for name in ("bias", "mask"):
         if arguments.get(name) is not None:
             arguments[name] = four_dimensional(name, arguments[name])
-    arguments["dropout_rng"] = arguments.pop("dropout_rng", None)
     operands = Operands(q, k, v, **{name: arguments.get(name) for name in Operands._fields[3:]})
     scalars = Scalars(**{n: arguments[n] for n in Scalars._fields if n in arguments})
     return dispatch.explain(BACKENDS, call.asked_of_backends(operands, scalars), scalars.backend)

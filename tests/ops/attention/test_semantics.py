@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import fused_attn
 from fused_attn import attention, attention_varlen, merge_attention
+from fused_attn.runtime import native
 from fused_attn.testing import assert_within_budget
 from tests.cases.attention import finest_dtype
 
@@ -273,12 +275,10 @@ def test_one_seed_gives_one_dropout_mask_on_every_backend() -> None:
     rng = torch.tensor([123456789012345, 42])
     masks = []
     for backend in fused_attn.attention_backends():
-        if fused_attn.explain(q, k, v, backend=backend).chosen:
-            weights = attention(
-                q, k, v, dropout_p=0.3, dropout_rng=rng, return_weights="per_head", backend=backend
-            )[1]
-            masks.append(weights == 0)
-    assert len(masks) >= 1
+        how: Any = {"dropout_p": 0.3, "dropout_rng": rng, "return_weights": "per_head"}
+        if fused_attn.explain(q, k, v, backend=backend, **how).chosen:
+            masks.append(attention(q, k, v, backend=backend, **how)[1] == 0)
+    assert len(masks) >= (1 if native.why_not() else 2)
     assert 0.25 < masks[0].float().mean() < 0.35
     assert all(torch.equal(mask, masks[0]) for mask in masks)
 
