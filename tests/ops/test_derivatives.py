@@ -187,7 +187,7 @@ def test_a_backend_has_the_gradient_or_says_that_it_has_not(
         if len(served) < len(single):
             with pytest.raises(fused_attn.UnsupportedError, match="has no kernels for"):
                 moving(call, single, name, x, backend=backend.NAME)
-        if name not in served or call is packed_call and "cu_seqlens_q" not in served:
+        if name not in served or (call is packed_call and "cu_seqlens_q" not in served):
             continue
         found, expected = (
             torch.autograd.grad(moving(call, served, name, x, backend=b, **how), [x])[0]
