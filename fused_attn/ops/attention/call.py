@@ -36,6 +36,8 @@ class Scalars(NamedTuple):
 
 
 plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
+# Of calls as they are asked for, before what no kernel knows is taken out of them.
+problems: dispatch.PlanCache[AttentionProblem] = dispatch.PlanCache()
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
 
@@ -86,7 +88,7 @@ def _execute(
 
 def _with_sinks(operands: Operands, scalars: Scalars, out: Tensor | None) -> fused.Result:
     """A call whose sinks are worked in afterwards: any backend can run the rest."""
-    problem = problem_of(operands, scalars)
+    problem = problems.get(problem_of, operands, scalars)
     every_head = scalars.return_weights is None or scalars.return_weights == "per_head"
     if not every_head:  # an average over heads cannot be taken apart again
         scalars = scalars._replace(return_weights="per_head")
@@ -113,7 +115,7 @@ def _differentiable_alibi(operands: Operands, scalars: Scalars) -> Operands:
     slopes, bias = operands.alibi_slopes, operands.bias
     if operands.cu_seqlens_q is not None or "alibi_slopes" not in higher_order.wanted_of(operands):
         return operands
-    problem_of(operands, scalars)  # for its checks
+    problems.get(problem_of, operands, scalars)  # for its checks
     assert slopes is not None
     shift = operands.k.shape[2] - operands.q.shape[2]
     term = -slopes[:, None, None] * reference.alibi_distance(operands, shift)

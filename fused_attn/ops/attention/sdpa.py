@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# By this name: somebody may have put ours in the place of torch's.
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+
 from ...runtime import checks, subclasses
 from ..dispatch import UnsupportedError
 from .api import attention
@@ -57,7 +60,7 @@ def scaled_dot_product_attention(
     if any(isinstance(x, Tensor) and (x.is_nested or _has_nothing(x)) for _, x in given):
         if backend is not None and query.is_nested:
             raise UnsupportedError(f"backend {backend!r} takes no NestedTensors")
-        return torch.nn.functional.scaled_dot_product_attention(
+        return torch_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     for name, tensor in given:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from ...runtime import higher_order
 from . import reference
@@ -94,7 +94,7 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
+    out = torch_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return out.contiguous()
