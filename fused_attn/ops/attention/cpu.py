@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU (`csrc/attention/cpu*`)."""
+"""C++ kernels for the CPU (`csrc/attention/cpu`)."""
 
 from __future__ import annotations
 

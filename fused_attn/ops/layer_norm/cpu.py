@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU (`csrc/layer_norm/cpu*`)."""
+"""C++ kernels for the CPU (`csrc/layer_norm/cpu`)."""
 
 from __future__ import annotations
 
