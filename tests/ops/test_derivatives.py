@@ -37,6 +37,10 @@ def activation_call(x: dict[str, Tensor], **how: Any) -> Tensor:
     return fused_attn.bias_activation(**x, activation="silu", gated=True, dropout_p=0.3, **how)
 
 
+def linear_call(x: dict[str, Tensor], **how: Any) -> Tensor:
+    return fused_attn.linear(**x, **how)
+
+
 def embedding_call(x: dict[str, Tensor], **how: Any) -> Tensor:
     return fused_attn.embedding(**x, scale=2.0, dropout_p=0.3, **how)
 
@@ -87,6 +91,16 @@ CALLS: dict[str, list[tuple[Any, dict[str, Tensor]]]] = {
                 "x": torch.randn(3, 8, dtype=F64),
                 "bias": torch.randn(8, dtype=F64),
                 "dropout_rng": RNG,
+            },
+        )
+    ],
+    "linear": [
+        (
+            linear_call,
+            {
+                "x": torch.randn(3, 5, 6, dtype=F64),
+                "weight": torch.randn(4, 6, dtype=F64),
+                "bias": torch.randn(4, dtype=F64),
             },
         )
     ],
