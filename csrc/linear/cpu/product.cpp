@@ -17,22 +17,28 @@ void with_sixteen_or_thirty_two_bits(DType dtype, const Function& function) {
   });
 }
 
-// to[i] = the sum over k of x(i, k), in parts, so that the error does not grow with their number.
+// to[i] = the sum over k of x(i, k): of parts, then of groups of parts, so that the error grows
+// with the cube root of their number.
 template <class T>
 void sum_depth(const Operand<T>& x, int64_t count, int64_t depth, T* to, int threads) {
-  constexpr int64_t kPart = 128;
+  constexpr int64_t kPart = 16, kGroup = 32 * kPart;
   parallel_for(threads, ceil_div(count, kLanes), [&](int64_t task) {
     alignas(64) float numbers[kPart * kLanes];
     const int64_t first = task * kLanes;
     const int lanes = static_cast<int>(smaller<int64_t>(kLanes, count - first));
-    VecF total = VecF::zero();
+    VecF total = VecF::zero(), group = VecF::zero();
     for (int64_t begin = 0; begin < depth; begin += kPart) {
       const int64_t part = smaller(kPart, depth - begin);
       pack_lanes(x, first, lanes, begin, part, numbers, kLanes);
       VecF sum = VecF::zero();
       for (int64_t k = 0; k < part; ++k) sum = sum + VecF::load(numbers + k * kLanes);
-      total = total + sum;
+      group = group + sum;
+      if ((begin + kPart) % kGroup == 0) {
+        total = total + group;
+        group = VecF::zero();
+      }
     }
+    total = total + group;
     lanes == kLanes ? store(to + first, total) : store(to + first, total, lanes);
   });
 }
