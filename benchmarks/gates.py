@@ -195,6 +195,16 @@ linear          forward  64,512,512           full         bf16  avx2    4.00  8
 linear          training 64,512,512           full         bf16  avx2    4.00  8.00     -
 linear          forward  64,512,512           full         fp16  avx2    4.00  8.00     -
 linear          training 64,512,512           full         fp16  avx2    4.00  8.00     -
+linear          forward  2048,256,1024        full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 2048,256,1024        full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  1024,512,1536        full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 1024,512,1536        full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  512,768,3072         full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 512,768,3072         full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  256,512,2048         full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 256,512,2048         full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  64,512,512           full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 64,512,512           full         bf16  avx512_bf16 1.00 1.10 -
 """
 
 

@@ -56,8 +56,7 @@ class Linear(Problem):
 
     def ours(self, tensors: dict[str, Tensor]) -> list[Side]:
         description = call.problem_of(Operands(**with_flags(self, tensors)), Scalars())
-        sides = our_sides(BACKENDS, description, self._prepare)
-        return [side for side in sides if side.name != "fused_attn:torch"]  # which is the peer
+        return our_sides(BACKENDS, description, self._prepare)
 
     def _prepare(self, backend: str, tensors: dict[str, Tensor]) -> Prepared:
         x, weight, bias = tensors.values()
