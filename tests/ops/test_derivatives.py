@@ -218,4 +218,5 @@ def served_by(
         return tensors, {}
     optional = operation.operands._field_defaults.keys() - backend.OPERANDS
     served = {n: x for n, x in tensors.items() if n not in optional}
-    return served, {} if "dropout_rng" in served else {"dropout_p": 0.0}
+    refused = "dropout_rng" in tensors and "dropout_rng" not in served
+    return served, {"dropout_p": 0.0} if refused else {}
