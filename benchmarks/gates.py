@@ -175,6 +175,36 @@ masks           training 2,8,8,512,512,64    causal       fp32  avx2    2.50  3.
 masks           training 2,8,8,512,512,64    full         bf16  avx2    2.10  2.60  0.80
 masks           training 8,12,12,128,128,64  full         bf16  avx2    2.00  2.60     -
 masks           training 32,8,8,100,100,64   full         bf16  avx2    2.00  2.60     -
+linear          forward  2048,256,1024        full         bf16  avx2    4.00  8.00     -
+linear          training 2048,256,1024        full         bf16  avx2    4.00  8.00     -
+linear          forward  2048,256,1024        full         fp16  avx2    4.00  8.00     -
+linear          training 2048,256,1024        full         fp16  avx2    4.00  8.00     -
+linear          forward  1024,512,1536        full         bf16  avx2    4.00  8.00     -
+linear          training 1024,512,1536        full         bf16  avx2    4.00  8.00     -
+linear          forward  1024,512,1536        full         fp16  avx2    4.00  8.00     -
+linear          training 1024,512,1536        full         fp16  avx2    4.00  8.00     -
+linear          forward  512,768,3072         full         bf16  avx2    4.00  8.00     -
+linear          training 512,768,3072         full         bf16  avx2    4.00  8.00     -
+linear          forward  512,768,3072         full         fp16  avx2    4.00  8.00     -
+linear          training 512,768,3072         full         fp16  avx2    4.00  8.00     -
+linear          forward  256,512,2048         full         bf16  avx2    4.00  8.00     -
+linear          training 256,512,2048         full         bf16  avx2    4.00  8.00     -
+linear          forward  256,512,2048         full         fp16  avx2    4.00  8.00     -
+linear          training 256,512,2048         full         fp16  avx2    4.00  8.00     -
+linear          forward  64,512,512           full         bf16  avx2    4.00  8.00     -
+linear          training 64,512,512           full         bf16  avx2    4.00  8.00     -
+linear          forward  64,512,512           full         fp16  avx2    4.00  8.00     -
+linear          training 64,512,512           full         fp16  avx2    4.00  8.00     -
+linear          forward  2048,256,1024        full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 2048,256,1024        full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  1024,512,1536        full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 1024,512,1536        full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  512,768,3072         full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 512,768,3072         full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  256,512,2048         full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 256,512,2048         full         bf16  avx512_bf16 1.00 1.10 -
+linear          forward  64,512,512           full         bf16  avx512_bf16 1.00 1.10 -
+linear          training 64,512,512           full         bf16  avx512_bf16 1.00 1.10 -
 """
 
 
@@ -266,6 +296,10 @@ def _bias_activation(sizes: list[int], direction: str, variant: str) -> str:
     return f"bias+{variant} {'fwd' if direction == 'forward' else 'train'} {sizes[0]}x{sizes[1]}"
 
 
+def _linear(sizes: list[int], direction: str, variant: str) -> str:
+    return f"linear {'fwd' if direction == 'forward' else 'fwd+bwd'} " + "x".join(map(str, sizes))
+
+
 def _module(sizes: list[int], direction: str, variant: str) -> str:
     batch, length, width, _ = sizes
     kind, _, extra = variant.partition("-")
@@ -283,6 +317,7 @@ NAMES = {
     "packed": _packed,
     "layer_norm": _layer_norm,
     "bias_activation": _bias_activation,
+    "linear": _linear,
     "modules": _module,
     "weights": _module,
     "overhead": _call,

@@ -19,6 +19,7 @@
 #include "cpu/peak.h"
 #include "embedding/bindings.h"
 #include "layer_norm/bindings.h"
+#include "linear/bindings.h"
 
 namespace py = pybind11;
 
@@ -68,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
         "that the environment variable FUSED_ATTN_CPU names.");
   m.def("available_cpu_levels", &fused_attn::available_levels,
         "Levels that this machine and this build can run, lowest first.");
+  m.def("cpu_vendor", &fused_attn::cpu_vendor, "Who made this processor: 'amd', 'intel' or ''.");
   m.def("multiply_adds", &fused_attn::multiply_adds_of, py::arg("dtype"), py::arg("repeats"),
         "Multiply-adds in registers, in the arithmetic of a dtype ('float32', 'bfloat16', "
         "'float64'); returns the floating-point operations done. The ceiling of benchmarks.");
@@ -77,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
   fused_attn::layer_norm::bind(m);
   fused_attn::bias_activation::bind(m);
   fused_attn::embedding::bind(m);
+  fused_attn::linear::bind(m);
 #ifdef FUSED_ATTN_WITH_CUDA
   m.def("cuda_versions", &fused_attn::device::cuda_versions,
         "CUDA versions of the runtime in here and of the driver, as CUDA counts: 13010 is 13.1.");

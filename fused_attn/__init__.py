@@ -8,6 +8,7 @@ from .modules import (
     FusedAddRMSNorm,
     FusedFeedForward,
     FusedLayerNorm,
+    FusedLinear,
     FusedMultiheadAttention,
     FusedRMSNorm,
     FusedTransformer,
@@ -33,6 +34,7 @@ from .ops.dispatch import UnsupportedError
 from .ops.embedding.api import embedding
 from .ops.explain import explain, last_backend
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .ops.linear.api import linear
 from .prepare import autotune, autotuning, warmup
 from .runtime.debug import debug
 
@@ -42,6 +44,7 @@ __all__ = [
     "FusedAddRMSNorm",
     "FusedFeedForward",
     "FusedLayerNorm",
+    "FusedLinear",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
     "FusedTransformer",
@@ -73,6 +76,7 @@ __all__ = [
     "greedy_search",
     "last_backend",
     "layer_norm",
+    "linear",
     "merge_attention",
     "rms_norm",
     "sample",

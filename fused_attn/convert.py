@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .modules import DROP_INS
+from .modules import DROP_INS, LINEAR_DROP_INS
 
-_STOCK = {fused: stock for stock, fused in DROP_INS.items()}
+_EVERY = {**DROP_INS, **LINEAR_DROP_INS}
+_STOCK = {fused: stock for stock, fused in _EVERY.items()}
+DropIns = Mapping[type[nn.Module], type[nn.Module]]
+
 _KEPT = "_fused_attn_kept"  # attribute that holds what `fuse` switched off in a module left alone
 
 
@@ -66,7 +70,9 @@ class Report:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Report:
+def fuse(
+    model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = (), linears: bool = False
+) -> Report:
     """Put our modules in the place of torch.nn's, in place.
 
     Swapped are modules whose class is exactly one of `fused_attn.modules.DROP_INS`, parametrized
@@ -78,31 +84,36 @@ def fuse(model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = ()) -> Rep
     Args:
         model: changed in place. May itself be one of the modules.
         skip: modules to leave alone, by qualified name (shell patterns, as "decoder.*") or class.
+        linears: swap every nn.Linear as well, wherever it stands: a gain on processors whose
+            products `fused_attn.linear` does faster than torch, and no loss elsewhere.
 
     Returns:
         What was swapped, what was left alone and why, and warnings of what had no effect: an item
         of `skip` that keeps no module from being swapped, a model with nothing to swap.
 
     Raises:
-        TypeError: `model` is no module, or `skip` holds something else than names and classes.
+        TypeError: `model` is no module, `linears` no bool, or `skip` holds something else than
+            names and classes.
     """
     _check_model(model)
+    if not isinstance(linears, bool):
+        raise TypeError(f"`linears` must be a bool, got {linears!r}")
+    drop_ins = _EVERY if linears else DROP_INS
     patterns = _skipped(skip)
     swapped, left_alone = [], []
     names = dict(model.named_modules())
-    warnings = [_without_effect(item, names) for item in patterns]
-    if not any(map(_is_candidate, names.values())):
-        warnings.append(_nothing_to_fuse(model))
-    for name, module in names.items():
+    candidates = {name: module for name, module in names.items() if _is_candidate(module, drop_ins)}
+    warnings = [_without_effect(item, names, candidates) for item in patterns]
+    if not candidates:
+        warnings.append(_nothing_to_fuse(model, drop_ins))
+    for name, module in candidates.items():
         kind = type(module).__name__
-        if not _is_candidate(module):
-            continue
         stock = _plain_class(module)
-        reason = _why_not(name, module, stock, patterns)
+        reason = _why_not(name, module, stock, patterns, drop_ins)
         if reason is not None:
             left_alone.append((name, module, kind, reason))
             continue
-        _change_class(module, DROP_INS[stock])
+        _change_class(module, drop_ins[stock])
         swapped.append(Swap(name, kind, type(module).__name__))
     return Report(
         tuple(swapped),
@@ -164,26 +175,27 @@ def _skipped(skip: Iterable[str | type[nn.Module]]) -> tuple[str | type[nn.Modul
     return items
 
 
-def _without_effect(item: str | type[nn.Module], modules: dict[str, nn.Module]) -> str | None:
+def _without_effect(
+    item: str | type[nn.Module], modules: dict[str, nn.Module], candidates: dict[str, nn.Module]
+) -> str | None:
     """A warning if `item` of `skip` keeps no module from being swapped."""
     if isinstance(item, type):
-        matched = [module for module in modules.values() if isinstance(module, item)]
+        matched = [name for name, module in modules.items() if isinstance(module, item)]
         shown = item.__name__
     else:
-        matched = [module for name, module in modules.items() if fnmatch.fnmatchcase(name, item)]
+        matched = [name for name in modules if fnmatch.fnmatchcase(name, item)]
         shown = repr(item)
-    if any(map(_is_candidate, matched)):
+    if any(name in candidates for name in matched):
         return None
     if matched:
         return f"{shown} in `skip` matches only modules that are not swapped anyway"
     text = f"{shown} in `skip` matches no module"
-    close = _close_to(item, modules) if isinstance(item, str) else None
+    close = _close_to(item, list(candidates)) if isinstance(item, str) else None
     return text if close is None else f"{text}; hint: {close!r}"
 
 
-def _close_to(pattern: str, modules: dict[str, nn.Module]) -> str | None:
+def _close_to(pattern: str, candidates: list[str]) -> str | None:
     """A pattern that was probably meant by one that matches no name."""
-    candidates = [name for name, module in modules.items() if _is_candidate(module)]
     deeper = f"*.{pattern}"  # as torch.compile and DataParallel put a name in front
     if fnmatch.filter(candidates, deeper):
         return deeper
@@ -194,10 +206,10 @@ def _close_to(pattern: str, modules: dict[str, nn.Module]) -> str | None:
     return choices[found[0]] + star + rest if found else None
 
 
-def _nothing_to_fuse(model: nn.Module) -> str:
+def _nothing_to_fuse(model: nn.Module, drop_ins: DropIns) -> str:
     if any(_plain_class(module) in _STOCK for module in model.modules()):
         return "the model has nothing more to swap: what could be is fused"
-    known = ", ".join(stock.__name__ for stock in DROP_INS)
+    known = ", ".join(stock.__name__ for stock in drop_ins)
     return f"the model has no module to swap; known are {known} of torch.nn"
 
 
@@ -205,14 +217,20 @@ def _nothing_to_unfuse(model: nn.Module) -> str:
     return f"{type(model).__name__} holds no module of fused_attn"
 
 
-def _is_candidate(module: nn.Module) -> bool:
+def _is_candidate(module: nn.Module, drop_ins: DropIns) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
-        return module.original_name in {stock.__name__ for stock in DROP_INS}
-    return isinstance(module, tuple(DROP_INS)) and _plain_class(module) not in _STOCK
+        return module.original_name in {stock.__name__ for stock in drop_ins}
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its parameters
+        return False
+    return isinstance(module, tuple(drop_ins)) and _plain_class(module) not in _STOCK
 
 
 def _why_not(
-    name: str, module: nn.Module, stock: type, skip: tuple[str | type[nn.Module], ...]
+    name: str,
+    module: nn.Module,
+    stock: type,
+    skip: tuple[str | type[nn.Module], ...],
+    drop_ins: DropIns,
 ) -> str | None:
     """Why `fuse` leaves `module` alone; None if it does not."""
     for item in skip:
@@ -223,8 +241,8 @@ def _why_not(
             return f"{item.__name__} is in `skip`"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted; fuse the model before torch.jit.script"
-    if stock not in DROP_INS:
-        base = next(c for c in stock.__mro__ if c in DROP_INS)
+    if stock not in drop_ins:
+        base = next(c for c in stock.__mro__ if c in drop_ins)
         return f"{stock.__module__}.{stock.__qualname__} is a subclass of torch.nn.{base.__name__}"
     if "forward" in module.__dict__:
         return "its `forward` was replaced on the instance"

@@ -104,9 +104,13 @@ def _backend_fixture(operation: Operation) -> Any:
     return fixture
 
 
-attention_backend, layer_norm_backend, bias_activation_backend, embedding_backend = (
-    _backend_fixture(operation) for operation in OPERATIONS
-)
+(
+    attention_backend,
+    layer_norm_backend,
+    bias_activation_backend,
+    embedding_backend,
+    linear_backend,
+) = (_backend_fixture(operation) for operation in OPERATIONS)
 
 
 def _dtypes_of(request: pytest.FixtureRequest) -> tuple[torch.dtype, ...]:

@@ -28,6 +28,7 @@ SUMMARY: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("attention with masks, packed batches", ("masks", "packed"), None),
     ("decoding", ("decode",), None),
     ("norms, bias + activation, embedding", ("layer_norm", "bias_activation", "embedding"), None),
+    ("linears where torch has no instructions", ("linear",), None),
     ("modules, inference", ("modules", "weights"), "forward"),
     ("modules, training", ("modules",), "training"),
     ("a call with nothing to compute", ("overhead",), None),

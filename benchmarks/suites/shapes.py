@@ -101,6 +101,19 @@ ROWS = ShapeKind(
     },
 )
 
+PRODUCTS = ShapeKind(
+    ("ROWS", "IN", "OUT"),
+    {
+        "d512-1024": [(16384, width, n * width) for width in (512, 1024) for n in (3, 4)],
+        "cpu": [
+            (2048, 256, 1024), (1024, 512, 1536), (512, 768, 3072), (256, 512, 2048),
+            (64, 512, 512),
+        ],
+        "quick": [(256, 512, 2048), (64, 512, 512)],
+        "toy": [(6, 32, 16)],
+    },
+)  # fmt: skip
+
 TOKENS = ShapeKind(
     ("B", "L", "VOCABULARY", "WIDTH"),
     {

@@ -14,6 +14,7 @@ from .operations.bias_activation import BiasActivation
 from .operations.embedding import Embedding
 from .operations.importing import Import
 from .operations.layer_norm import AddNorm
+from .operations.linear import Linear
 from .operations.modules import KINDS, Module
 from .operations.packed import Packed
 from .problem import DTYPES, Problem
@@ -130,6 +131,11 @@ def _activation(sizes: Sizes, variant: str, **facts: Any) -> Problem:
     return BiasActivation(rows=sizes[0], width=sizes[1], variant=variant, **facts)
 
 
+def _linear(sizes: Sizes, variant: str, **facts: Any) -> Problem:
+    rows, width, width_out = sizes
+    return Linear(rows=rows, width=width, width_out=width_out, **facts)
+
+
 def _embedding(sizes: Sizes, variant: str, **facts: Any) -> Problem:
     b, length, vocabulary, width = sizes
     return Embedding(batch=b, seqlen=length, vocabulary=vocabulary, width=width, **facts)
@@ -174,6 +180,8 @@ SUITES = (
           ("forward", "backward"), ("64m",), variants=("layer", "rms"), quick_usual=("layer",)),
     Suite("bias_activation", "bias + GELU, and SwiGLU", shapes.ROWS, _activation,
           ("forward", "training"), ("64m",), quick=("2048,3072",), variants=("gelu", "swiglu")),
+    Suite("linear", "x W^T + bias", shapes.PRODUCTS, _linear, ("forward", "training"),
+          ("d512-1024",)),
     Suite("embedding", "token embedding + positions", shapes.TOKENS, _embedding,
           ("forward", "training"), ("bert-base",)),
     Suite("modules", "attention, encoder layer and encoder of torch.nn, inference and training",

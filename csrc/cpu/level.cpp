@@ -81,4 +81,12 @@ std::vector<std::string> available_levels() {
   return names;
 }
 
+std::string cpu_vendor() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "";
+}
+
 }  // namespace fused_attn

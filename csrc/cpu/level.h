@@ -24,4 +24,7 @@ const char* level_name(CpuLevel level);
 std::string current_level_name();
 std::vector<std::string> available_levels();  // lowest first
 
+// "amd", "intel", or "" for any other.
+std::string cpu_vendor();
+
 }  // namespace fused_attn

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..modules.cache import KeyValueCache, LayerCache
 from ..modules.decoder_layer import FusedTransformerDecoderLayer
+from ..modules.linear import call_linear
 from ..modules.residual import has_hooks
 from ..modules.stacks import FusedTransformerDecoder
 
@@ -104,7 +105,7 @@ class CachedDecoding:
         if self._decoder.norm is not None:
             x = self._decoder.norm(x)
         self._position += 1
-        return self._model.generator(x[:, 0])
+        return call_linear(self._model.generator, x[:, 0])
 
     def reorder(self, rows: Tensor) -> None:
         """As `Decoding.reorder`; the memory stays, since sentences that change places share it."""
@@ -126,7 +127,7 @@ class PlainDecoding:
         """As `Decoding.step`."""
         self._tokens = torch.cat([self._tokens, tokens[:, None]], dim=1)
         x = self._model.decode(self._tokens, self._memory, self._padding)
-        return self._model.generator(x[:, -1])
+        return call_linear(self._model.generator, x[:, -1])
 
     def reorder(self, rows: Tensor) -> None:
         """As `Decoding.reorder`."""

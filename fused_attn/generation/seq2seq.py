@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..modules.children import Activation
 from ..modules.embedding import FusedTransformerEmbedding, TransformerEmbedding
+from ..modules.linear import call_linear
 from ..modules.positions import check_rotary
 from ..modules.scripting import NotScriptable
 from ..modules.stacks import FusedTransformer
@@ -144,7 +145,7 @@ class Seq2SeqTransformer(NotScriptable, nn.Module):
         src_padding = self._padding(src, src_padding)
         tgt_padding = self._padding(tgt, tgt_padding)
         memory = self.encode(src, src_padding)
-        return self.generator(self.decode(tgt, memory, src_padding, tgt_padding))
+        return call_linear(self.generator, self.decode(tgt, memory, src_padding, tgt_padding))
 
     def encode(self, src: Tensor, src_padding: Tensor | None = None) -> Tensor:
         """(N, S) int64 -> (N, S, d_model); `src_padding` as in `forward`."""

@@ -8,6 +8,7 @@ from .embedding import FusedTransformerEmbedding, TransformerEmbedding
 from .encoder_layer import FusedTransformerEncoderLayer
 from .feed_forward import FusedFeedForward
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
+from .linear import FusedLinear
 from .positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 
@@ -23,13 +24,17 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerDecoder: FusedTransformerDecoder,
     nn.Transformer: FusedTransformer,
 }
+# The same for `fuse(model, linears=True)` alone.
+LINEAR_DROP_INS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FusedLinear}
 
 __all__ = [
     "DROP_INS",
+    "LINEAR_DROP_INS",
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
     "FusedFeedForward",
     "FusedLayerNorm",
+    "FusedLinear",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
     "FusedTransformer",

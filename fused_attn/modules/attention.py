@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import call
@@ -18,6 +17,7 @@ from . import attention_arguments as arguments
 from . import nested_attention
 from .attention_arguments import Sizes
 from .cache import KeyValueCache
+from .linear import call_linear, project
 from .mistakes import names_checked
 from .packing import Sequences
 from .positions import check_rotary, rotate
@@ -173,7 +173,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         )
         operands = Operands(q, k, v, masks.bias, masks.mask, masks.key_padding_mask)
         out, _, weights = call.run(operands, scalars)
-        out = self.out_proj(self._merge_heads(out, sizes))
+        out = call_linear(self.out_proj, self._merge_heads(out, sizes))
         return out, _torch_weights(weights, wanted, sizes.batched)
 
     def attend_packed(
@@ -187,7 +187,8 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
     ) -> Tensor:
         """`attend_packed_heads`, and the out-projection of it; (T, E)."""
         sequences = (query_sequences, key_sequences)
-        return self.out_proj(self.attend_packed_heads(query, key, value, *sequences, is_causal))
+        out = self.attend_packed_heads(query, key, value, *sequences, is_causal)
+        return call_linear(self.out_proj, out)
 
     def attend_packed_heads(
         self,
@@ -273,7 +274,8 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             layout=BLHD,
         )
         out, _, _ = call.run(Operands(q, k, v, None, None, keep), scalars)
-        return self.out_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.embed_dim))
+        out = out.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.embed_dim)
+        return call_linear(self.out_proj, out)
 
     def _rotate(self, x: Tensor, offset: int = 0) -> Tensor:
         """x (N, H, L, D), turned by the positions offset .. offset + L."""
@@ -295,19 +297,19 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             bias = bias.to(weight.dtype)
         if key is value:
             if query is key:
-                return F.linear(query, weight, bias).chunk(3, dim=-1)
+                return project(query, weight, bias).chunk(3, dim=-1)
             sizes = [self.embed_dim, 2 * self.embed_dim]
             weight_q, weight_kv = weight.split(sizes)
             bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
-            k, v = F.linear(key, weight_kv, bias_kv).chunk(2, dim=-1)
-            return F.linear(query, weight_q, bias_q), k, v
+            k, v = project(key, weight_kv, bias_kv).chunk(2, dim=-1)
+            return project(query, weight_q, bias_q), k, v
         return self._project_each((query, key, value), weight.chunk(3), bias)
 
     def _project_each(
         self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return tuple(F.linear(*each) for each in zip(inputs, weights, biases, strict=True))
+        return tuple(project(*each) for each in zip(inputs, weights, biases, strict=True))
 
     def _split_heads(self, x: Tensor, batched: bool) -> Tensor:
         """(N, L, E), (L, N, E) or (L, E) -> (N, H, L, D), a view."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from ..ops.bias_activation import call
 from ..ops.bias_activation.api import Activation, bias_activation
 from ..runtime import autocast, checks, higher_order, hints
 from . import token_wise
+from .linear import call_linear, is_plain, project
 from .residual import has_hooks, is_plain_tensor
 from .scripting import NotScriptable
 
@@ -60,19 +60,19 @@ def feed_forward(
 ) -> Tensor:
     """The position-wise network of a Transformer layer (Vaswani et al. 2017, section 3.3)."""
     name = _name_of(activation)
-    if name is None or not _is_plain_linear(linear1) or not _runs_fused(x, linear1, name):
+    if name is None or not is_plain(linear1) or not _runs_fused(x, linear1, name):
         _note_modules(name, linear1)
-        h = linear1(x)
+        h = call_linear(linear1, x)
         if gated:
             gate, up = h.chunk(2, dim=-1)
-            return linear2(dropout(activation(gate) * up))
-        return linear2(dropout(activation(h)))
+            return call_linear(linear2, dropout(activation(gate) * up))
+        return call_linear(linear2, dropout(activation(h)))
     bias: Tensor | None = linear1.bias
     if bias is not None and _product_dtype(x).itemsize < 4:
-        h, bias = F.linear(x, linear1.weight, bias), None
+        h, bias = project(x, linear1.weight, bias), None
     else:
         # Without its bias: torch would write the bias to memory first and add to it.
-        h = F.linear(x, linear1.weight)
+        h = project(x, linear1.weight)
         if bias is not None and bias.dtype != h.dtype:  # float64 under autocast
             bias = bias.to(h.dtype)
     _note_fused(name, bias)
@@ -83,7 +83,7 @@ def feed_forward(
     # Half of a row of gates and products would be a strided operand of linear2.
     out = h if not gated and _may_be_overwritten(h, bias) else None
     y = bias_activation(h, bias, activation=name, gated=gated, dropout_p=dropout_p, out=out)
-    return linear2(y if rest is None else rest(y))
+    return call_linear(linear2, y if rest is None else rest(y))
 
 
 class FusedFeedForward(NotScriptable, nn.Module):
@@ -142,17 +142,6 @@ class FusedFeedForward(NotScriptable, nn.Module):
         return "gated=True" if self.gated else ""
 
 
-def _is_plain_linear(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """True if calling `linear` is `F.linear` with its parameters, and nothing else."""
-    return (
-        type(linear) is nn.Linear
-        and not has_hooks(linear)
-        and is_plain_tensor(linear.weight)
-        and is_plain_tensor(linear.bias)
-        and (linear.bias is None or linear.bias.dtype == linear.weight.dtype)
-    )
-
-
 def _runs_fused(x: Tensor, linear: nn.Linear, name: Activation) -> bool:
     ask = call.has_kernel if torch.compiler.is_compiling() else _has_kernel
     return ask(x.device, _product_dtype(x), linear.out_features, name)
@@ -171,7 +160,7 @@ def _note_modules(name: Activation | None, linear: nn.Module) -> None:
         return
     if name is None:
         why = "the activation has hooks, or is none that bias_activation knows"
-    elif not _is_plain_linear(linear):
+    elif not is_plain(linear):
         why = token_wise.why_not("linear1", linear)
     else:
         why = "no kernel can run bias_activation here"

@@ -8,6 +8,7 @@ from typing import NoReturn, Protocol
 from torch import Tensor, nn
 
 from . import packing, token_wise
+from .linear import call_linear
 
 
 class Attention(Protocol):
@@ -90,7 +91,7 @@ def _packed(
         tokens, key_tokens, value_tokens, sequences, key_sequences, is_causal
     )
     if token_wise.is_token_wise(module.out_proj):
-        return packing.to_nested(module.out_proj(out), query)
+        return packing.to_nested(call_linear(module.out_proj, out), query)
     return module.out_proj(packing.to_nested(out, query))  # it may ask which sequence is which
 
 

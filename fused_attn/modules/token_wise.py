@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .layer_norm import FusedLayerNorm, FusedRMSNorm
+from .linear import LINEARS
 from .residual import has_hooks, is_plain_tensor
 
-_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _NORMS = (nn.LayerNorm, FusedLayerNorm, nn.RMSNorm, FusedRMSNorm)
 # Element by element; nn.PReLU is not among them, whose parameters may belong to positions.
 _ELEMENTWISE = (
@@ -76,7 +75,7 @@ def is_token_wise(part: Any) -> bool:
     kind = type(part)
     if kind in _ELEMENTWISE:
         return True
-    if kind in _LINEARS:
+    if kind in LINEARS:
         return _has_plain_parameters(part)
     if kind in _NORMS:
         return len(part.normalized_shape) == 1 and _has_plain_parameters(part)  # type: ignore[arg-type]
@@ -103,7 +102,7 @@ def why_not(name: str, part: Any) -> str:
     kind = type(part)
     if kind in _NORMS and len(part.normalized_shape) != 1:  # type: ignore[arg-type]
         return f"`{name}` normalizes over {len(part.normalized_shape)} dimensions"  # type: ignore[arg-type]
-    if kind in (*_LINEARS, *_NORMS):
+    if kind in (*LINEARS, *_NORMS):
         return f"`{name}` has parameters of another class than torch's"
     return f"`{name}` is a {kind.__name__}"
 

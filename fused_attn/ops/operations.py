@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import attention, bias_activation, embedding, layer_norm
+from . import attention, bias_activation, embedding, layer_norm, linear
 from .attention import api as attention_api
 from .attention import call as attention_call
 from .attention.sdpa import scaled_dot_product_attention
@@ -23,6 +23,8 @@ from .embedding import api as embedding_api
 from .embedding import call as embedding_call
 from .layer_norm import api as layer_norm_api
 from .layer_norm import call as layer_norm_call
+from .linear import api as linear_api
+from .linear import call as linear_call
 
 
 @dataclass(frozen=True)
@@ -99,5 +101,12 @@ OPERATIONS = (
         embedding_call.plans,
         (embedding_api.embedding,),
         embedding_call.smallest,
+    ),
+    Operation(
+        linear,
+        linear_call.Operands,
+        linear_call.plans,
+        (linear_api.linear,),
+        linear_call.smallest,
     ),
 )

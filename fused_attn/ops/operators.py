@@ -80,7 +80,8 @@ def _without_dropout(name: str, formula: Callable[..., Results]) -> Callable[...
     """`formula`, but for dropout, whose random numbers are integers that ONNX cannot compute."""
 
     def run(operands: Any, *rest: Any) -> Results:
-        if operands.dropout_rng is not None and torch.onnx.is_in_onnx_export():
+        rng = getattr(operands, "dropout_rng", None)
+        if rng is not None and torch.onnx.is_in_onnx_export():
             raise dispatch.UnsupportedError(
                 f"fused_attn::{name} with dropout has no translation into ONNX; hint: call "
                 "`model.eval()` before the export, or pass dropout_p=0"

@@ -19,6 +19,8 @@ from ..ops.embedding import call as embedding_call
 from ..ops.embedding.problem import Operands as EmbeddingOperands
 from ..ops.layer_norm import call as norm_call
 from ..ops.layer_norm.problem import Operands as NormOperands
+from ..ops.linear import call as linear_call
+from ..ops.linear.problem import Operands as LinearOperands
 from ..testing import attention_noise, check_against_oracle
 
 DTYPES = {
@@ -53,6 +55,7 @@ def cases(operation: str, quick: bool) -> Iterator[Case]:
         "layer_norm": _layer_norm,
         "bias_activation": _bias_activation,
         "embedding": _embedding,
+        "linear": _linear,
     }
     for dtype in DTYPES:
         yield from makers[operation](dtype, quick)
@@ -193,6 +196,26 @@ def _run_activation(dtype: str, activation: str, gated: bool, backend: str, devi
 
     def run(name: str, x: dict[str, Any]) -> Sequence[Tensor | None]:
         return (activation_call.run(ActivationOperands(**x), scalars._replace(backend=name)),)
+
+    _rows(lambda **x: run(backend, x), lambda **x: run("reference", x), tensors, ("y",), device)
+
+
+def _linear(dtype: str, quick: bool) -> Iterator[Case]:
+    for width in (64, 513) if quick else (1, 64, 513, 1024):
+        run = functools.partial(_run_linear, dtype, width)
+        yield Case("linear", f"rows of {width}", dtype, 0, run)
+
+
+def _run_linear(dtype: str, width: int, backend: str, device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": _randn(g, dtype, 3, 37, width).requires_grad_(),
+        "weight": (_randn(g, dtype, 130, width) / width**0.5).requires_grad_(),
+        "bias": _randn(g, dtype, 130).requires_grad_(),
+    }
+
+    def run(name: str, x: dict[str, Any]) -> Sequence[Tensor | None]:
+        return (linear_call.run(LinearOperands(**x), linear_call.Scalars(name)),)
 
     _rows(lambda **x: run(backend, x), lambda **x: run("reference", x), tensors, ("y",), device)
 

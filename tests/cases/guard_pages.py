@@ -28,7 +28,7 @@ from tests.cases import without_gpu
 without_gpu.arrange()
 
 # ruff: noqa: E402
-from tests.cases import attention, bias_activation, embedding, layer_norm
+from tests.cases import attention, bias_activation, embedding, layer_norm, linear
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,12 +175,22 @@ def embedding_cases(backend: str) -> Iterator[tuple[str, Callable, dict[str, Ten
                 yield str(case), functools.partial(case.run, backend), case.tensors()
 
 
+def linear_cases(backend: str) -> Iterator[tuple[str, Callable, dict[str, Tensor]]]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, width_in, width_out in ((1, 1, 1), (5, 13, 17), (97, 259, 33), (7, 64, 515)):
+            case = linear.Case((rows,), width_in, width_out, dtype)
+            yield str(case), functools.partial(case.run, backend), case.tensors()
+            case = linear.Case((rows,), width_in, width_out, dtype, strides="columns")
+            yield str(case), functools.partial(case.run, backend), case.tensors()
+
+
 OPERATIONS = {
     "attention": attention_cases,
     "packed": packed_cases,
     "layer_norm": norm_cases,
     "bias_activation": activation_cases,
     "embedding": embedding_cases,
+    "linear": linear_cases,
 }
 
 

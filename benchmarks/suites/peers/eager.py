@@ -9,6 +9,7 @@ from torch import Tensor
 from ..operations.bias_activation import BiasActivation
 from ..operations.embedding import Embedding
 from ..operations.layer_norm import EPS, AddNorm
+from ..operations.linear import Linear
 from ..problem import Prepared, leaves
 from .peer import Peer
 
@@ -55,9 +56,19 @@ def _embedding(problem: Embedding, tensors: dict[str, Tensor]) -> Prepared:
     )
 
 
+def _linear(problem: Linear, tensors: dict[str, Tensor]) -> Prepared:
+    x, weight, bias = tensors.values()
+    return Prepared(lambda: F.linear(x, weight, bias), leaves(problem, tensors))
+
+
 PEERS = (
     Peer(
         "torch",
-        {"add_norm": _add_norm, "bias_activation": _bias_activation, "embedding": _embedding},
+        {
+            "add_norm": _add_norm,
+            "bias_activation": _bias_activation,
+            "embedding": _embedding,
+            "linear": _linear,
+        },
     ),
 )

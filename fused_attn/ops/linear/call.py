@@ -1,0 +1,78 @@
+"""The path of one call: check it, choose its backend, run it.
+
+What must be checked, and who can run it, depends on shapes, dtypes and flags only. Both are worked
+out once per signature and remembered, so that a repeated call costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...runtime import autocast, profiling
+from .. import dispatch
+from ..dispatch import FORMULA, Plan
+from . import BACKENDS, fused
+from .problem import LinearProblem, Operands, Options, describe
+
+_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+class Scalars(NamedTuple):
+    """The scalars of a call as the user gave them."""
+
+    backend: str | None = None
+
+
+plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
+
+
+def run(operands: Operands, scalars: Scalars) -> Tensor:
+    """y, new."""
+    if _autocast_enabled():
+        operands = _autocast(operands)
+    plan = plans.get(_make_plan, operands, scalars)
+    return profiling.call("linear", plan.backend.NAME, _execute, plan, operands)
+
+
+def _execute(plan: Plan, operands: Operands) -> Tensor:
+    """Any call that is checked and planned."""
+    if plan.route is FORMULA:
+        return plan.backend.forward(operands, plan.options)
+    name = plan.backend.NAME
+    return fused.linear(operands, plan.options, name, plan.needs_grad, plan.route)
+
+
+def _autocast(operands: Operands) -> Operands:
+    """Everything in the autocast dtype, as torch does for its own linear."""
+    x = operands.x
+    if not isinstance(x, Tensor) or not autocast.enabled(x.device):
+        return operands
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return Operands(*(t.to(dtype) if isinstance(t, Tensor) else t for t in operands))  # type: ignore[arg-type]
+
+
+def problem_of(operands: Operands, scalars: Scalars) -> LinearProblem:
+    """The checked description of a call.
+
+    Raises:
+        TypeError, RuntimeError: naming the argument, what was expected and what came.
+    """
+    return describe(operands)
+
+
+def smallest(device: torch.device, dtype: torch.dtype) -> LinearProblem:
+    """The problem of the smallest call."""
+    x = torch.zeros(1, 1, dtype=dtype, device=device)
+    return problem_of(Operands(x, x), Scalars())
+
+
+def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
+    problem = problem_of(operands, scalars)
+    backend = dispatch.select(BACKENDS, problem, scalars.backend)
+    route = dispatch.route(operands, backend)
+    return Plan(Options(), backend, problem.requires_grad, route)

@@ -1,0 +1,30 @@
+"""What the processor is and can do that torch's own CPU kernels use."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import native
+
+
+@functools.cache
+def vendor() -> str:
+    """Who made it: "amd", "intel", or "" for any other and where there is no compiled part."""
+    return native.module().cpu_vendor() if native.why_not() is None else ""
+
+
+@functools.cache
+def has(*features: str) -> bool:
+    """True if it has any of `features`, by torch's names for them ("amx_tile", "avx512_bf16")."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is None:  # torch before 2.11
+        return any(bool(getattr(torch.cpu, f"_is_{x}_supported", bool)()) for x in features)
+    known = ask()
+    return any(bool(known.get(feature, False)) for feature in features)
+
+
+# Compilers cannot trace what these ask. This is torch.compiler.assume_constant_result spelled out.
+setattr(vendor, "_dynamo_marked_constant", True)  # noqa: B010
+setattr(has, "_dynamo_marked_constant", True)  # noqa: B010
