@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn import FusedFeedForward, fuse
+from fused_attn.ops import dispatch
+from fused_attn.ops.linear import measured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,7 +118,9 @@ def test_feed_forward(
     check(make)
 
 
-def test_autocast_puts_the_bias_into_the_product_too() -> None:
+def test_autocast_puts_the_bias_into_the_product_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "why_torch", lambda problem: "to be equal bit by bit")
+    dispatch.forget_plans()
     ours = randomized(FusedFeedForward(E, FF, 0.0, "relu"))
     stock, x = Plain(ours, F.relu), torch.randn(N, L, E)
     with torch.autocast("cpu", torch.bfloat16):
