@@ -2,6 +2,8 @@
 # FUSED_ATTN_CUDA_ARCHS: what to compile for, e.g. "80;90a": 90a are the Hopper kernels, numbers
 # without a letter the plain ones.
 set(FUSED_ATTN_CUDA auto CACHE STRING "Build the CUDA kernels: auto, on or off")
+# Why a build that tries again without CUDA does so (setup.py).
+set(FUSED_ATTN_CUDA_FAILURE "" CACHE STRING "What info says of the missing kernels")
 set(FUSED_ATTN_CUDA_ARCHS "80;90a" CACHE STRING "Architectures of the CUDA kernels")
 set(_fused_attn_oldest_nvcc 12.3)  # the first whose ptxas knows all that the kernels use
 
@@ -26,6 +28,9 @@ function(fused_attn_find_cuda result missing)
   set(${result} OFF PARENT_SCOPE)
   if(FUSED_ATTN_CUDA STREQUAL "off")
     set(${missing} "FUSED_ATTN_CUDA was off" PARENT_SCOPE)
+    if(NOT FUSED_ATTN_CUDA_FAILURE STREQUAL "")
+      set(${missing} "${FUSED_ATTN_CUDA_FAILURE}" PARENT_SCOPE)
+    endif()
     return()
   endif()
   include(CheckLanguage)
@@ -91,7 +96,7 @@ function(fused_attn_add_cuda target)
     csrc/layer_norm/cuda/launch.cu)
 
   target_sources(${target} PRIVATE
-    csrc/cuda/launch_cuda.cpp
+    csrc/cuda/launch.cpp
     csrc/layer_norm/cuda/bindings.cpp)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_CUDA)
   # The runtime is linked in; the driver is asked for its functions at run time.

@@ -1,4 +1,4 @@
-// What both ways of launching take: on a GPU, and on the emulated device.
+// What a launch is told: of tensor maps, and of the grid.
 #pragma once
 
 #include <cstdint>
@@ -63,8 +63,6 @@ struct LaunchShape {
   int registers;  // per thread, as compiled; 0 = whatever
 };
 
-// Defines launch(kernel, shape, stream, arguments...); a failure throws std::runtime_error with
-// CUDA's name for it.
 using Stream = void*;
 
 }  // namespace fused_attn::device

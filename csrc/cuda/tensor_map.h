@@ -8,11 +8,7 @@
 // writes. `base` is shifted back by `window` rows to make up for it.
 #pragma once
 
-#include <cstdint>
-
-#if !defined(FUSED_ATTN_EMULATED)
 #include <cuda.h>
-#endif
 
 namespace fused_attn {
 
@@ -20,15 +16,6 @@ constexpr int kTensorMapRank = 5;
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128;
 
-#if defined(FUSED_ATTN_EMULATED)
-struct TensorMap {
-  void* base;
-  int64_t size[kTensorMapRank];
-  int64_t stride_bytes[kTensorMapRank];
-  int box_rows;
-};
-#else
 using TensorMap = CUtensorMap;
-#endif
 
 }  // namespace fused_attn

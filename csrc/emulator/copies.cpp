@@ -8,7 +8,7 @@
 namespace fused_attn::emulator {
 namespace {
 
-uint32_t box_bytes(const TensorMap& map) {
+uint32_t box_bytes(const DecodedMap& map) {
   return static_cast<uint32_t>(map.box_rows) * kTileRowBytes;
 }
 
@@ -40,17 +40,19 @@ void Copies::issue_store(Copy copy) {
 
 void Copies::load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier,
                        const Coordinates& at) {
-  Copy copy{Kind::kLoadTile, shared, box_bytes(map)};
+  const DecodedMap decoded = decode(map);
+  Copy copy{Kind::kLoadTile, shared, box_bytes(decoded)};
   copy.barrier = barrier;
-  copy.map = map;
+  copy.map = decoded;
   copy.at = at;
   check_box(copy);
   issue_load(copy);
 }
 
 void Copies::store_tile(const TensorMap& map, uint32_t shared, const Coordinates& at) {
-  Copy copy{Kind::kStoreTile, shared, box_bytes(map)};
-  copy.map = map;
+  const DecodedMap decoded = decode(map);
+  Copy copy{Kind::kStoreTile, shared, box_bytes(decoded)};
+  copy.map = decoded;
   copy.at = at;
   check_box(copy);
   issue_store(copy);
@@ -157,17 +159,18 @@ void Copies::run_one() {
 
 // Rows of 128 bytes, swizzled; what lies outside the map is zero when read, dropped when written.
 void Copies::move_tile(const Copy& copy) {
-  const TensorMap& map = copy.map;
+  const DecodedMap& map = copy.map;
   const bool store = copy.kind == Kind::kStoreTile;
   SharedMemory& memory = machine_.memory;
   for (int r = 0; r < map.box_rows; ++r) {
     Coordinates at = copy.at;
     at[1] += r;
     bool inside = true;
-    int64_t offset = 0;
-    for (int d = 1; d < kTensorMapRank; ++d) {
-      inside = inside && at[d] >= 0 && at[d] < map.size[d];
-      offset += at[d] * map.stride_bytes[d];
+    uint64_t offset = 0;  // addresses wrap around
+    for (int d = 1; d < map.rank; ++d) {
+      const int64_t i = at[d];
+      inside = inside && i >= 0 && i < static_cast<int64_t>(map.size[d]);
+      offset += static_cast<uint64_t>(i) * map.stride[d];
     }
     for (uint32_t chunk = 0; chunk < kTileRowBytes; chunk += SharedMemory::kChunk) {
       const uint32_t address = swizzle128(copy.shared + r * kTileRowBytes + chunk);
@@ -175,7 +178,7 @@ void Copies::move_tile(const Copy& copy) {
       if (store) memory.check_async_read(address, nullptr, "tile store");
       for (uint32_t byte = 0; byte < SharedMemory::kChunk; byte += 2) {
         const int column = at[0] + static_cast<int>(chunk + byte) / 2;
-        const bool in = inside && column >= 0 && column < map.size[0];
+        const bool in = inside && column >= 0 && column < static_cast<int64_t>(map.size[0]);
         uint8_t* global = static_cast<uint8_t*>(map.base) + offset + 2 * column;
         if (store) {
           if (in) std::memcpy(global, shared + byte, 2);
