@@ -109,8 +109,8 @@ TensorMap make_tensor_map(const MapRequest& r) {
   const cuuint32_t step[] = {1, 1, 1, 1, 1};
   TensorMap map;
   const CUresult status =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, kTensorMapRank, geometry.base, size, stride,
-                box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, kTensorMapRank, const_cast<void*>(r.data),
+                size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with error " +

@@ -142,15 +142,15 @@ FUSED_ATTN_DEVICE void load_tile(SharedAddress to, const TensorMap& map, SharedA
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(at.column), "r"(at.row), "r"(at.start), "r"(at.head),
-      "r"(at.batch), "l"(cache_policy<kKeep>())
+      "l"(&map), "r"(barrier), "r"(at.column), "r"(at.row), "r"(at.third), "r"(at.fourth),
+      "r"(at.fifth), "l"(cache_policy<kKeep>())
       : "memory");
 }
 FUSED_ATTN_DEVICE void store_tile(const TensorMap& map, SharedAddress from, const TileAt& at) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
           "l"(&map),
-      "r"(from), "r"(at.column), "r"(at.row), "r"(at.start), "r"(at.head), "r"(at.batch)
+      "r"(from), "r"(at.column), "r"(at.row), "r"(at.third), "r"(at.fourth), "r"(at.fifth)
       : "memory");
 }
 FUSED_ATTN_DEVICE void load_bulk(SharedAddress to, const void* from, uint32_t bytes,

@@ -46,6 +46,10 @@ void Copies::load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier,
   copy.map = decoded;
   copy.at = at;
   check_box(copy);
+  // It fails where the memory at the base is not mapped, wherever the copy itself goes.
+  if (decoded.base != decoded.tensor) {
+    machine_.fault("load through a map whose base is not its tensor's own pointer");
+  }
   issue_load(copy);
 }
 
@@ -157,10 +161,13 @@ void Copies::run_one() {
   }
 }
 
-// Rows of 128 bytes, swizzled; what lies outside the map is zero when read, dropped when written.
+// Rows of 128 bytes, swizzled; what lies outside the map is zero when read, dropped when written. A
+// piece of 16 bytes that a map's last column cuts is written as a whole.
 void Copies::move_tile(const Copy& copy) {
   const DecodedMap& map = copy.map;
   const bool store = copy.kind == Kind::kStoreTile;
+  const auto columns = static_cast<int64_t>(map.size[0]);
+  constexpr uint32_t kPiece = SharedMemory::kChunk;
   SharedMemory& memory = machine_.memory;
   for (int r = 0; r < map.box_rows; ++r) {
     Coordinates at = copy.at;
@@ -172,20 +179,21 @@ void Copies::move_tile(const Copy& copy) {
       inside = inside && i >= 0 && i < static_cast<int64_t>(map.size[d]);
       offset += static_cast<uint64_t>(i) * map.stride[d];
     }
-    for (uint32_t chunk = 0; chunk < kTileRowBytes; chunk += SharedMemory::kChunk) {
+    for (uint32_t chunk = 0; chunk < kTileRowBytes; chunk += kPiece) {
       const uint32_t address = swizzle128(copy.shared + r * kTileRowBytes + chunk);
-      uint8_t* shared = memory.bytes(address, SharedMemory::kChunk, "tile copy");
+      uint8_t* shared = memory.bytes(address, kPiece, "tile copy");
       if (store) memory.check_async_read(address, nullptr, "tile store");
-      for (uint32_t byte = 0; byte < SharedMemory::kChunk; byte += 2) {
-        const int column = at[0] + static_cast<int>(chunk + byte) / 2;
-        const bool in = inside && column >= 0 && column < static_cast<int64_t>(map.size[0]);
-        uint8_t* global = static_cast<uint8_t*>(map.base) + offset + 2 * column;
-        if (store) {
-          if (in) std::memcpy(global, shared + byte, 2);
-        } else if (in) {
-          std::memcpy(shared + byte, global, 2);
-        } else {
-          std::memset(shared + byte, 0, 2);
+      const int64_t column = at[0] + static_cast<int64_t>(chunk / 2);
+      const int64_t left = inside && column >= 0 ? columns - column : 0;
+      const auto bytes = static_cast<uint32_t>(std::clamp<int64_t>(2 * left, 0, kPiece));
+      uint8_t* global = static_cast<uint8_t*>(map.base) + offset + 2 * column;
+      if (!store) {
+        std::memcpy(shared, global, bytes);
+        std::memset(shared + bytes, 0, kPiece - bytes);
+      } else if (bytes > 0) {
+        std::memcpy(global, shared, kPiece);
+        if (bytes < kPiece) {
+          machine_.fault("tile store writes past the %d columns of its map", int(columns));
         }
       }
     }

@@ -5,10 +5,12 @@
 #include "emulator/faults.h"
 
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 #include "attention/sm90/block.h"
 #include "cuda/launch.h"
+#include "emulator/encoder.h"
 
 namespace fused_attn::emulator {
 namespace {
@@ -49,6 +51,8 @@ enum class Fault {
   kNoReductionWait,  // ends while a reduction may still read shared memory
   kLoadSkipped,      // the producer skips a tile that the consumers visit
   kVisitSkipped,     // the consumers skip a tile that the producer loads
+  kPartialPiece,     // stores to columns that end within 16 bytes
+  kShiftedMap,       // loads through a map that begins before its tensor
 };
 
 struct Named {
@@ -87,6 +91,8 @@ constexpr Named kFaults[] = {
     {"no reduction wait", Fault::kNoReductionWait},
     {"load skipped", Fault::kLoadSkipped},
     {"visit skipped", Fault::kVisitSkipped},
+    {"partial piece", Fault::kPartialPiece},
+    {"shifted map", Fault::kShiftedMap},
 };
 
 constexpr int kSize = 64;  // rows and columns of every tile
@@ -103,7 +109,8 @@ constexpr uint32_t kSharedBytes = kBarriers + 64 + 1024;
 
 struct Maps {
   TensorMap a, b, out;
-  float* added;  // 4 warps x kPiece
+  TensorMap shifted;  // of a, from kSize rows before it on
+  float* added;       // 4 warps x kPiece
 };
 
 struct Kernel {
@@ -148,8 +155,11 @@ struct Kernel {
                                                         : 2 * Tile::kBytes;
       barrier_expect(full(stage), bytes);
       const uint32_t shift = is(Fault::kMisalignedTile) ? 128 : 0;
-      const TileAt at{0, step * kSize, kSteps * kSize, 0, 0};
-      load_tile<Keep::kLong>(base + stage * Tile::kBytes + shift, maps.a, full(stage), at);
+      const TileAt at{0, step * kSize, 0, 0, 0};
+      const bool shifted = is(Fault::kShiftedMap) && step == 2;
+      const TileAt at_a{0, step * kSize + (shifted ? kSize : 0), 0, 0, 0};
+      load_tile<Keep::kLong>(base + stage * Tile::kBytes + shift, shifted ? maps.shifted : maps.a,
+                             full(stage), at_a);
       load_tile<Keep::kLong>(base + kB + stage * Tile::kBytes, maps.b, full(stage), at);
       if (is(Fault::kTwoArrivals) && step == 1) barrier_arrive(full(stage));
       ring.advance();
@@ -208,7 +218,7 @@ struct Kernel {
     if (!is(Fault::kNoProxyFence)) fence_async();
     named_sync(1, kWarpgroupThreads);
     if (thread != 0) return;
-    store_tile(maps.out, base + kOut, {0, 0, kSize, 0, 0});
+    store_tile(maps.out, base + kOut, {0, 0, 0, 0, 0});
     commit_stores();
     if (!is(Fault::kNoStoreWait)) wait_stores();
   }
@@ -266,8 +276,17 @@ struct Matrix {
   float at(int row, int column) const {
     return Element::widen(bits[static_cast<std::size_t>(row) * kSize + column]);
   }
-  TensorMap map() const {
-    return make_tensor_map({bits.data(), 1, 1, rows, kSize, 0, 0, kSize, rows, kSize});
+  TensorMap map(int columns = kSize) const { return map_of(bits.data(), rows, columns); }
+  // The rows are those of `map()`, kSize further down.
+  TensorMap shifted_map() const {
+    TensorMap map = map_of(bits.data() - kSize * kSize, rows + kSize);
+    DecodedMap decoded = decode(map);
+    decoded.tensor = bits.data();
+    std::memcpy(static_cast<void*>(&map), &decoded, sizeof decoded);
+    return map;
+  }
+  static TensorMap map_of(const uint16_t* data, int rows, int columns = kSize) {
+    return make_tensor_map({data, 1, 1, rows, columns, 0, 0, kSize, false, kSize});
   }
 };
 
@@ -311,10 +330,9 @@ std::vector<std::string> run_fault(const std::string& name, uint64_t seed) {
     if (name != named.name) continue;
     const Matrix a(kSteps * kSize, true), b(kSteps * kSize + 1, true), out(kSize, false);
     alignas(16) float added[4 * kPiece] = {};
-    const Maps maps{a.map(),
-                    make_tensor_map({b.bits.data(), 1, 1, kSteps * kSize, kSize, 0, 0, kSize,
-                                     kSteps * kSize, kSize}),
-                    out.map(), added};
+    const Maps maps{a.map(), Matrix::map_of(b.bits.data(), kSteps * kSize),
+                    out.map(named.fault == Fault::kPartialPiece ? kSize - 4 : kSize),
+                    a.shifted_map(), added};
     Launch launch;
     launch.threads = kThreads;
     launch.shared_bytes = kSharedBytes;

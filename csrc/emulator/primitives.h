@@ -139,7 +139,7 @@ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
 // ---- Copies ----
 
 inline emulator::Copies::Coordinates coordinates(const TileAt& at) {
-  return {at.column, at.row, at.start, at.head, at.batch};
+  return {at.column, at.row, at.third, at.fourth, at.fifth};
 }
 template <Keep kKeep>
 void load_tile(SharedAddress to, const TensorMap& map, SharedAddress barrier, const TileAt& at) {

@@ -50,6 +50,8 @@ EXPECTED: dict[str, str | tuple[str, ...]] = {
     "no reduction wait": "bulk stores may read shared memory",
     "load skipped": "waits for mbarrier full",
     "visit skipped": ("loads are on their way", "wrong result"),
+    "partial piece": "writes past the 60 columns of its map",
+    "shifted map": "whose base is not its tensor's own pointer",
 }
 
 

@@ -133,7 +133,10 @@ FUSED_ATTN_DEVICE void differentiate_scores(float (&scores)[kCount], const float
     if (kBias && p.dbias != nullptr) add_to_bias(scores, p, at, block.band);
     if (p.softcap > 0.0f) {
       FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < kCount; ++i) scores[i] *= slope.value[i];
+      for (int i = 0; i < kCount; ++i) {
+        // The slope of a hidden score need not be a number.
+        scores[i] = scores[i] == 0.0f ? 0.0f : scores[i] * slope.value[i];
+      }
     }
   }
   pack_pairs<typename Config::Element>(scores, packed);

@@ -99,7 +99,7 @@ struct Destination {
 // of `tile` from `row` on, which the warpgroup must have read for good. `barrier` gathers it.
 template <class Element, class Tile, int kCount>
 FUSED_ATTN_DEVICE void store_rows(const float (&x)[kCount], const Destination& to,
-                                  const RaggedRows& rows, int to_row, SharedAddress tile, int row,
+                                  const SequenceRows& rows, int to_row, SharedAddress tile, int row,
                                   int barrier) {
   if (!to.by_tile) {
     store_elements<Element>(x, to.view, rows, to.rows_there, to.columns, to_row);

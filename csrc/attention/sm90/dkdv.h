@@ -125,7 +125,7 @@ class DkDvProducer {
       : maps_(maps), p_(p), block_(block), shared_(shared) {}
 
   FUSED_ATTN_DEVICE void load() const {
-    const RaggedRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
+    const SequenceRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
     device::barrier_expect(shared_.kv_full(), 2 * Config::KvTile::kBytes);
     load_panels<typename Config::KvTile, Keep::kBriefly>(shared_.k(), maps_.k, shared_.kv_full(),
                                                          keys, block_.key_begin);
@@ -145,7 +145,7 @@ class DkDvProducer {
 
  private:
   FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Config::kStages>& ring) const {
-    const RaggedRows queries = query_rows(p_, block_.sequence, head);
+    const SequenceRows queries = query_rows(p_, block_.sequence, head);
     const int row = tile * Config::kBlockM, stage = ring.stage;
     const int64_t statistics = statistics_at(p_, block_.sequence, head, row);
     const uint32_t bytes = Config::QTile::kBytes + Config::kStatisticsBytes;
@@ -453,7 +453,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     const KeyBlock<Config> block(p_, device::block_index());
     const Sequence& s = block.sequence;
     // All keys, those that nobody sees too: their gradient is 0.
-    const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block.head_kv, s.tensor_batch};
+    const SequenceRows rows{p_.cu_seqlens_k != nullptr, s.start_k, s.seqlen_k, block.head_kv,
+                            s.tensor_batch};
     store_rows<typename Config::Element, KvTile>(x, {map, view, by_tile, p_.rows_k, columns}, rows,
                                                  block.key_begin + row_, tile, row_, 1 + group_);
   }

@@ -79,7 +79,7 @@ class DqProducer {
       : maps_(maps), p_(p), block_(block), shared_(shared) {}
 
   FUSED_ATTN_DEVICE void load() const {
-    const RaggedRows queries = query_rows(p_, block_.sequence, block_.head);
+    const SequenceRows queries = query_rows(p_, block_.sequence, block_.head);
     device::barrier_expect(shared_.q_full(), 2 * Config::QTile::kBytes);
     load_panels<typename Config::QTile, Keep::kBriefly>(shared_.q(), maps_.q, shared_.q_full(),
                                                         queries, block_.query_begin);
