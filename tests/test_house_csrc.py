@@ -16,7 +16,7 @@ CSRC_FLOORS = (
 
 
 # The emulator's own programs look at kernels from above, as tests do.
-TEST_PROGRAMS = ("emulator/module.cpp", "emulator/faults.cpp")
+TEST_PROGRAMS = ("emulator/module.cpp", "emulator/faults.cpp", "emulator/fault_kernel.h")
 
 
 def room_of(path: str) -> str:

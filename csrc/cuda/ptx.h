@@ -97,6 +97,11 @@ FUSED_ATTN_DEVICE void fence_async() {
 
 // ---- Global memory ----
 
+// Every plain store of a kernel: no other block of the launch may write there.
+template <class T>
+FUSED_ATTN_DEVICE void global_store(T* to, const T& value) {
+  *to = value;
+}
 FUSED_ATTN_DEVICE void atomic_add(float* to, float value) {
   atomicAdd(to, value);
 }

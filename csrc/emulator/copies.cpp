@@ -24,13 +24,14 @@ void Copies::check_box(const Copy& copy) {
 
 void Copies::issue_load(Copy copy) {
   machine_.memory.poison(copy.shared, copy.bytes);
-  const int barrier = machine_.barriers.index(copy.barrier);
+  const int barrier = machine_.barriers.index_for_copy(copy.barrier);
   machine_.memory.expect(copy.shared, copy.bytes, barrier, machine_.barriers.phases(barrier) + 1);
   pending_.push_back(copy);
   machine_.maybe_yield();
 }
 
 void Copies::issue_store(Copy copy) {
+  machine_.memory.check_source(copy.shared, copy.bytes);
   copy.issuer = &machine_.thread();
   ++copy.issuer->copies.uncommitted;
   pending_.push_back(copy);
@@ -99,7 +100,11 @@ void Copies::wait_read() {
   if (forgotten) machine_.fault("wait for bulk stores that were not committed");
   while (groups.committed > 0) machine_.wait(groups.waiting, {"bulk stores", groups.committed});
   const Thread* self = &machine_.thread();
-  const auto waited = [self](const Source& source) { return source.issuer == self; };
+  // From here on it is this thread that has read them.
+  const auto waited = [&](const Source& source) {
+    if (source.issuer == self) machine_.memory.note_load(source.shared, source.bytes);
+    return source.issuer == self;
+  };
   sources_.erase(std::remove_if(sources_.begin(), sources_.end(), waited), sources_.end());
 }
 
@@ -142,6 +147,7 @@ void Copies::run_one() {
     case Kind::kAddBulk: {
       const uint8_t* from = memory.bytes(copy.shared, copy.bytes, "bulk reduction");
       float* to = static_cast<float*>(copy.global);
+      machine_.write_global(to, copy.bytes, true);
       for (uint32_t i = 0; i < copy.bytes; i += 4) {
         if (i % 16 == 0) memory.check_async_read(copy.shared + i, nullptr, "bulk reduction");
         float value;
@@ -191,6 +197,7 @@ void Copies::move_tile(const Copy& copy) {
         std::memcpy(shared, global, bytes);
         std::memset(shared + bytes, 0, kPiece - bytes);
       } else if (bytes > 0) {
+        machine_.write_global(global, kPiece, false);
         std::memcpy(global, shared, kPiece);
         if (bytes < kPiece) {
           machine_.fault("tile store writes past the %d columns of its map", int(columns));

@@ -38,6 +38,7 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const void* kernel,
   Random random;
   random.seed(seed++);
   for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+  Machine::instance().global_writes.reset();
   for (const int index : order) {
     Launch launch;
     launch.block = index;

@@ -31,7 +31,7 @@ inline void sync_block() {
   machine().barriers.named(0, machine().launch().threads, true);
 }
 inline void sync_warp() {
-  machine().meet("syncwarp");
+  machine().sync_warp();
 }
 template <class T>
 T shuffle(T value, int lane) {
@@ -116,7 +116,13 @@ inline void fence_async() {
 
 // ---- Global memory ----
 
+template <class T>
+void global_store(T* to, const T& value) {
+  machine().write_global(to, sizeof(T), false);
+  *to = value;
+}
 inline void atomic_add(float* to, float value) {
+  machine().write_global(to, sizeof(float), true);
   *to += value;
 }
 
@@ -125,7 +131,9 @@ inline void atomic_add(float* to, float value) {
 inline void barrier_init(SharedAddress barrier, int arrivals, const char* name) {
   machine().barriers.init(barrier, arrivals, name);
 }
-inline void fence_barrier_init() {}
+inline void fence_barrier_init() {
+  machine().barriers.fence_init();
+}
 inline void barrier_expect(SharedAddress barrier, uint32_t bytes) {
   machine().barriers.expect(barrier, bytes);
 }

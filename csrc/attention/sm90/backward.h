@@ -74,7 +74,7 @@ FUSED_ATTN_DEVICE void add_to_bias(const float (&ds)[kCount], const BackwardProb
     if (p.dbias_shared) {
       device::atomic_add(to, ds[i]);
     } else {
-      *to = ds[i];
+      device::global_store(to, ds[i]);
     }
   }
 }

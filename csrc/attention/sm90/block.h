@@ -94,8 +94,9 @@ FUSED_ATTN_DEVICE void store_elements(const float (&x)[kCount], const DeviceView
     if (r >= rows.length || rows.start + r >= rows_there) continue;
     uint16_t* to = const_cast<uint16_t*>(view.at<uint16_t>(rows.batch, rows.head, rows.start + r));
     const uint32_t pair = Element::pack(x[i], x[i + 1]);
-    if (column < columns) to[column * view.stride[3]] = static_cast<uint16_t>(pair);
-    if (column + 1 < columns) to[(column + 1) * view.stride[3]] = static_cast<uint16_t>(pair >> 16);
+    const auto low = static_cast<uint16_t>(pair), high = static_cast<uint16_t>(pair >> 16);
+    if (column < columns) device::global_store(to + column * view.stride[3], low);
+    if (column + 1 < columns) device::global_store(to + (column + 1) * view.stride[3], high);
   }
 }
 

@@ -40,9 +40,16 @@ class Consumer {
   // q . k.
   FUSED_ATTN_DEVICE float scale() const { return Config::kGeneral ? 1.0f : p_.scale; }
   FUSED_ATTN_DEVICE float scale_log2() const { return Config::kGeneral ? kLog2E : p_.scale_log2; }
-  // This warpgroup has read what the barrier is the "empty" one of.
+  // This warpgroup's products have read what the barrier is the "empty" one of: one thread that has
+  // waited for them knows it.
   FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
     if (thread_ == 0) device::barrier_arrive(empty);
+  }
+  // The same where threads have read it, too: of their loads nobody knows but they, so that every
+  // warp arrives.
+  FUSED_ATTN_DEVICE void release_by_warps(SharedAddress empty) const {
+    device::sync_warp();
+    if (thread_ % device::kWarpThreads == 0) device::barrier_arrive(empty);
   }
 
   const Problem& p_;

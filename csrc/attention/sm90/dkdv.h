@@ -7,9 +7,9 @@
 // Barriers, and how often each must be arrived at:
 //   kv_full             1   producer, with the bytes of k and v             waits: consumers, once
 //   q_full[stage]       1   producer, with the bytes of q and lse           waits: consumers
-//   q_empty[stage]      kGroups   a thread of each consumer                 waits: producer
+//   q_empty[stage]      4 kGroups   each warp of each consumer              waits: producer
 //   dout_full[stage]    1   producer, with the bytes of dout and delta      waits: consumers
-//   dout_empty[stage]   kGroups   a thread of each consumer                 waits: producer
+//   dout_empty[stage]   4 kGroups   each warp of each consumer              waits: producer
 //   named 1 + group     1 warpgroup                      waits: all of it, before a store
 //   named 1 + kGroups   both consumers                   waits: both, when ds^T or k is handed over
 #pragma once
@@ -105,13 +105,17 @@ struct DkDvShared : SharedBase<Config> {
   FUSED_ATTN_DEVICE SharedAddress dout_full(int stage) const { return this->barrier(2, stage); }
   FUSED_ATTN_DEVICE SharedAddress dout_empty(int stage) const { return this->barrier(3, stage); }
 
+  // The consumers read the statistics of a stage with plain loads.
+  static constexpr int kConsumerWarps =
+      Config::kGroups * device::kWarpgroupThreads / device::kWarpThreads;
+
   FUSED_ATTN_DEVICE void init_barriers() const {
     device::barrier_init(kv_full(), 1, "kv_full");
     for (int stage = 0; stage < Config::kStages; ++stage) {
       device::barrier_init(q_full(stage), 1, "q_full");
-      device::barrier_init(q_empty(stage), Config::kGroups, "q_empty");
+      device::barrier_init(q_empty(stage), kConsumerWarps, "q_empty");
       device::barrier_init(dout_full(stage), 1, "dout_full");
-      device::barrier_init(dout_empty(stage), Config::kGroups, "dout_empty");
+      device::barrier_init(dout_empty(stage), kConsumerWarps, "dout_empty");
     }
     device::fence_barrier_init();
   }
@@ -173,7 +177,7 @@ template <class Config>
 class DkDvConsumer : Consumer<Config, BackwardProblem> {
   using Base = Consumer<Config, BackwardProblem>;
   using Base::fragment_, Base::group_, Base::p_, Base::ring_, Base::thread_;
-  using Base::release, Base::scale_log2;
+  using Base::release_by_warps, Base::scale_log2;
 
  public:
   FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
@@ -282,10 +286,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::keep_in_registers(dk_);
     device::keep_in_registers(probabilities_);
     device::keep_in_registers(packed_);
-    // One thread arrives for all: a product that all took part in tells that the others have read
-    // the statistics, too.
-    release(shared_.dout_empty(stage));
-    release(shared_.q_empty(stage));
+    release_by_warps(shared_.dout_empty(stage));
+    release_by_warps(shared_.q_empty(stage));
     if constexpr (Config::kDq) {
       device::mma_wait<0>();
       device::keep_in_registers(dq);
@@ -312,8 +314,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::mma_wait<0>();
     device::keep_in_registers(dk_);
     device::keep_in_registers(probabilities_);
-    release(shared_.q_empty(stage));
-    release(shared_.dout_empty(stage));
+    release_by_warps(shared_.q_empty(stage));
+    release_by_warps(shared_.dout_empty(stage));
     if constexpr (Config::kDq) {
       FUSED_ATTN_KEEP_LOOP
       for (int panel = 0; panel < Config::KvTile::kPanels; ++panel) {
@@ -347,8 +349,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::mma_wait<0>();
     device::keep_in_registers(dk_);
     device::keep_in_registers(packed_);
-    release(shared_.dout_empty(stage));
-    release(shared_.q_empty(stage));
+    release_by_warps(shared_.dout_empty(stage));
+    release_by_warps(shared_.q_empty(stage));
   }
 
   // Before the warpgroups meet.

@@ -123,15 +123,16 @@ convert_dq_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p, const int block_m)
   const int column = slice * kSliceColumns;
   if (p.dq_by_tile && column + kSliceColumns <= p.head_dim) {
     auto* whole = reinterpret_cast<Pairs*>(to + column);
-    whole[0] = pairs[0];
-    whole[1] = pairs[1];
+    device::global_store(whole, pairs[0]);
+    device::global_store(whole + 1, pairs[1]);
     return;
   }
   FUSED_ATTN_UNROLL_LOOP
   for (int c = 0; c < kSliceColumns; ++c) {
     const uint32_t pair = pairs[c / 8].value[c % 8 / 2];
     if (column + c < p.head_dim) {
-      to[(column + c) * p.dq.stride[3]] = static_cast<uint16_t>(c % 2 == 0 ? pair : pair >> 16);
+      device::global_store(to + (column + c) * p.dq.stride[3],
+                           static_cast<uint16_t>(c % 2 == 0 ? pair : pair >> 16));
     }
   }
 }
