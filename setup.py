@@ -3,6 +3,7 @@
 FUSED_ATTN_NATIVE=auto (default): build it where there is a C++ compiler, else install without it.
 FUSED_ATTN_NATIVE=on: no compiler is an error. FUSED_ATTN_NATIVE=off: install without it.
 FUSED_ATTN_CUDA=auto|on|off: the CUDA kernels, likewise. FUSED_ATTN_CUDA_ARCHS: what for (80;90a).
+FUSED_ATTN_CUDA_TRAP=1: they trap after a second in an mbarrier, for debugging.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class CMakeBuild(build_ext):
         ]
         if "FUSED_ATTN_CUDA_ARCHS" in os.environ:
             configure.append(f"-DFUSED_ATTN_CUDA_ARCHS={os.environ['FUSED_ATTN_CUDA_ARCHS']}")
+        trap = os.environ.get("FUSED_ATTN_CUDA_TRAP", "0")
+        configure.append(f"-DFUSED_ATTN_CUDA_TRAP={trap}")
         ninja = shutil.which("ninja")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

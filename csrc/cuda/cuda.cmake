@@ -5,6 +5,7 @@ set(FUSED_ATTN_CUDA auto CACHE STRING "Build the CUDA kernels: auto, on or off")
 # Why a build that tries again without CUDA does so (setup.py).
 set(FUSED_ATTN_CUDA_FAILURE "" CACHE STRING "What info says of the missing kernels")
 set(FUSED_ATTN_CUDA_ARCHS "80;90a" CACHE STRING "Architectures of the CUDA kernels")
+option(FUSED_ATTN_CUDA_TRAP "Kernels trap after a second in an mbarrier, for debugging" OFF)
 set(_fused_attn_oldest_nvcc 12.3)  # the first whose ptxas knows all that the kernels use
 
 # What is wrong with a compiler, if anything is.
@@ -54,6 +55,9 @@ function(_fused_attn_cuda_objects target name archs)
   add_library(${object} OBJECT ${ARGN})
   target_include_directories(${object} PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/generated)
   target_compile_features(${object} PRIVATE cuda_std_17)
+  if(FUSED_ATTN_CUDA_TRAP)
+    target_compile_definitions(${object} PRIVATE FUSED_ATTN_TRAP)
+  endif()
   foreach(arch IN LISTS archs)
     target_compile_options(${object} PRIVATE "SHELL:-gencode=arch=compute_${arch},code=sm_${arch}")
   endforeach()

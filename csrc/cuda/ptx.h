@@ -123,7 +123,32 @@ FUSED_ATTN_DEVICE void barrier_expect(SharedAddress barrier, uint32_t bytes) {
 FUSED_ATTN_DEVICE void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Returns when the phase of this parity is complete.
+// Returns when the phase of this parity is complete. A debug build gives up after a second: nothing
+// that goes well takes as long, and a hang would have no end.
+#if defined(FUSED_ATTN_TRAP)
+FUSED_ATTN_DEVICE uint32_t nanoseconds() {
+  uint32_t now;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+  return now;
+}
+FUSED_ATTN_DEVICE bool barrier_complete(SharedAddress barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
+  const uint32_t start = nanoseconds();
+  while (!barrier_complete(barrier, parity)) {
+    if (nanoseconds() - start > 1000000000u) asm volatile("trap;");
+  }
+}
+#else
 FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -133,6 +158,7 @@ FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+#endif
 
 // ---- Copies ----
 
