@@ -198,6 +198,16 @@ FUSED_ATTN_DEVICE void add_bulk(float* to, SharedAddress from, uint32_t bytes) {
       "r"(from), "r"(bytes)
       : "memory");
 }
+// By a whole warp: one of its lanes adds and commits.
+FUSED_ATTN_DEVICE void add_bulk_by_warp(float* to, SharedAddress from, uint32_t bytes) {
+  asm volatile(
+      "{\n.reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "@one cp.async.bulk.commit_group;\n}" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
 FUSED_ATTN_DEVICE void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

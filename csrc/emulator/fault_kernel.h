@@ -41,6 +41,7 @@ enum class Fault {
   kReductionForgotten,  // waits for reductions that it has not committed
   kMisalignedReduction,
   kNoReductionWait,   // ends while a reduction may still read shared memory
+  kOneLaneWaits,      // waits for what another lane of its warp has issued
   kLoadSkipped,       // the producer skips a tile that the consumers visit
   kVisitSkipped,      // the consumers skip a tile that the producer loads
   kOneArrival,        // hands a stage back for others, whose plain reads it does not know of
@@ -246,7 +247,10 @@ struct Kernel {
       shared_store4(stage + 16 * lane, sum[0], sum[1], sum[2], sum[3]);
       if (!is(Fault::kNoReductionFence)) fence_async();
       sync_warp();
-      if (lane == 0) {
+      if (is(Fault::kOneLaneWaits)) {
+        add_bulk_by_warp(maps.added + warp * kPiece, stage, kPiece * 4);
+        if (lane == 0) wait_stores();
+      } else if (lane == 0) {
         const uint32_t shift = is(Fault::kMisalignedReduction) && warp == 0 ? 8 : 0;
         add_bulk(maps.added + warp * kPiece, stage + shift, kPiece * 4);
         if (!is(Fault::kReductionForgotten)) commit_stores();

@@ -47,6 +47,7 @@ constexpr Named kFaults[] = {
     {"reduction forgotten", Fault::kReductionForgotten},
     {"misaligned reduction", Fault::kMisalignedReduction},
     {"no reduction wait", Fault::kNoReductionWait},
+    {"one lane waits", Fault::kOneLaneWaits},
     {"load skipped", Fault::kLoadSkipped},
     {"visit skipped", Fault::kVisitSkipped},
     {"one arrival", Fault::kOneArrival},

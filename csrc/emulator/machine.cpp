@@ -144,6 +144,7 @@ void Machine::draw_schedule() {
   sticky_chance_ = kStickiness[random.below(3)];
   yield_chance_ = kYield[random.below(3)];
   products_first_ = random.chance(512);
+  elected_lane_ = 1 + static_cast<int>(random.below(kWarp - 1));
   priority_.resize(launch_.threads / kWarp);
   for (std::size_t i = 0; i < priority_.size(); ++i) {
     priority_[i] = static_cast<int>(i);

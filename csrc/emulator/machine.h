@@ -95,6 +95,7 @@ class Machine {
     for (int lane = 0; lane < kWarp; ++lane) function(threads_[first + lane]);
   }
   int lane() const { return running_->index % kWarp; }
+  int elected_lane() const { return elected_lane_; }
   const Launch& launch() const { return launch_; }
   void fault(const char* format, ...) __attribute__((format(printf, 2, 3)));
   void wait(WaitList& list, const Waiting& waiting);
@@ -132,6 +133,7 @@ class Machine {
   std::array<Warp, kMaxThreads / kWarp> warps_;
   std::vector<int> priority_;  // of warps, for sticky schedules
   Thread* running_ = nullptr;
+  int elected_lane_ = 0;  // by elect.sync, of every warp; not 0, which would be too easy
   int ready_ = 0;
   int alive_ = 0;
   Report report_;

@@ -162,6 +162,14 @@ inline void load_bulk(SharedAddress to, const void* from, uint32_t bytes, Shared
 inline void add_bulk(float* to, SharedAddress from, uint32_t bytes) {
   machine().copies.add_bulk(to, from, bytes);
 }
+// Which lane it is nobody promises, but it is always the same.
+inline void add_bulk_by_warp(float* to, SharedAddress from, uint32_t bytes) {
+  emulator::Machine& m = machine();
+  m.meet("elect");
+  if (m.lane() != m.elected_lane()) return;
+  m.copies.add_bulk(to, from, bytes);
+  m.copies.commit();
+}
 inline void commit_stores() {
   machine().copies.commit();
 }

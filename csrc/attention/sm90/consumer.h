@@ -52,6 +52,17 @@ class Consumer {
     if (thread_ % device::kWarpThreads == 0) device::barrier_arrive(empty);
   }
 
+  // Ends a basic block: the compiler would put off what is computed before it behind the wait for a
+  // product that follows, where it does not run beside the product. `complete`: a barrier whose
+  // only phase is long over. General kernels have branches enough.
+  template <int kCount, class Number>
+  static FUSED_ATTN_DEVICE void finish_before_wait(Number (&results)[kCount],
+                                                   SharedAddress complete) {
+    if constexpr (Config::kGeneral) return;
+    device::keep_in_registers(results);
+    device::barrier_wait(complete, 0);
+  }
+
   const Problem& p_;
   int group_, thread_;
   Fragment fragment_;

@@ -267,6 +267,7 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::keep_in_registers(scores_);
     recompute<kMasked>(at, base, slope);
     pack_probabilities();
+    Base::finish_before_wait(probabilities_, shared_.kv_full());
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     issue_gradient(dv_, probabilities_, shared_.dout(stage));
@@ -340,6 +341,7 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::mma_wait<1>();
     device::keep_in_registers(scores_);
     recompute<kMasked>(at, base, slope);
+    Base::finish_before_wait(scores_, shared_.kv_full());
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     differentiate<kMasked>(at, slope);
@@ -421,7 +423,7 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
   }
 
   FUSED_ATTN_DEVICE void finish() {
-    if (Config::kDq && thread_ % device::kWarpThreads == 0) device::wait_stores();
+    if (Config::kDq) device::wait_stores();
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     if constexpr (Config::kSplit) {
       FUSED_ATTN_UNROLL_LOOP

@@ -184,6 +184,7 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
     recompute_probabilities<Config, kMasked>(
         scores_, p_, at, block_, scale_log2(), slope, hide, [&](int) { return lse2_; },
         kMasked && shared_.has_base(), subtract);
+    Base::finish_before_wait(scores_, shared_.q_full());
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     release(shared_.v_empty(stage));

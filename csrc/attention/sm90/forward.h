@@ -177,6 +177,7 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
     release(shared_.k_empty(ring_.stage));
     float correction[2];
     softmax_step<kMasked>(tile, correction);
+    Base::finish_before_wait(scores_, shared_.q_full());
     device::mma_wait<0>();
     device::keep_in_registers(out_);
     device::keep_in_registers(packed_);

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for NVIDIA GPUs of compute capability 9.0 (`csrc/attention/cuda*`)."""
+"""CUDA C++ kernels for NVIDIA GPUs of compute capability 9.0 (`csrc/attention/sm90`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for NVIDIA GPUs from compute capability 8.0 on (`csrc/layer_norm/cuda*`)."""
+"""CUDA C++ kernels for NVIDIA GPUs from compute capability 8.0 on (`csrc/layer_norm/cuda`)."""
 
 from __future__ import annotations
 
