@@ -126,27 +126,21 @@ FUSED_ATTN_DEVICE void barrier_arrive(SharedAddress barrier) {
 // Returns when the phase of this parity is complete. A debug build gives up after a second: nothing
 // that goes well takes as long, and a hang would have no end.
 #if defined(FUSED_ATTN_TRAP)
-FUSED_ATTN_DEVICE uint32_t nanoseconds() {
-  uint32_t now;
-  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
-  return now;
-}
-FUSED_ATTN_DEVICE bool barrier_complete(SharedAddress barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
 FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
-  const uint32_t start = nanoseconds();
-  while (!barrier_complete(barrier, parity)) {
-    if (nanoseconds() - start > 1000000000u) asm volatile("trap;");
-  }
+  asm volatile(
+      "{\n.reg .pred done, late;\n.reg .u32 start, now;\n"
+      "mov.u32 start, %%globaltimer_lo;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "mov.u32 now, %%globaltimer_lo;\n"
+      "sub.u32 now, now, start;\n"
+      "setp.gt.u32 late, now, 1000000000;\n"
+      "@late trap;\n"
+      "bra WAIT;\n"
+      "DONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 #else
 FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,7 @@ def test_a_debug_build_gives_up_after_a_second(tmp_path: Path) -> None:
     assert "mbarrier.try_wait" in text
     assert "globaltimer" in text
     assert "trap;" in text
-    assert re.search(r"setp\.\w+\.u32.*, 100000000[01];", text)
+    assert "1000000000" in text
 
 
 def test_other_builds_lose_no_instruction_to_it(tmp_path: Path) -> None:
