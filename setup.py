@@ -3,6 +3,7 @@
 FUSED_ATTN_NATIVE=auto (default): build it where there is a C++ compiler, else install without it.
 FUSED_ATTN_NATIVE=on: no compiler is an error. FUSED_ATTN_NATIVE=off: install without it.
 FUSED_ATTN_CUDA=auto|on|off: the CUDA kernels, likewise. FUSED_ATTN_CUDA_ARCHS: what for (80;90a).
+FUSED_ATTN_CUDA_TRAP=1: they trap after a second in an mbarrier, for debugging.
 """
 
 from __future__ import annotations
@@ -62,27 +63,19 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        for option in ("FUSED_ATTN_CUDA", "FUSED_ATTN_CUDA_ARCHS"):
-            if option in os.environ:
-                configure.append(f"-D{option}={os.environ[option]}")
+        if "FUSED_ATTN_CUDA_ARCHS" in os.environ:
+            configure.append(f"-DFUSED_ATTN_CUDA_ARCHS={os.environ['FUSED_ATTN_CUDA_ARCHS']}")
+        trap = os.environ.get("FUSED_ATTN_CUDA_TRAP", "0")
+        configure.append(f"-DFUSED_ATTN_CUDA_TRAP={trap}")
         ninja = shutil.which("ninja")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         build = [cmake, "--build", str(folder), "--config", "Release", "--target", "_C"]
         if ninja is None:
             build += ["--parallel", str(os.cpu_count())]
-        try:
-            if subprocess.run(configure).returncode:
-                # What CMake remembers of this machine (a broken compiler, say) must not last.
-                shutil.rmtree(folder)
-                raise subprocess.CalledProcessError(1, configure)
-            start = time.monotonic()
-            subprocess.run(build, check=True)
-            print(f"fused_attn._C took {time.monotonic() - start:.0f} s to build")
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                f"Building fused_attn._C failed: see the messages above. {ADVICE}"
-            ) from error
+        start = time.monotonic()
+        self._make(configure, build, folder)
+        print(f"fused_attn._C took {time.monotonic() - start:.0f} s to build")
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +84,41 @@ class CMakeBuild(build_ext):
         staged = target.with_suffix(".new")
         shutil.copy2(built, staged)
         staged.replace(target)
+
+    def _make(self, configure: list[str], build: list[str], folder: Path) -> None:
+        """Configure and build; with FUSED_ATTN_CUDA=auto a second time, without CUDA, if need be.
+
+        CUDA can fail after CMake took it to be there: a compiler that takes no host compiler of
+        this machine, a toolkit without its headers.
+        """
+        cuda = os.environ.get("FUSED_ATTN_CUDA", "auto")
+        chosen = (f"-DFUSED_ATTN_CUDA={cuda}", "-DFUSED_ATTN_CUDA_FAILURE=")
+        error = self._try(configure, build, folder, *chosen)
+        if error is not None and cuda == "auto":
+            print("Building again without the CUDA kernels. FUSED_ATTN_CUDA=on stops instead.")
+            reason = "the build with CUDA failed (FUSED_ATTN_CUDA=on shows why)"
+            without = ("-DFUSED_ATTN_CUDA=off", f"-DFUSED_ATTN_CUDA_FAILURE={reason}")
+            error = self._try(configure, build, folder, *without)
+        if error is not None:
+            raise SystemExit(
+                f"Building fused_attn._C failed: see the messages above. {ADVICE}"
+            ) from error
+
+    def _try(
+        self, configure: list[str], build: list[str], folder: Path, *options: str
+    ) -> subprocess.CalledProcessError | None:
+        """What failed, if anything did."""
+        try:
+            subprocess.run([*configure, *options], check=True)
+        except subprocess.CalledProcessError as error:
+            # What CMake remembers of this machine (a broken compiler, say) must not last.
+            shutil.rmtree(folder, ignore_errors=True)
+            return error
+        try:
+            subprocess.run(build, check=True)
+        except subprocess.CalledProcessError as error:
+            return error
+        return None
 
 
 setup(

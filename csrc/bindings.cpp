@@ -1,6 +1,6 @@
 #include "attention/bindings.h"
 #ifdef FUSED_ATTN_WITH_CUDA
-#include "cuda/launch_cuda.h"
+#include "cuda/launch.h"
 #include "layer_norm/cuda/bindings.h"
 #endif
 #ifdef FUSED_ATTN_WITH_HOPPER

@@ -16,7 +16,7 @@ CSRC_FLOORS = (
 
 
 # The emulator's own programs look at kernels from above, as tests do.
-TEST_PROGRAMS = ("emulator/module.cpp", "emulator/faults.cpp")
+TEST_PROGRAMS = ("emulator/module.cpp", "emulator/faults.cpp", "emulator/fault_kernel.h")
 
 
 def room_of(path: str) -> str:
@@ -68,3 +68,15 @@ def test_kernels_of_csrc_know_neither_torch_nor_python() -> None:
     for path in (ROOT / "csrc").rglob("*"):
         if path.suffix in (".h", ".cpp", ".cu") and not bindings.search(path.name):
             assert not re.search(r"#include <(torch|pybind11|Python)", path.read_text()), path
+
+
+def test_gpu_kernels_store_to_global_memory_by_the_words_alone() -> None:
+    """The emulator does not see a store through a pointer, nor that another block stores there."""
+    store = re.compile(
+        r"\bp_?\.\w+\[[^=]*\] [+]?= |^\s*\*\w+ [+]?= |reinterpret_cast<[^;=]*\) [+]?= "
+        r"|\bto\[[^=]*\] [+]?= "
+    )
+    for folder in ("attention/sm90", "layer_norm/cuda"):
+        for path in (ROOT / "csrc" / folder).glob("*.h"):
+            found = [line for line in path.read_text().splitlines() if store.search(line)]
+            assert [line for line in found if "to[i] = " not in line] == [], path

@@ -2,7 +2,10 @@
 # FUSED_ATTN_CUDA_ARCHS: what to compile for, e.g. "80;90a": 90a are the Hopper kernels, numbers
 # without a letter the plain ones.
 set(FUSED_ATTN_CUDA auto CACHE STRING "Build the CUDA kernels: auto, on or off")
+# Why a build that tries again without CUDA does so (setup.py).
+set(FUSED_ATTN_CUDA_FAILURE "" CACHE STRING "What info says of the missing kernels")
 set(FUSED_ATTN_CUDA_ARCHS "80;90a" CACHE STRING "Architectures of the CUDA kernels")
+option(FUSED_ATTN_CUDA_TRAP "Kernels trap after a second in an mbarrier, for debugging" OFF)
 set(_fused_attn_oldest_nvcc 12.3)  # the first whose ptxas knows all that the kernels use
 
 # What is wrong with a compiler, if anything is.
@@ -26,6 +29,9 @@ function(fused_attn_find_cuda result missing)
   set(${result} OFF PARENT_SCOPE)
   if(FUSED_ATTN_CUDA STREQUAL "off")
     set(${missing} "FUSED_ATTN_CUDA was off" PARENT_SCOPE)
+    if(NOT FUSED_ATTN_CUDA_FAILURE STREQUAL "")
+      set(${missing} "${FUSED_ATTN_CUDA_FAILURE}" PARENT_SCOPE)
+    endif()
     return()
   endif()
   include(CheckLanguage)
@@ -49,14 +55,21 @@ function(_fused_attn_cuda_objects target name archs)
   add_library(${object} OBJECT ${ARGN})
   target_include_directories(${object} PRIVATE csrc ${CMAKE_CURRENT_BINARY_DIR}/generated)
   target_compile_features(${object} PRIVATE cuda_std_17)
+  if(FUSED_ATTN_CUDA_TRAP)
+    target_compile_definitions(${object} PRIVATE FUSED_ATTN_TRAP)
+  endif()
   foreach(arch IN LISTS archs)
     target_compile_options(${object} PRIVATE "SHELL:-gencode=arch=compute_${arch},code=sm_${arch}")
   endforeach()
   target_compile_options(${object} PRIVATE -O3 --use_fast_math
     "SHELL:-Xptxas -v,-warn-spills,-warn-lmem-usage" "SHELL:-Xfatbin -compress-all")
-  # Spills and serialised matrix products are errors.
+  # Spills and serialised matrix products are errors, but where it does not matter: a clock in every
+  # wait takes a register.
+  if(NOT FUSED_ATTN_CUDA_TRAP)
+    set_target_properties(${object} PROPERTIES CUDA_COMPILER_LAUNCHER
+      "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/csrc/cuda/check_ptxas.py")
+  endif()
   set_target_properties(${object} PROPERTIES
-    CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE};${PROJECT_SOURCE_DIR}/csrc/cuda/check_ptxas.py"
     POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
 endfunction()
@@ -91,7 +104,7 @@ function(fused_attn_add_cuda target)
     csrc/layer_norm/cuda/launch.cu)
 
   target_sources(${target} PRIVATE
-    csrc/cuda/launch_cuda.cpp
+    csrc/cuda/launch.cpp
     csrc/layer_norm/cuda/bindings.cpp)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_WITH_CUDA)
   # The runtime is linked in; the driver is asked for its functions at run time.

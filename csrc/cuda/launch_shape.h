@@ -1,6 +1,8 @@
-// What both ways of launching take: on a GPU, and on the emulated device.
+// What a launch is told: of tensor maps, and of the grid.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "cuda/tensor_map.h"
@@ -8,12 +10,12 @@
 namespace fused_attn::device {
 
 // A tensor of 16-bit elements (batch, head, row, column), columns contiguous, strides in elements,
-// for tiles of `box_rows` rows; see tensor_map.h for `window`, and `rows` for all rows there are.
+// for tiles of `box_rows` rows. `packed`: sequences share the rows, and there is no batch.
 struct MapRequest {
   const void* data;
   int64_t batch, heads, rows, columns;
   int64_t stride_batch, stride_head, stride_row;
-  int64_t window;
+  bool packed;
   int box_rows;
 };
 
@@ -25,21 +27,30 @@ inline bool can_map(const void* data, int64_t stride_batch, int64_t stride_head,
          fits(stride_row) && stride_column == 1;
 }
 
-// The map's sizes, and the strides in bytes of dimensions 1 to 4.
+// The map's sizes, and the strides in bytes of dimensions 1 to 4 (tensor_map.h).
 struct MapGeometry {
   int64_t size[kTensorMapRank];
   int64_t stride_bytes[kTensorMapRank - 1];
-  void* base;
 
   explicit MapGeometry(const MapRequest& r) {
-    // A dimension of size 1 has stride 0 here, which the encoder does not take.
-    const auto bytes = [](int64_t stride) { return 2 * (stride > 0 ? stride : 8); };
-    const int64_t row = bytes(r.stride_row);
-    const int64_t sizes[] = {r.columns, r.window, r.rows + 1, r.heads, r.batch};
-    const int64_t strides[] = {row, row, bytes(r.stride_head), bytes(r.stride_batch)};
-    for (int d = 0; d < kTensorMapRank; ++d) size[d] = sizes[d];
-    for (int d = 0; d < kTensorMapRank - 1; ++d) stride_bytes[d] = strides[d];
-    base = static_cast<uint8_t*>(const_cast<void*>(r.data)) - r.window * row;
+    // The stride of a dimension of size 1 may be anything, also what the encoder does not take.
+    const auto bytes = [](int64_t stride, int64_t size) { return size > 1 ? 2 * stride : 16; };
+    const int64_t row = bytes(r.stride_row, r.rows), head = bytes(r.stride_head, r.heads);
+    if (r.packed) {
+      constexpr int64_t kWrap = int64_t{1} << 35;  // times kRaggedRows: 2^65
+      set({r.columns, kRaggedRows, r.rows + 1, kRaggedRows + 1, r.heads},
+          {row, row, kWrap - row, head});
+    } else {
+      set({r.columns, r.rows, 1, r.heads, r.batch},
+          {row, 16, head, bytes(r.stride_batch, r.batch)});
+    }
+  }
+
+ private:
+  void set(std::array<int64_t, kTensorMapRank> sizes,
+           std::array<int64_t, kTensorMapRank - 1> strides) {
+    std::copy(sizes.begin(), sizes.end(), size);
+    std::copy(strides.begin(), strides.end(), stride_bytes);
   }
 };
 
@@ -63,8 +74,6 @@ struct LaunchShape {
   int registers;  // per thread, as compiled; 0 = whatever
 };
 
-// Defines launch(kernel, shape, stream, arguments...); a failure throws std::runtime_error with
-// CUDA's name for it.
 using Stream = void*;
 
 }  // namespace fused_attn::device

@@ -22,7 +22,7 @@ Key key_of(const MapRequest& r) {
           r.stride_batch,
           r.stride_head,
           r.stride_row,
-          r.window,
+          r.packed ? 1 : 0,
           r.box_rows};
 }
 

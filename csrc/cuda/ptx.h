@@ -97,6 +97,11 @@ FUSED_ATTN_DEVICE void fence_async() {
 
 // ---- Global memory ----
 
+// Every plain store of a kernel: no other block of the launch may write there.
+template <class T>
+FUSED_ATTN_DEVICE void global_store(T* to, const T& value) {
+  *to = value;
+}
 FUSED_ATTN_DEVICE void atomic_add(float* to, float value) {
   atomicAdd(to, value);
 }
@@ -118,7 +123,26 @@ FUSED_ATTN_DEVICE void barrier_expect(SharedAddress barrier, uint32_t bytes) {
 FUSED_ATTN_DEVICE void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Returns when the phase of this parity is complete.
+// Returns when the phase of this parity is complete. A debug build gives up after a second: nothing
+// that goes well takes as long, and a hang would have no end.
+#if defined(FUSED_ATTN_TRAP)
+FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done, late;\n.reg .u32 start, now;\n"
+      "mov.u32 start, %%globaltimer_lo;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "mov.u32 now, %%globaltimer_lo;\n"
+      "sub.u32 now, now, start;\n"
+      "setp.gt.u32 late, now, 1000000000;\n"
+      "@late trap;\n"
+      "bra WAIT;\n"
+      "DONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+#else
 FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -128,6 +152,7 @@ FUSED_ATTN_DEVICE void barrier_wait(SharedAddress barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+#endif
 
 // ---- Copies ----
 
@@ -142,15 +167,15 @@ FUSED_ATTN_DEVICE void load_tile(SharedAddress to, const TensorMap& map, SharedA
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(at.column), "r"(at.row), "r"(at.start), "r"(at.head),
-      "r"(at.batch), "l"(cache_policy<kKeep>())
+      "l"(&map), "r"(barrier), "r"(at.column), "r"(at.row), "r"(at.third), "r"(at.fourth),
+      "r"(at.fifth), "l"(cache_policy<kKeep>())
       : "memory");
 }
 FUSED_ATTN_DEVICE void store_tile(const TensorMap& map, SharedAddress from, const TileAt& at) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
           "l"(&map),
-      "r"(from), "r"(at.column), "r"(at.row), "r"(at.start), "r"(at.head), "r"(at.batch)
+      "r"(from), "r"(at.column), "r"(at.row), "r"(at.third), "r"(at.fourth), "r"(at.fifth)
       : "memory");
 }
 FUSED_ATTN_DEVICE void load_bulk(SharedAddress to, const void* from, uint32_t bytes,
@@ -164,6 +189,16 @@ FUSED_ATTN_DEVICE void load_bulk(SharedAddress to, const void* from, uint32_t by
 FUSED_ATTN_DEVICE void add_bulk(float* to, SharedAddress from, uint32_t bytes) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+// By a whole warp: one of its lanes adds and commits.
+FUSED_ATTN_DEVICE void add_bulk_by_warp(float* to, SharedAddress from, uint32_t bytes) {
+  asm volatile(
+      "{\n.reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "@one cp.async.bulk.commit_group;\n}" ::"l"(to),
       "r"(from), "r"(bytes)
       : "memory");
 }

@@ -29,9 +29,9 @@ using SharedAddress = uint32_t;
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 
-// Coordinates of a tile in a tensor map: element of the row, row, start, head, batch.
+// Coordinates of a tile in a tensor map (tensor_map.h).
 struct TileAt {
-  int column, row, start, head, batch;
+  int column, row, third, fourth, fifth;
 };
 
 // How long the second-level cache should keep what a copy reads.

@@ -6,8 +6,31 @@
 
 namespace fused_attn::emulator {
 
-void Knowledge::merge(PhasesSeen& into, const PhasesSeen& from) {
+namespace {
+
+void merge(PhasesSeen& into, const PhasesSeen& from) {
   for (int i = 0; i < kMaxMBarriers; ++i) into[i] = std::max(into[i], from[i]);
+}
+
+}  // namespace
+
+void Knowledge::add(Thread& thread) {
+  merge(gathering_.seen, thread.phases_seen);
+  join(gathering_.clock, thread.clock);
+  thread.next_step();
+}
+
+void Knowledge::phase_complete() {
+  std::swap(told_[complete_ & 1], gathering_);
+  gathering_.seen = {};
+  std::fill(gathering_.clock.begin(), gathering_.clock.end(), 0);
+  ++complete_;
+}
+
+void Knowledge::tell(Thread& thread, uint64_t phase) const {
+  const Known& known = told_[phase & 1];
+  merge(thread.phases_seen, known.seen);
+  join(thread.clock, known.clock);
 }
 
 void Barriers::reset(uint32_t shared_bytes) {
@@ -28,7 +51,30 @@ void Barriers::init(uint32_t address, int count, const char* name) {
   barrier.address = address;
   barrier.name = name;
   barrier.count = barrier.pending = count;
+  barrier.made = machine_.thread().step();
   mbarriers_.push_back(barrier);
+}
+
+void Barriers::fence_init() {
+  for (MBarrier& barrier : mbarriers_) {
+    barrier.fenced = barrier.fenced || barrier.made.thread == machine_.thread().index;
+  }
+}
+
+int Barriers::index_for_copy(uint32_t address) {
+  MBarrier& barrier = use(address);
+  if (!barrier.fenced) {
+    machine_.fault("a copy completes mbarrier %s, initialised without a fence", barrier.name);
+  }
+  return index(address);
+}
+
+Barriers::MBarrier& Barriers::use(uint32_t address) {
+  MBarrier& barrier = at(address);
+  if (!knows(machine_.thread().clock, barrier.made)) {
+    machine_.fault("nothing orders this use of mbarrier %s after its initialisation", barrier.name);
+  }
+  return barrier;
 }
 
 int Barriers::index(uint32_t address) {
@@ -63,12 +109,12 @@ void Barriers::arrived(MBarrier& barrier) {
     return;
   }
   --barrier.pending;
-  barrier.knowledge.add(machine_.thread().phases_seen);
+  barrier.knowledge.add(machine_.thread());
   check(barrier);
 }
 
 void Barriers::expect(uint32_t address, uint32_t bytes) {
-  MBarrier& barrier = at(address);
+  MBarrier& barrier = use(address);
   barrier.bytes += bytes;
   arrived(barrier);
   machine_.maybe_yield();
@@ -76,7 +122,7 @@ void Barriers::expect(uint32_t address, uint32_t bytes) {
 
 void Barriers::arrive(uint32_t address) {
   machine_.maybe_yield();
-  arrived(at(address));
+  arrived(use(address));
   machine_.maybe_yield();
 }
 
@@ -90,14 +136,12 @@ void Barriers::complete(uint32_t address, uint32_t bytes) {
 // has the other parity.
 void Barriers::wait(uint32_t address, uint32_t parity) {
   machine_.maybe_yield();
-  const int which = index(address);
-  MBarrier& barrier = mbarriers_[which];
+  MBarrier& barrier = use(address);
   while ((barrier.phases & 1) == parity) {
     machine_.wait(barrier.waiting, {"mbarrier", address, parity});
   }
-  PhasesSeen& seen = machine_.thread().phases_seen;
-  seen[which] = barrier.phases;
-  barrier.knowledge.tell(seen);
+  machine_.thread().phases_seen[index(address)] = barrier.phases;
+  barrier.knowledge.tell(machine_.thread(), parity);
 }
 
 std::string Barriers::describe(uint32_t address) {
@@ -112,7 +156,6 @@ std::string Barriers::describe(uint32_t address) {
 void Barriers::named(int id, int threads, bool blocking) {
   machine_.maybe_yield();
   Named& barrier = named_[id];
-  barrier.knowledge.add(machine_.thread().phases_seen);
   const int parity = machine_.meet(blocking ? "bar.sync" : "bar.arrive", [&](Warp& warp,
                                                                              int meeting) {
     if (barrier.arrived != 0 && barrier.threads != threads) {
@@ -120,6 +163,7 @@ void Barriers::named(int id, int threads, bool blocking) {
     }
     barrier.threads = threads;
     warp.given[meeting][0][7] = static_cast<uint32_t>(barrier.generation);
+    machine_.each_of_warp([&](Thread& thread) { barrier.knowledge.add(thread); });
     barrier.arrived += kWarp;
     if (barrier.arrived > threads) {
       machine_.fault("barrier %d: %d threads arrived, it takes %d", id, barrier.arrived, threads);
@@ -136,7 +180,7 @@ void Barriers::named(int id, int threads, bool blocking) {
   while (static_cast<uint32_t>(barrier.generation) == generation) {
     machine_.wait(barrier.waiting, {"named barrier", id, threads});
   }
-  barrier.knowledge.tell(machine_.thread().phases_seen);
+  barrier.knowledge.tell(machine_.thread(), generation);
 }
 
 std::string Barriers::describe_named(int id) const {

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "emulator/clocks.h"
+
 namespace fused_attn::emulator {
 
 class Machine;
@@ -18,19 +20,21 @@ constexpr int kMaxMBarriers = 64;
 // was told, through another barrier, by a thread that had.
 using PhasesSeen = std::array<uint64_t, kMaxMBarriers>;
 
-// What the threads that arrive know, for those that wait.
+// What the threads that arrive know, for those that wait. Phases have numbers from 0 on; a phase
+// can be told of until the next but one is complete.
 class Knowledge {
  public:
-  void add(const PhasesSeen& seen) { merge(gathering_, seen); }
-  void phase_complete() {
-    told_ = gathering_;
-    gathering_ = {};
-  }
-  void tell(PhasesSeen& seen) const { merge(seen, told_); }
+  void add(Thread& thread);  // it arrives
+  void phase_complete();
+  void tell(Thread& thread, uint64_t phase) const;
 
  private:
-  static void merge(PhasesSeen& into, const PhasesSeen& from);
-  PhasesSeen gathering_ = {}, told_ = {};
+  struct Known {
+    PhasesSeen seen = {};
+    Clock clock;
+  };
+  Known gathering_, told_[2];
+  uint64_t complete_ = 0;
 };
 
 class Barriers {
@@ -39,6 +43,7 @@ class Barriers {
   void reset(uint32_t shared_bytes);
 
   void init(uint32_t address, int count, const char* name);
+  void fence_init();  // of those that the running thread has initialised
   void expect(uint32_t address, uint32_t bytes);  // one arrival that announces bytes
   void arrive(uint32_t address);
   void wait(uint32_t address, uint32_t parity);
@@ -46,6 +51,8 @@ class Barriers {
 
   // The mbarrier at `address`, as an index into PhasesSeen, and its completed phases.
   int index(uint32_t address);
+  // The same for a copy, which the running thread issues.
+  int index_for_copy(uint32_t address);
   uint64_t phases(int index) const { return mbarriers_[index].phases; }
   std::string name(int index) const;
   std::string describe(uint32_t address);
@@ -62,6 +69,8 @@ class Barriers {
     int pending = 0;
     int64_t bytes = 0;  // announced and not yet landed
     uint64_t phases = 0;
+    Step made;            // its initialisation
+    bool fenced = false;  // which copies may know of
     Knowledge knowledge;
     WaitList waiting;
   };
@@ -73,6 +82,7 @@ class Barriers {
     WaitList waiting;
   };
   MBarrier& at(uint32_t address);
+  MBarrier& use(uint32_t address);  // by the running thread
   void arrived(MBarrier& barrier);
   void check(MBarrier& barrier);
 

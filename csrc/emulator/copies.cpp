@@ -8,7 +8,7 @@
 namespace fused_attn::emulator {
 namespace {
 
-uint32_t box_bytes(const TensorMap& map) {
+uint32_t box_bytes(const DecodedMap& map) {
   return static_cast<uint32_t>(map.box_rows) * kTileRowBytes;
 }
 
@@ -24,13 +24,14 @@ void Copies::check_box(const Copy& copy) {
 
 void Copies::issue_load(Copy copy) {
   machine_.memory.poison(copy.shared, copy.bytes);
-  const int barrier = machine_.barriers.index(copy.barrier);
+  const int barrier = machine_.barriers.index_for_copy(copy.barrier);
   machine_.memory.expect(copy.shared, copy.bytes, barrier, machine_.barriers.phases(barrier) + 1);
   pending_.push_back(copy);
   machine_.maybe_yield();
 }
 
 void Copies::issue_store(Copy copy) {
+  machine_.memory.check_source(copy.shared, copy.bytes);
   copy.issuer = &machine_.thread();
   ++copy.issuer->copies.uncommitted;
   pending_.push_back(copy);
@@ -40,17 +41,23 @@ void Copies::issue_store(Copy copy) {
 
 void Copies::load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier,
                        const Coordinates& at) {
-  Copy copy{Kind::kLoadTile, shared, box_bytes(map)};
+  const DecodedMap decoded = decode(map);
+  Copy copy{Kind::kLoadTile, shared, box_bytes(decoded)};
   copy.barrier = barrier;
-  copy.map = map;
+  copy.map = decoded;
   copy.at = at;
   check_box(copy);
+  // It fails where the memory at the base is not mapped, wherever the copy itself goes.
+  if (decoded.base != decoded.tensor) {
+    machine_.fault("load through a map whose base is not its tensor's own pointer");
+  }
   issue_load(copy);
 }
 
 void Copies::store_tile(const TensorMap& map, uint32_t shared, const Coordinates& at) {
-  Copy copy{Kind::kStoreTile, shared, box_bytes(map)};
-  copy.map = map;
+  const DecodedMap decoded = decode(map);
+  Copy copy{Kind::kStoreTile, shared, box_bytes(decoded)};
+  copy.map = decoded;
   copy.at = at;
   check_box(copy);
   issue_store(copy);
@@ -93,7 +100,11 @@ void Copies::wait_read() {
   if (forgotten) machine_.fault("wait for bulk stores that were not committed");
   while (groups.committed > 0) machine_.wait(groups.waiting, {"bulk stores", groups.committed});
   const Thread* self = &machine_.thread();
-  const auto waited = [self](const Source& source) { return source.issuer == self; };
+  // From here on it is this thread that has read them.
+  const auto waited = [&](const Source& source) {
+    if (source.issuer == self) machine_.memory.note_load(source.shared, source.bytes);
+    return source.issuer == self;
+  };
   sources_.erase(std::remove_if(sources_.begin(), sources_.end(), waited), sources_.end());
 }
 
@@ -136,6 +147,7 @@ void Copies::run_one() {
     case Kind::kAddBulk: {
       const uint8_t* from = memory.bytes(copy.shared, copy.bytes, "bulk reduction");
       float* to = static_cast<float*>(copy.global);
+      machine_.write_global(to, copy.bytes, true);
       for (uint32_t i = 0; i < copy.bytes; i += 4) {
         if (i % 16 == 0) memory.check_async_read(copy.shared + i, nullptr, "bulk reduction");
         float value;
@@ -155,34 +167,40 @@ void Copies::run_one() {
   }
 }
 
-// Rows of 128 bytes, swizzled; what lies outside the map is zero when read, dropped when written.
+// Rows of 128 bytes, swizzled; what lies outside the map is zero when read, dropped when written. A
+// piece of 16 bytes that a map's last column cuts is written as a whole.
 void Copies::move_tile(const Copy& copy) {
-  const TensorMap& map = copy.map;
+  const DecodedMap& map = copy.map;
   const bool store = copy.kind == Kind::kStoreTile;
+  const auto columns = static_cast<int64_t>(map.size[0]);
+  constexpr uint32_t kPiece = SharedMemory::kChunk;
   SharedMemory& memory = machine_.memory;
   for (int r = 0; r < map.box_rows; ++r) {
     Coordinates at = copy.at;
     at[1] += r;
     bool inside = true;
-    int64_t offset = 0;
-    for (int d = 1; d < kTensorMapRank; ++d) {
-      inside = inside && at[d] >= 0 && at[d] < map.size[d];
-      offset += at[d] * map.stride_bytes[d];
+    uint64_t offset = 0;  // addresses wrap around
+    for (int d = 1; d < map.rank; ++d) {
+      const int64_t i = at[d];
+      inside = inside && i >= 0 && i < static_cast<int64_t>(map.size[d]);
+      offset += static_cast<uint64_t>(i) * map.stride[d];
     }
-    for (uint32_t chunk = 0; chunk < kTileRowBytes; chunk += SharedMemory::kChunk) {
+    for (uint32_t chunk = 0; chunk < kTileRowBytes; chunk += kPiece) {
       const uint32_t address = swizzle128(copy.shared + r * kTileRowBytes + chunk);
-      uint8_t* shared = memory.bytes(address, SharedMemory::kChunk, "tile copy");
+      uint8_t* shared = memory.bytes(address, kPiece, "tile copy");
       if (store) memory.check_async_read(address, nullptr, "tile store");
-      for (uint32_t byte = 0; byte < SharedMemory::kChunk; byte += 2) {
-        const int column = at[0] + static_cast<int>(chunk + byte) / 2;
-        const bool in = inside && column >= 0 && column < map.size[0];
-        uint8_t* global = static_cast<uint8_t*>(map.base) + offset + 2 * column;
-        if (store) {
-          if (in) std::memcpy(global, shared + byte, 2);
-        } else if (in) {
-          std::memcpy(shared + byte, global, 2);
-        } else {
-          std::memset(shared + byte, 0, 2);
+      const int64_t column = at[0] + static_cast<int64_t>(chunk / 2);
+      const int64_t left = inside && column >= 0 ? columns - column : 0;
+      const auto bytes = static_cast<uint32_t>(std::clamp<int64_t>(2 * left, 0, kPiece));
+      uint8_t* global = static_cast<uint8_t*>(map.base) + offset + 2 * column;
+      if (!store) {
+        std::memcpy(shared, global, bytes);
+        std::memset(shared + bytes, 0, kPiece - bytes);
+      } else if (bytes > 0) {
+        machine_.write_global(global, kPiece, false);
+        std::memcpy(global, shared, kPiece);
+        if (bytes < kPiece) {
+          machine_.fault("tile store writes past the %d columns of its map", int(columns));
         }
       }
     }

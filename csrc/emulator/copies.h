@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/tensor_map.h"
+#include "emulator/encoder.h"
 
 namespace fused_attn::emulator {
 
@@ -57,7 +58,7 @@ class Copies {
     uint32_t bytes;
     uint32_t barrier = 0;
     Thread* issuer = nullptr;
-    TensorMap map = {};
+    DecodedMap map = {};
     Coordinates at = {};
     void* global = nullptr;
     bool committed = false;

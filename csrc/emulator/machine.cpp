@@ -83,6 +83,24 @@ int Machine::meet(const char* kind, const std::function<void(Warp&, int)>& toget
   return parity;
 }
 
+// Orders the threads of the warp: what one did before it is known to all after it.
+void Machine::sync_warp() {
+  meet("syncwarp", [&](Warp&, int) {
+    Clock together;
+    each_of_warp([&](Thread& thread) { join(together, thread.clock); });
+    each_of_warp([&](Thread& thread) {
+      thread.clock = together;
+      thread.next_step();
+    });
+  });
+}
+
+void Machine::write_global(const void* address, uint32_t bytes, bool atomically) {
+  if (!global_writes.conflicts(address, bytes, launch_.block, atomically)) return;
+  fault("block %d writes global memory that another block of the launch writes, too",
+        launch_.block);
+}
+
 void Machine::set_registers(int count, bool increase) {
   const int before = running_->registers;
   if (count % 8 != 0 || count < 24 || count > 256) fault("setmaxnreg to %d", count);
@@ -126,6 +144,7 @@ void Machine::draw_schedule() {
   sticky_chance_ = kStickiness[random.below(3)];
   yield_chance_ = kYield[random.below(3)];
   products_first_ = random.chance(512);
+  elected_lane_ = 1 + static_cast<int>(random.below(kWarp - 1));
   priority_.resize(launch_.threads / kWarp);
   for (std::size_t i = 0; i < priority_.size(); ++i) {
     priority_[i] = static_cast<int>(i);
@@ -198,10 +217,13 @@ Report Machine::run(const Launch& launch, const std::function<void()>& kernel) {
   }
   random.seed(launch.seed);
   draw_schedule();
-  memory.reset(launch.shared_bytes, 1024 + 16 * static_cast<uint32_t>(random.below(64)));
+  memory.reset(launch.shared_bytes, 1024 + 16 * static_cast<uint32_t>(random.below(64)),
+               launch.threads);
   barriers.reset(launch.shared_bytes);
   copies.reset();
-  for (MatrixUnit& unit : matrix) unit.reset();
+  for (std::size_t i = 0; i < matrix.size(); ++i) {
+    matrix[i].reset(static_cast<int>(i) * kWarpgroup);
+  }
   for (Warp& warp : warps_) {
     warp.arrived = 0;
     warp.meetings = 0;
@@ -217,6 +239,8 @@ Report Machine::run(const Launch& launch, const std::function<void()>& kernel) {
     thread.waiting = {};
     thread.registers = launch.registers_per_thread;
     thread.phases_seen.fill(0);
+    thread.clock.assign(static_cast<std::size_t>(launch.threads), 0);
+    thread.next_step();
     thread.unfenced.clear();
     thread.copies = CopyGroups();
     thread.products = MatrixQueue();

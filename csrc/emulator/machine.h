@@ -14,8 +14,10 @@
 #include <vector>
 
 #include "emulator/barriers.h"
+#include "emulator/clocks.h"
 #include "emulator/copies.h"
 #include "emulator/fiber.h"
+#include "emulator/global_writes.h"
 #include "emulator/matrix.h"
 #include "emulator/random.h"
 #include "emulator/shared_memory.h"
@@ -41,9 +43,13 @@ struct Thread {
   Waiting waiting;
   int registers = 0;               // 0 = as launched
   PhasesSeen phases_seen;          // of mbarriers that it waited for
+  Clock clock;                     // what it knows of the others' steps
   std::vector<uint32_t> unfenced;  // chunks written, but not yet visible to the async proxy
   CopyGroups copies;               // bulk stores that it issued
   MatrixQueue products;            // wgmma that it issued
+
+  Step step() const { return {index, clock[static_cast<std::size_t>(index)]}; }
+  void next_step() { ++clock[static_cast<std::size_t>(index)]; }
 };
 
 // The 32 threads of a warp meet for shuffles, votes and everything `.sync.aligned`.
@@ -83,7 +89,13 @@ class Machine {
   // For the primitives, on behalf of the running thread.
   Thread& thread() { return *running_; }
   Warp& warp() { return warps_[running_->index / kWarp]; }
+  template <class Function>
+  void each_of_warp(const Function& function) {
+    const int first = running_->index / kWarp * kWarp;
+    for (int lane = 0; lane < kWarp; ++lane) function(threads_[first + lane]);
+  }
   int lane() const { return running_->index % kWarp; }
+  int elected_lane() const { return elected_lane_; }
   const Launch& launch() const { return launch_; }
   void fault(const char* format, ...) __attribute__((format(printf, 2, 3)));
   void wait(WaitList& list, const Waiting& waiting);
@@ -92,12 +104,16 @@ class Machine {
   // All 32 threads of the warp come here with the same `kind`; `together` runs once, for the last.
   // Returns the parity of the meeting, under which `given` stays readable until the next but one.
   int meet(const char* kind, const std::function<void(Warp&, int)>& together = {});
+  void sync_warp();
   void set_registers(int count, bool increase);
+  // The running block writes global memory; `atomically`: adds to it.
+  void write_global(const void* address, uint32_t bytes, bool atomically);
 
   Random random;
   SharedMemory memory{*this};
   Barriers barriers{*this};
   Copies copies{*this};
+  GlobalWrites global_writes;  // of the launch
   std::array<MatrixUnit, kMaxThreads / kWarpgroup> matrix;
 
  private:
@@ -117,6 +133,7 @@ class Machine {
   std::array<Warp, kMaxThreads / kWarp> warps_;
   std::vector<int> priority_;  // of warps, for sticky schedules
   Thread* running_ = nullptr;
+  int elected_lane_ = 0;  // by elect.sync, of every warp; not 0, which would be too easy
   int ready_ = 0;
   int alive_ = 0;
   Report report_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 #include "emulator/machine.h"
 
@@ -43,7 +44,9 @@ int tile_column(int thread, int r) {
 
 }  // namespace
 
-void MatrixUnit::reset() {
+void MatrixUnit::reset(int first_thread) {
+  first_thread_ = first_thread;
+  for (auto& waits : waited_) waits.clear();
   products_.clear();
   accumulators_.clear();
   waiting_.clear();
@@ -105,6 +108,19 @@ void MatrixUnit::note_chunks(Machine& machine, Product& product) {
   std::sort(product.chunks.begin(), product.chunks.end());
 }
 
+// The last store of each thread into them: all that issue the product must know of it.
+void MatrixUnit::note_stores(Machine& machine, Product& product) {
+  std::map<int32_t, int32_t> last;
+  for (const uint32_t chunk : product.chunks) {
+    for (uint32_t byte = 0; byte < SharedMemory::kChunk; byte += 4) {
+      const uint32_t address = machine.memory.base() + chunk * SharedMemory::kChunk + byte;
+      const Step store = machine.memory.last_write(address);
+      if (store.thread >= 0) last[store.thread] = std::max(last[store.thread], store.at);
+    }
+  }
+  for (const auto& [thread, at] : last) product.stores.push_back({thread, at});
+}
+
 void MatrixUnit::issue(Machine& machine, const ProductShape& shape, float* registers,
                        uint64_t a_descriptor, const uint32_t* const* a, uint64_t b_descriptor,
                        bool accumulate) {
@@ -126,12 +142,19 @@ void MatrixUnit::issue(Machine& machine, const ProductShape& shape, float* regis
     made->accumulator = find_accumulator(t, registers, shape.columns);
     made->seen = thread.phases_seen;
     note_chunks(machine, *made);
+    note_stores(machine, *made);
+    machine.memory.note_product(made->chunks, thread.index / kThreads, index + 1);
     products_.push_back(std::move(made));
   }
   Product& p = product(index);
   if (!(p.shape == shape) || p.a_descriptor != a_descriptor || p.b_descriptor != b_descriptor ||
       p.accumulate != accumulate) {
     machine.fault("threads of a warpgroup issue different products");
+  }
+  for (const Step& store : p.stores) {
+    if (knows(thread.clock, store)) continue;
+    machine.fault("wgmma: nothing orders it after thread %d's store", store.thread);
+    break;
   }
   for (int i = 0; i < kMaxMBarriers; ++i) p.seen[i] = std::min(p.seen[i], thread.phases_seen[i]);
   if (shape.a_in_registers) {
@@ -169,6 +192,7 @@ void MatrixUnit::wait(Machine& machine, int groups_left) {
     machine.wait(waiting_, {"matrix products", static_cast<int64_t>(target)});
   }
   queue.groups.erase(queue.groups.begin(), queue.groups.begin() + finished);
+  waited_[t].push_back({machine.thread().step().at, target});
   for (uint64_t index = first_; index < target; ++index) {
     Product& p = product(index);
     p.retired = true;
@@ -208,14 +232,18 @@ bool MatrixUnit::ready() const {
   return next < products_.size() && products_[next]->arrived == kThreads;
 }
 
-bool MatrixUnit::reads(uint32_t first_chunk, uint32_t last_chunk) const {
-  for (auto p = products_.rbegin(); p != products_.rend(); ++p) {
-    if ((*p)->retired) return false;  // so are all before it
-    const auto& chunks = (*p)->chunks;
-    const auto found = std::lower_bound(chunks.begin(), chunks.end(), first_chunk);
-    if (found != chunks.end() && *found <= last_chunk) return true;
+uint64_t MatrixUnit::known_over(const Clock& clock) const {
+  uint64_t over = 0;
+  for (int t = 0; t < kThreads && first_thread_ + t < static_cast<int>(clock.size()); ++t) {
+    const int32_t known = clock[static_cast<std::size_t>(first_thread_ + t)];
+    const auto& waits = waited_[static_cast<std::size_t>(t)];
+    for (auto wait = waits.rbegin(); wait != waits.rend(); ++wait) {
+      if (wait->step > known) continue;
+      over = std::max(over, wait->products);
+      break;
+    }
   }
-  return false;
+  return over;
 }
 
 void MatrixUnit::run_one(Machine& machine) {

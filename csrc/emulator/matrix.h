@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "emulator/barriers.h"
+#include "emulator/clocks.h"
 
 namespace fused_attn::emulator {
 
@@ -41,7 +42,7 @@ class MatrixUnit {
  public:
   static constexpr int kRows = 64, kDepth = 16, kThreads = 128, kMaxColumns = 256;
 
-  void reset();
+  void reset(int first_thread);
 
   // On behalf of the running thread. `a` points to its four registers, or is null.
   void fence(Machine& machine);
@@ -53,7 +54,9 @@ class MatrixUnit {
 
   bool ready() const;  // a product that all threads issued can run
   void run_one(Machine& machine);
-  bool reads(uint32_t first_chunk, uint32_t last_chunk) const;
+  // How many products a thread that knows `clock` knows to be over: all that some thread of this
+  // warpgroup has waited for, as far as it knows.
+  uint64_t known_over(const Clock& clock) const;
   uint64_t executed() const { return executed_; }
 
  private:
@@ -75,18 +78,27 @@ class MatrixUnit {
     std::array<std::array<uint32_t, 4>, kThreads> a_value = {};
     PhasesSeen seen = {};          // the least of all threads
     std::vector<uint32_t> chunks;  // of shared memory that it reads
+    std::vector<Step> stores;      // of threads, the last ones to these
   };
   Product& product(uint64_t index) { return *products_[index - first_]; }
   std::shared_ptr<Accumulator> find_accumulator(int thread, float* registers, int columns);
   void lend(Accumulator& accumulator, int thread, float* registers);
   void give_back(Machine& machine, Accumulator& accumulator, int thread);
   void note_chunks(Machine& machine, Product& product);
+  void note_stores(Machine& machine, Product& product);
   void drop_retired();
 
   std::deque<std::unique_ptr<Product>> products_;
   uint64_t first_ = 0;  // index of products_.front()
   uint64_t executed_ = 0;
   std::vector<std::shared_ptr<Accumulator>> accumulators_;
+  // By thread: up to which of its steps how many products were over for it.
+  struct Waited {
+    int32_t step;
+    uint64_t products;
+  };
+  std::array<std::vector<Waited>, kThreads> waited_;
+  int first_thread_ = 0;
   WaitList waiting_;
 };
 

@@ -31,7 +31,7 @@ inline void sync_block() {
   machine().barriers.named(0, machine().launch().threads, true);
 }
 inline void sync_warp() {
-  machine().meet("syncwarp");
+  machine().sync_warp();
 }
 template <class T>
 T shuffle(T value, int lane) {
@@ -116,7 +116,13 @@ inline void fence_async() {
 
 // ---- Global memory ----
 
+template <class T>
+void global_store(T* to, const T& value) {
+  machine().write_global(to, sizeof(T), false);
+  *to = value;
+}
 inline void atomic_add(float* to, float value) {
+  machine().write_global(to, sizeof(float), true);
   *to += value;
 }
 
@@ -125,7 +131,9 @@ inline void atomic_add(float* to, float value) {
 inline void barrier_init(SharedAddress barrier, int arrivals, const char* name) {
   machine().barriers.init(barrier, arrivals, name);
 }
-inline void fence_barrier_init() {}
+inline void fence_barrier_init() {
+  machine().barriers.fence_init();
+}
 inline void barrier_expect(SharedAddress barrier, uint32_t bytes) {
   machine().barriers.expect(barrier, bytes);
 }
@@ -139,7 +147,7 @@ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
 // ---- Copies ----
 
 inline emulator::Copies::Coordinates coordinates(const TileAt& at) {
-  return {at.column, at.row, at.start, at.head, at.batch};
+  return {at.column, at.row, at.third, at.fourth, at.fifth};
 }
 template <Keep kKeep>
 void load_tile(SharedAddress to, const TensorMap& map, SharedAddress barrier, const TileAt& at) {
@@ -153,6 +161,14 @@ inline void load_bulk(SharedAddress to, const void* from, uint32_t bytes, Shared
 }
 inline void add_bulk(float* to, SharedAddress from, uint32_t bytes) {
   machine().copies.add_bulk(to, from, bytes);
+}
+// Which lane it is nobody promises, but it is always the same.
+inline void add_bulk_by_warp(float* to, SharedAddress from, uint32_t bytes) {
+  emulator::Machine& m = machine();
+  m.meet("elect");
+  if (m.lane() != m.elected_lane()) return;
+  m.copies.add_bulk(to, from, bytes);
+  m.copies.commit();
 }
 inline void commit_stores() {
   machine().copies.commit();

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <vector>
 
+#include "emulator/clocks.h"
+
 namespace fused_attn::emulator {
 
 class Machine;
@@ -17,7 +19,7 @@ class SharedMemory {
 
   explicit SharedMemory(Machine& machine) : machine_(machine) {}
   // The base is 1024-byte aligned or not, as on hardware, where only 16 bytes are promised.
-  void reset(uint32_t bytes, uint32_t base);
+  void reset(uint32_t bytes, uint32_t base, int threads);
 
   uint32_t base() const { return base_; }
   uint32_t offset(uint32_t address) const { return address - base_; }
@@ -29,6 +31,7 @@ class SharedMemory {
   T load(uint32_t address) {
     check_alignment(address, sizeof(T));
     check_load(address, sizeof(T));
+    note_load(address, sizeof(T));
     T value;
     std::memcpy(&value, bytes(address, sizeof(T), "load"), sizeof(T));
     return value;
@@ -42,7 +45,13 @@ class SharedMemory {
   void written_by_thread(uint32_t address, uint32_t count);
   void fence_async();  // fence.proxy.async of the running thread
 
+  void note_load(uint32_t address, uint32_t count);
+
   // The async proxy: copies and matrix products.
+  void check_source(uint32_t address, uint32_t count);  // a copy out of it was issued
+  // The `number`th product (from 1 on) of warpgroup `group` was issued, and reads these.
+  void note_product(const std::vector<uint32_t>& chunks, int group, uint64_t number);
+  Step last_write(uint32_t address) const;        // of the word there
   void poison(uint32_t address, uint32_t count);  // a copy into it was issued
   void expect(uint32_t address, uint32_t count, int barrier, uint64_t phase);
   void landed(uint32_t address, uint32_t count);
@@ -61,6 +70,10 @@ class SharedMemory {
   };
   void check_alignment(uint32_t address, uint32_t count);
   void check_load(uint32_t address, uint32_t count);
+  bool holds(uint32_t address, uint32_t count) const {
+    return address >= base_ && address - base_ + count <= size_;
+  }
+  uint32_t word(uint32_t address) const { return offset(address) / 4; }
   Chunk& chunk(uint32_t address) { return chunks_[offset(address) / kChunk]; }
 
   Machine& machine_;
@@ -68,6 +81,9 @@ class SharedMemory {
   uint32_t size_ = 0;
   std::vector<uint8_t> memory_;
   std::vector<Chunk> chunks_;
+  // By warpgroup: the last product that reads a chunk, 0 = none since it was written.
+  std::vector<std::vector<uint64_t>> products_;
+  Accesses accesses_;
 };
 
 }  // namespace fused_attn::emulator

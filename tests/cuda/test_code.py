@@ -88,6 +88,48 @@ def test_exponentials_are_single_instructions(kernels: list[Kernel]) -> None:
         assert kernel.count("CALL") == 0, kernel.name
 
 
+def exponentials_by_step(kernel: Kernel) -> list[tuple[int, int]]:
+    """(beside a product, all) of each step: from a wait that leaves a product in flight on."""
+    steps, beside, total, counting, waited = [], 0, 0, False, False
+    for line in kernel.text:
+        if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", line):
+            beside, total, counting, waited = 0, 0, True, False
+        elif "WARPGROUP.DEPBAR" in line:
+            waited = True
+        elif counting and "MUFU.EX2" in line:
+            total += 1
+            beside += not waited
+        elif counting and waited and "HGMMA" in line:
+            steps.append((beside, total))
+            counting = False
+    return [step for step in steps if step[1] >= 8]  # the rest is corrections
+
+
+@pytest.mark.parametrize(("name", "least"), [("forward_kernel", 4), ("dkdv_kernel", 2)])
+def test_exponentials_run_beside_a_product(kernels: list[Kernel], name: str, least: int) -> None:
+    """The compiler used to move most of them behind the wait for it."""
+    plain = [kernel for kernel in named(kernels, name) if "Lb0E" in kernel.name]
+    found = 0
+    for kernel in plain:
+        steps = exponentials_by_step(kernel)
+        head_dim = int(re.findall(r"Li(\d+)E", kernel.name)[0])
+        # Above 128 the warpgroup that holds dk has one product of two beside it.
+        share = 0.75 if name == "forward_kernel" or head_dim <= 128 else 0.3
+        for beside, total in steps:
+            assert beside >= share * total, (kernel.name, steps)
+        found += len(steps)
+    assert found >= least
+
+
+def test_descriptors_of_the_backward_are_in_uniform_registers(kernels: list[Kernel]) -> None:
+    """After a branch that is not uniform each product takes two moves into them."""
+    for kernel in named(kernels, "dkdv_kernel"):
+        opcodes = kernel.opcodes
+        products = [i for i, opcode in enumerate(opcodes) if opcode.startswith("HGMMA")]
+        moves = sum(x.startswith("R2UR") for x in opcodes[products[0] : products[-1]])
+        assert moves <= len(products) / 4, (kernel.name, moves, len(products))
+
+
 def test_no_register_of_a_product_in_flight_is_touched(kernels: list[Kernel]) -> None:
     products = 0
     for kernel in kernels:

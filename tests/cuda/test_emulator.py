@@ -20,7 +20,7 @@ SCHEDULES = range(10)
 
 # What the report must say; which of several depends on the schedule.
 EXPECTED: dict[str, str | tuple[str, ...]] = {
-    "no full wait": "without a wait for full",
+    "no full wait": ("without a wait for full", "deadlock"),
     "wrong phase": ("deadlock", "nobody has written yet", "without a wait for full", "still read"),
     "no release": "deadlock: warp 0 waits for mbarrier empty",
     "early release": "while a matrix product may still read it",
@@ -48,8 +48,20 @@ EXPECTED: dict[str, str | tuple[str, ...]] = {
     "reduction forgotten": "not committed",
     "misaligned reduction": "not 16-byte aligned",
     "no reduction wait": "bulk stores may read shared memory",
+    "one lane waits": ("bulk stores may read shared memory", "bulk store may still read it"),
     "load skipped": "waits for mbarrier full",
     "visit skipped": ("loads are on their way", "wrong result"),
+    "one arrival": "copy into shared offset",
+    "unordered load": "nothing orders it after thread",
+    "unordered store": "nothing orders it after thread",
+    "unordered copy": "copy from shared offset",
+    "unordered product": "wgmma: nothing orders it after thread",
+    "no init fence": "initialised without a fence",
+    "no init barrier": ("nothing orders this use of mbarrier", "no mbarrier was initialised"),
+    "two blocks": "global memory that another block of the launch writes",
+    "two blocks add": "global memory that another block of the launch writes",
+    "partial piece": "writes past the 60 columns of its map",
+    "shifted map": "whose base is not its tensor's own pointer",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,13 @@ def test_the_norms_run_where_there_is_code_for_them(machine, capability, archs, 
     assert (reasons == []) == runs, reasons
 
 
+def test_this_build_left_nothing_out_because_it_failed() -> None:
+    """`auto` builds without CUDA rather than not at all; it should not come to that here."""
+    if (missing := native.why_not()) is not None:
+        pytest.skip(missing)
+    assert "failed" not in native.module().build_info()["cuda_missing"]
+
+
 def test_info_says_what_the_build_lacks(machine) -> None:
     machine(cuda=False, cuda_missing="nvcc 11.8 is older than 12.3")
     assert "nvcc 11.8 is older than 12.3" in info._native()
@@ -153,7 +161,7 @@ emulated = pytest.mark.skipif(
 def test_a_failed_launch_says_what_failed_and_the_next_call_works() -> None:
     q = torch.randn(1, 2, 5, 8).half().requires_grad_()
     expected = fused_attn.attention(q, q, q, backend="cuda")
-    fail = cuda_runtime.module().fail_next_launch
+    fail = functools.partial(cuda_runtime.module().fail_next_call, "cudaLaunchKernelExC")
     fail(9, "cudaErrorInvalidConfiguration")
     with pytest.raises(RuntimeError) as caught:
         fused_attn.attention(q, q, q, backend="cuda")
@@ -173,7 +181,7 @@ def test_a_failed_launch_says_what_failed_and_the_next_call_works() -> None:
 @emulated
 def test_a_failed_norm_says_so_too() -> None:
     x = torch.randn(3, 8).half()
-    cuda_runtime.module().fail_next_launch(9, "cudaErrorInvalidConfiguration")
+    cuda_runtime.module().fail_next_call("cudaLaunchKernelExC", 9, "cudaErrorInvalidConfiguration")
     with pytest.raises(RuntimeError, match=r"cudaErrorInvalidConfiguration[\s\S]*in layer_norm on"):
         fused_attn.layer_norm(x, (8,), backend="cuda")
     assert fused_attn.layer_norm(x, (8,), backend="cuda").isfinite().all()
@@ -191,7 +199,7 @@ def test_a_failed_norm_says_so_too() -> None:
 )
 def test_errors_that_cost_the_context_are_told_apart(code: int, name: str, lost: bool) -> None:
     x = torch.randn(1, 1, 4, 8).half()
-    cuda_runtime.module().fail_next_launch(code, name)
+    cuda_runtime.module().fail_next_call("cudaLaunchKernelExC", code, name)
     with pytest.raises(RuntimeError, match=name) as caught:
         fused_attn.attention(x, x, x, backend="cuda")
     assert ("CUDA_LAUNCH_BLOCKING=1" in str(caught.value)) == lost

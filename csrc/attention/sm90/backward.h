@@ -74,7 +74,7 @@ FUSED_ATTN_DEVICE void add_to_bias(const float (&ds)[kCount], const BackwardProb
     if (p.dbias_shared) {
       device::atomic_add(to, ds[i]);
     } else {
-      *to = ds[i];
+      device::global_store(to, ds[i]);
     }
   }
 }
@@ -133,7 +133,10 @@ FUSED_ATTN_DEVICE void differentiate_scores(float (&scores)[kCount], const float
     if (kBias && p.dbias != nullptr) add_to_bias(scores, p, at, block.band);
     if (p.softcap > 0.0f) {
       FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < kCount; ++i) scores[i] *= slope.value[i];
+      for (int i = 0; i < kCount; ++i) {
+        // The slope of a hidden score need not be a number.
+        scores[i] = scores[i] == 0.0f ? 0.0f : scores[i] * slope.value[i];
+      }
     }
   }
   pack_pairs<typename Config::Element>(scores, packed);

@@ -10,29 +10,36 @@ namespace fused_attn::attention {
 using device::Keep;
 using device::TileAt;
 
-// Row `row` of a sequence of `length` rows from row `start` on, in a ragged tensor map
-// (tensor_map.h) of a window of `window` rows.
-struct RaggedRows {
-  int start, length, window, head, batch;
+// The rows of a sequence in a tensor map: `length` of them from row `start` on.
+struct SequenceRows {
+  bool packed;
+  int start, length, head, batch;
 
   FUSED_ATTN_DEVICE TileAt at(int column, int row) const {
-    return {column, window - length + row, start + length, head, batch};
+    if (!packed) return {column, row, 0, head, batch};
+    return {column, kRaggedRows - length + row, start + length, kRaggedRows, head};
   }
 };
 
-FUSED_ATTN_DEVICE RaggedRows query_rows(const DeviceProblem& p, const Sequence& s, int head) {
-  return {s.start_q, s.seqlen_q, p.seqlen_q, head, s.tensor_batch};
+FUSED_ATTN_DEVICE SequenceRows query_rows(const DeviceProblem& p, const Sequence& s, int head) {
+  return {p.cu_seqlens_q != nullptr, s.start_q, s.seqlen_q, head, s.tensor_batch};
 }
-// The keys that somebody may see; the copy engine reads zeros past them.
-FUSED_ATTN_DEVICE RaggedRows key_rows(const DeviceProblem& p, const Sequence& s, const Band& band,
-                                      int head_kv) {
-  return {s.start_k, band.key_end(), p.seqlen_k, head_kv, s.tensor_batch};
+// Packed, the copy engine reads zeros past the last key that somebody may see; dense, only past the
+// end of the tensor.
+FUSED_ATTN_DEVICE SequenceRows key_rows(const DeviceProblem& p, const Sequence& s, const Band& band,
+                                        int head_kv) {
+  return {p.cu_seqlens_k != nullptr, s.start_k, band.key_end(), head_kv, s.tensor_batch};
+}
+// May the keys [.., end) have one, as they are copied, that lies past all that somebody may see,
+// and is no zero?
+FUSED_ATTN_DEVICE bool reads_past_keys(const DeviceProblem& p, const Band& band, int end) {
+  return p.cu_seqlens_k == nullptr && end > band.key_end() && band.key_end() < p.seqlen_k;
 }
 
 // All panels of a tile, by one thread; `barrier` must expect its bytes.
 template <class Tile, Keep kKeep>
 FUSED_ATTN_DEVICE void load_panels(SharedAddress to, const TensorMap& map, SharedAddress barrier,
-                                   const RaggedRows& rows, int row) {
+                                   const SequenceRows& rows, int row) {
   FUSED_ATTN_UNROLL_LOOP
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     device::load_tile<kKeep>(to + panel * Tile::kPanelBytes, map, barrier,
@@ -43,7 +50,7 @@ FUSED_ATTN_DEVICE void load_panels(SharedAddress to, const TensorMap& map, Share
 // 64 rows of a tile from `row` on to global memory, by one thread.
 template <class Tile>
 FUSED_ATTN_DEVICE void store_panels(const TensorMap& map, SharedAddress tile, int row,
-                                    const RaggedRows& rows, int to_row) {
+                                    const SequenceRows& rows, int to_row) {
   FUSED_ATTN_UNROLL_LOOP
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     device::store_tile(map, tile + panel * Tile::kPanelBytes + row * kTileRowBytes,
@@ -78,7 +85,7 @@ FUSED_ATTN_DEVICE void fragment_to_tile(const float (&x)[kCount], SharedAddress 
 // warpgroup's first, `rows_there` those of the tensor.
 template <class Element, int kCount>
 FUSED_ATTN_DEVICE void store_elements(const float (&x)[kCount], const DeviceView& view,
-                                      const RaggedRows& rows, int rows_there, int columns,
+                                      const SequenceRows& rows, int rows_there, int columns,
                                       int row) {
   const Fragment fragment(device::thread_index() % device::kWarpgroupThreads);
   FUSED_ATTN_UNROLL_LOOP
@@ -87,8 +94,9 @@ FUSED_ATTN_DEVICE void store_elements(const float (&x)[kCount], const DeviceView
     if (r >= rows.length || rows.start + r >= rows_there) continue;
     uint16_t* to = const_cast<uint16_t*>(view.at<uint16_t>(rows.batch, rows.head, rows.start + r));
     const uint32_t pair = Element::pack(x[i], x[i + 1]);
-    if (column < columns) to[column * view.stride[3]] = static_cast<uint16_t>(pair);
-    if (column + 1 < columns) to[(column + 1) * view.stride[3]] = static_cast<uint16_t>(pair >> 16);
+    const auto low = static_cast<uint16_t>(pair), high = static_cast<uint16_t>(pair >> 16);
+    if (column < columns) device::global_store(to + column * view.stride[3], low);
+    if (column + 1 < columns) device::global_store(to + (column + 1) * view.stride[3], high);
   }
 }
 
@@ -206,15 +214,16 @@ struct Block {
     return tile;
   }
 
-  // May the tile hold a key that no query of the sequence sees? (Past the end of the keys the copy
-  // engine writes zeros.)
+  // May the tile hold a key that no query of the sequence sees?
   FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p, int tile) const {
     return (padding.present() && kind(tile) == TileKind::kMasked) ||
-           tile * Config::kBlockN < band.key_begin() || (Config::kGeneral && masks_elements(p));
+           tile * Config::kBlockN < band.key_begin() ||
+           reads_past_keys(p, band, (tile + 1) * Config::kBlockN) ||
+           (Config::kGeneral && masks_elements(p));
   }
   // By band or padding.
   FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& /*p*/, int key) const {
-    if (key < band.key_begin()) return true;
+    if (key < band.key_begin() || key >= band.key_end()) return true;
     if (!padding.present()) return false;
     const uint32_t bits = padding.word(key / Config::kBlockN, key % Config::kBlockN / 32);
     return (bits >> key % 32 & 1) == 0;
@@ -273,9 +282,9 @@ class TileCleaner {
     const bool suspect = Config::kGeneral && masks_elements(p_) && any_not_finite(tile, begin, end);
     FUSED_ATTN_KEEP_LOOP
     for (int row = begin; row < end; ++row) {
-      const bool hidden = block_.hides_key(p_, first_key + row) ||
-                          (suspect && any_not_finite(tile, row, row + 1) &&
-                           first_key + row < block_.band.key_end() && nobody_sees(first_key + row));
+      const bool hidden =
+          block_.hides_key(p_, first_key + row) ||
+          (suspect && any_not_finite(tile, row, row + 1) && nobody_sees(first_key + row));
       if (!hidden) continue;
       FUSED_ATTN_UNROLL_LOOP
       for (int panel = 0; panel < KvTile::kPanels; ++panel) {

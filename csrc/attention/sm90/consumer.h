@@ -40,9 +40,27 @@ class Consumer {
   // q . k.
   FUSED_ATTN_DEVICE float scale() const { return Config::kGeneral ? 1.0f : p_.scale; }
   FUSED_ATTN_DEVICE float scale_log2() const { return Config::kGeneral ? kLog2E : p_.scale_log2; }
-  // This warpgroup has read what the barrier is the "empty" one of.
+  // This warpgroup's products have read what the barrier is the "empty" one of: one thread that has
+  // waited for them knows it.
   FUSED_ATTN_DEVICE void release(SharedAddress empty) const {
     if (thread_ == 0) device::barrier_arrive(empty);
+  }
+  // The same where threads have read it, too: of their loads nobody knows but they, so that every
+  // warp arrives.
+  FUSED_ATTN_DEVICE void release_by_warps(SharedAddress empty) const {
+    device::sync_warp();
+    if (thread_ % device::kWarpThreads == 0) device::barrier_arrive(empty);
+  }
+
+  // Ends a basic block: the compiler would put off what is computed before it behind the wait for a
+  // product that follows, where it does not run beside the product. `complete`: a barrier whose
+  // only phase is long over. General kernels have branches enough.
+  template <int kCount, class Number>
+  static FUSED_ATTN_DEVICE void finish_before_wait(Number (&results)[kCount],
+                                                   SharedAddress complete) {
+    if constexpr (Config::kGeneral) return;
+    device::keep_in_registers(results);
+    device::barrier_wait(complete, 0);
   }
 
   const Problem& p_;
@@ -99,7 +117,7 @@ struct Destination {
 // of `tile` from `row` on, which the warpgroup must have read for good. `barrier` gathers it.
 template <class Element, class Tile, int kCount>
 FUSED_ATTN_DEVICE void store_rows(const float (&x)[kCount], const Destination& to,
-                                  const RaggedRows& rows, int to_row, SharedAddress tile, int row,
+                                  const SequenceRows& rows, int to_row, SharedAddress tile, int row,
                                   int barrier) {
   if (!to.by_tile) {
     store_elements<Element>(x, to.view, rows, to.rows_there, to.columns, to_row);

@@ -27,7 +27,9 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
   const int64_t to = statistics_at(p, sequence, head, row);
   if (p.dq_sum != nullptr) {
     const int columns = dq_sum_columns(p);
-    for (int c = lane; c < columns; c += device::kWarpThreads) p.dq_sum[to * columns + c] = 0.0f;
+    for (int c = lane; c < columns; c += device::kWarpThreads) {
+      device::global_store(p.dq_sum + to * columns + c, 0.0f);
+    }
   }
   float sum = 0.0f, lse = -device::infinity();
   const int in_tensor = sequence.start_q + row;
@@ -51,9 +53,9 @@ delta_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p) {
   }
   // A row that sees nothing, or is not there, gets probabilities of 0. A base that is not 0 asks
   // the forward kernel for the statistics of the row.
-  p.lse2[to] = seen ? lse * kLog2E : device::infinity();
-  p.base[to] = seen && device::magnitude(lse) > kMaxLse ? 1.0f : 0.0f;
-  p.delta[to] = seen ? sum : 0.0f;
+  device::global_store(p.lse2 + to, seen ? lse * kLog2E : device::infinity());
+  device::global_store(p.base + to, seen && device::magnitude(lse) > kMaxLse ? 1.0f : 0.0f);
+  device::global_store(p.delta + to, seen ? sum : 0.0f);
 }
 
 }  // namespace fused_attn::attention

@@ -7,9 +7,9 @@
 // Barriers, and how often each must be arrived at:
 //   kv_full             1   producer, with the bytes of k and v             waits: consumers, once
 //   q_full[stage]       1   producer, with the bytes of q and lse           waits: consumers
-//   q_empty[stage]      kGroups   a thread of each consumer                 waits: producer
+//   q_empty[stage]      4 kGroups   each warp of each consumer              waits: producer
 //   dout_full[stage]    1   producer, with the bytes of dout and delta      waits: consumers
-//   dout_empty[stage]   kGroups   a thread of each consumer                 waits: producer
+//   dout_empty[stage]   4 kGroups   each warp of each consumer              waits: producer
 //   named 1 + group     1 warpgroup                      waits: all of it, before a store
 //   named 1 + kGroups   both consumers                   waits: both, when ds^T or k is handed over
 #pragma once
@@ -105,13 +105,17 @@ struct DkDvShared : SharedBase<Config> {
   FUSED_ATTN_DEVICE SharedAddress dout_full(int stage) const { return this->barrier(2, stage); }
   FUSED_ATTN_DEVICE SharedAddress dout_empty(int stage) const { return this->barrier(3, stage); }
 
+  // The consumers read the statistics of a stage with plain loads.
+  static constexpr int kConsumerWarps =
+      Config::kGroups * device::kWarpgroupThreads / device::kWarpThreads;
+
   FUSED_ATTN_DEVICE void init_barriers() const {
     device::barrier_init(kv_full(), 1, "kv_full");
     for (int stage = 0; stage < Config::kStages; ++stage) {
       device::barrier_init(q_full(stage), 1, "q_full");
-      device::barrier_init(q_empty(stage), Config::kGroups, "q_empty");
+      device::barrier_init(q_empty(stage), kConsumerWarps, "q_empty");
       device::barrier_init(dout_full(stage), 1, "dout_full");
-      device::barrier_init(dout_empty(stage), Config::kGroups, "dout_empty");
+      device::barrier_init(dout_empty(stage), kConsumerWarps, "dout_empty");
     }
     device::fence_barrier_init();
   }
@@ -125,7 +129,7 @@ class DkDvProducer {
       : maps_(maps), p_(p), block_(block), shared_(shared) {}
 
   FUSED_ATTN_DEVICE void load() const {
-    const RaggedRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
+    const SequenceRows keys = key_rows(p_, block_.sequence, block_.band, block_.head_kv);
     device::barrier_expect(shared_.kv_full(), 2 * Config::KvTile::kBytes);
     load_panels<typename Config::KvTile, Keep::kBriefly>(shared_.k(), maps_.k, shared_.kv_full(),
                                                          keys, block_.key_begin);
@@ -145,7 +149,7 @@ class DkDvProducer {
 
  private:
   FUSED_ATTN_DEVICE void load_queries(int head, int tile, const Ring<Config::kStages>& ring) const {
-    const RaggedRows queries = query_rows(p_, block_.sequence, head);
+    const SequenceRows queries = query_rows(p_, block_.sequence, head);
     const int row = tile * Config::kBlockM, stage = ring.stage;
     const int64_t statistics = statistics_at(p_, block_.sequence, head, row);
     const uint32_t bytes = Config::QTile::kBytes + Config::kStatisticsBytes;
@@ -173,7 +177,7 @@ template <class Config>
 class DkDvConsumer : Consumer<Config, BackwardProblem> {
   using Base = Consumer<Config, BackwardProblem>;
   using Base::fragment_, Base::group_, Base::p_, Base::ring_, Base::thread_;
-  using Base::release, Base::scale_log2;
+  using Base::release_by_warps, Base::scale_log2;
 
  public:
   FUSED_ATTN_DEVICE DkDvConsumer(const DkDvMaps& maps, const BackwardProblem& p,
@@ -263,6 +267,7 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::keep_in_registers(scores_);
     recompute<kMasked>(at, base, slope);
     pack_probabilities();
+    Base::finish_before_wait(probabilities_, shared_.kv_full());
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     issue_gradient(dv_, probabilities_, shared_.dout(stage));
@@ -282,10 +287,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::keep_in_registers(dk_);
     device::keep_in_registers(probabilities_);
     device::keep_in_registers(packed_);
-    // One thread arrives for all: a product that all took part in tells that the others have read
-    // the statistics, too.
-    release(shared_.dout_empty(stage));
-    release(shared_.q_empty(stage));
+    release_by_warps(shared_.dout_empty(stage));
+    release_by_warps(shared_.q_empty(stage));
     if constexpr (Config::kDq) {
       device::mma_wait<0>();
       device::keep_in_registers(dq);
@@ -312,8 +315,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::mma_wait<0>();
     device::keep_in_registers(dk_);
     device::keep_in_registers(probabilities_);
-    release(shared_.q_empty(stage));
-    release(shared_.dout_empty(stage));
+    release_by_warps(shared_.q_empty(stage));
+    release_by_warps(shared_.dout_empty(stage));
     if constexpr (Config::kDq) {
       FUSED_ATTN_KEEP_LOOP
       for (int panel = 0; panel < Config::KvTile::kPanels; ++panel) {
@@ -338,6 +341,7 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::mma_wait<1>();
     device::keep_in_registers(scores_);
     recompute<kMasked>(at, base, slope);
+    Base::finish_before_wait(scores_, shared_.kv_full());
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     differentiate<kMasked>(at, slope);
@@ -347,8 +351,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     device::mma_wait<0>();
     device::keep_in_registers(dk_);
     device::keep_in_registers(packed_);
-    release(shared_.dout_empty(stage));
-    release(shared_.q_empty(stage));
+    release_by_warps(shared_.dout_empty(stage));
+    release_by_warps(shared_.q_empty(stage));
   }
 
   // Before the warpgroups meet.
@@ -419,7 +423,7 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
   }
 
   FUSED_ATTN_DEVICE void finish() {
-    if (Config::kDq && thread_ % device::kWarpThreads == 0) device::wait_stores();
+    if (Config::kDq) device::wait_stores();
     const float keep_scale = kGeneral ? p_.keep_scale : 1.0f;
     if constexpr (Config::kSplit) {
       FUSED_ATTN_UNROLL_LOOP
@@ -453,7 +457,8 @@ class DkDvConsumer : Consumer<Config, BackwardProblem> {
     const KeyBlock<Config> block(p_, device::block_index());
     const Sequence& s = block.sequence;
     // All keys, those that nobody sees too: their gradient is 0.
-    const RaggedRows rows{s.start_k, s.seqlen_k, p_.seqlen_k, block.head_kv, s.tensor_batch};
+    const SequenceRows rows{p_.cu_seqlens_k != nullptr, s.start_k, s.seqlen_k, block.head_kv,
+                            s.tensor_batch};
     store_rows<typename Config::Element, KvTile>(x, {map, view, by_tile, p_.rows_k, columns}, rows,
                                                  block.key_begin + row_, tile, row_, 1 + group_);
   }

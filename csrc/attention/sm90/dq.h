@@ -79,7 +79,7 @@ class DqProducer {
       : maps_(maps), p_(p), block_(block), shared_(shared) {}
 
   FUSED_ATTN_DEVICE void load() const {
-    const RaggedRows queries = query_rows(p_, block_.sequence, block_.head);
+    const SequenceRows queries = query_rows(p_, block_.sequence, block_.head);
     device::barrier_expect(shared_.q_full(), 2 * Config::QTile::kBytes);
     load_panels<typename Config::QTile, Keep::kBriefly>(shared_.q(), maps_.q, shared_.q_full(),
                                                         queries, block_.query_begin);
@@ -184,6 +184,7 @@ class DqConsumer : Consumer<Config, BackwardProblem> {
     recompute_probabilities<Config, kMasked>(
         scores_, p_, at, block_, scale_log2(), slope, hide, [&](int) { return lse2_; },
         kMasked && shared_.has_base(), subtract);
+    Base::finish_before_wait(scores_, shared_.q_full());
     device::mma_wait<0>();
     device::keep_in_registers(dp_);
     release(shared_.v_empty(stage));

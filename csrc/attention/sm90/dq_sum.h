@@ -66,11 +66,14 @@ struct DqAdder {
                                     const Sequence& sequence, int head, int tile, int panel,
                                     int group, SharedAddress stage) {
     const int thread = device::opaque(device::thread_index()) % device::kWarpgroupThreads;
-    const int lane = thread % device::kWarpThreads, warp = thread / device::kWarpThreads;
+    const int lane = thread % device::kWarpThreads;
+    // The same for the whole warp, and known to be so: after a branch that is not, descriptors
+    // would be worked out by every thread.
+    const int warp = device::shuffle(thread / device::kWarpThreads, 0);
     const int slice = panel * 4 + warp;
     if (slice * kSliceColumns >= p.head_dim) return;
     stage += (Config::kSplit ? warp : group * 4 + warp) * Config::kDqStageBytes;
-    if (lane == 0) device::wait_stores();
+    device::wait_stores();
     device::sync_warp();
     FUSED_ATTN_UNROLL_LOOP
     for (int i = 0; i < kQueries / 2; i += 4) {
@@ -79,11 +82,9 @@ struct DqAdder {
     }
     device::fence_async();
     device::sync_warp();
-    if (lane != 0) return;
     const int query = tile * Config::kBlockM + first_query(group);
-    device::add_bulk(dq_piece(p, sequence, head, Config::kBlockM, query, slice), stage,
-                     Config::kDqStageBytes);
-    device::commit_stores();
+    device::add_bulk_by_warp(dq_piece(p, sequence, head, Config::kBlockM, query, slice), stage,
+                             Config::kDqStageBytes);
   }
 };
 
@@ -123,15 +124,16 @@ convert_dq_kernel(FUSED_ATTN_GRID_CONSTANT BackwardProblem p, const int block_m)
   const int column = slice * kSliceColumns;
   if (p.dq_by_tile && column + kSliceColumns <= p.head_dim) {
     auto* whole = reinterpret_cast<Pairs*>(to + column);
-    whole[0] = pairs[0];
-    whole[1] = pairs[1];
+    device::global_store(whole, pairs[0]);
+    device::global_store(whole + 1, pairs[1]);
     return;
   }
   FUSED_ATTN_UNROLL_LOOP
   for (int c = 0; c < kSliceColumns; ++c) {
     const uint32_t pair = pairs[c / 8].value[c % 8 / 2];
     if (column + c < p.head_dim) {
-      to[(column + c) * p.dq.stride[3]] = static_cast<uint16_t>(c % 2 == 0 ? pair : pair >> 16);
+      device::global_store(to + (column + c) * p.dq.stride[3],
+                           static_cast<uint16_t>(c % 2 == 0 ? pair : pair >> 16));
     }
   }
 }

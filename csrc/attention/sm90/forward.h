@@ -177,6 +177,7 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
     release(shared_.k_empty(ring_.stage));
     float correction[2];
     softmax_step<kMasked>(tile, correction);
+    Base::finish_before_wait(scores_, shared_.q_full());
     device::mma_wait<0>();
     device::keep_in_registers(out_);
     device::keep_in_registers(packed_);
@@ -254,8 +255,10 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
   FUSED_ATTN_DEVICE void store_lse(int row) const {
     const int i = query() + 8 * row;
     if (i >= block_.sequence.seqlen_q || block_.sequence.start_q + i >= p_.rows_q) return;
-    p_.lse[block_.sequence.tensor_batch * p_.lse_stride[0] + block_.head * p_.lse_stride[1] +
-           (block_.sequence.start_q + i) * p_.lse_stride[2]] = softmax_.lse(row, scale());
+    float* const row_of_lse =
+        p_.lse + block_.sequence.tensor_batch * p_.lse_stride[0] + block_.head * p_.lse_stride[1];
+    device::global_store(row_of_lse + (block_.sequence.start_q + i) * p_.lse_stride[2],
+                         softmax_.lse(row, scale()));
   }
 
   FUSED_ATTN_DEVICE void store_statistics(int row) const {
@@ -263,8 +266,8 @@ class ForwardConsumer : Consumer<Config, DeviceProblem> {
     if (i >= block_.sequence.seqlen_q) return;
     const int64_t at = statistics_at(p_, block_.sequence, block_.head, i);
     if (p_.base[at] == 0.0f) return;
-    p_.base[at] = softmax_.max[row];
-    p_.lse2[at] = device::log2_fast(softmax_.sum[row]);
+    device::global_store(p_.base + at, softmax_.max[row]);
+    device::global_store(p_.lse2 + at, device::log2_fast(softmax_.sum[row]));
   }
 
   FUSED_ATTN_DEVICE int query() const { return block_.query_begin + group_ * 64 + fragment_.row; }

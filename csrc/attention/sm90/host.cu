@@ -22,8 +22,11 @@ DeviceView device_view(const View4& view) {
   return result;
 }
 
-bool can_map(const View4& view) {
-  return device::can_map(view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]);
+// Can tiles be stored to it? The copy engine writes whole pieces of 16 bytes: where a row of the
+// tensor ends within one, it would write over what comes next.
+bool takes_tiles(const View4& view, int64_t columns) {
+  return columns % 8 == 0 &&
+         device::can_map(view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]);
 }
 
 void set_dropout(const Params& p, DeviceProblem& d) {
@@ -41,21 +44,21 @@ int fit_together(const Params& p, int64_t rows, int64_t shared_by, int64_t heads
 }
 
 struct Extent {
-  int64_t heads, rows, window;
+  int64_t heads, rows;
 };
 
 TensorMap map_of(const Params& p, const View4& view, const Extent& extent, int64_t columns,
                  int box_rows) {
   device::MapRequest request;
   request.data = view.data;
-  request.batch = p.cu_seqlens_q != nullptr ? 1 : p.batch;
+  request.packed = p.cu_seqlens_q != nullptr;
+  request.batch = request.packed ? 1 : p.batch;
   request.heads = extent.heads;
-  request.rows = extent.rows;
+  request.rows = std::max<int64_t>(extent.rows, 1);  // a map cannot be empty
   request.columns = columns;
   request.stride_batch = view.stride[0];
   request.stride_head = view.stride[1];
   request.stride_row = view.stride[2];
-  request.window = std::max<int64_t>(extent.window, 1);  // a map cannot be empty
   request.box_rows = box_rows;
   return device::cached_tensor_map(request);
 }
@@ -94,7 +97,7 @@ DeviceProblem device_problem(const Params& p) {
   d.heads_together = fit_together(p, p.seqlen_k, d.group, p.batch * p.num_heads);
   d.key_heads_together = fit_together(p, p.seqlen_q * d.group, 1, p.batch * p.num_heads_kv);
   d.out = device_view(p.out);
-  d.out_by_tile = can_map(p.out);
+  d.out_by_tile = takes_tiles(p.out, p.head_dim_v);
   d.lse = static_cast<float*>(p.lse.data);
   std::copy(p.lse.stride, p.lse.stride + 3, d.lse_stride);
   // The running maximum is taken of q . k itself, which a scale that is not positive would turn.
@@ -121,9 +124,9 @@ BackwardProblem backward_problem(const BackwardParams& p, const Workspace& works
   d.dq = device_view(p.dq);
   d.dk = device_view(p.dk);
   d.dv = device_view(p.dv);
-  d.dq_by_tile = can_map(p.dq);
-  d.dk_by_tile = can_map(p.dk);
-  d.dv_by_tile = can_map(p.dv);
+  d.dq_by_tile = takes_tiles(p.dq, p.head_dim);
+  d.dk_by_tile = takes_tiles(p.dk, p.head_dim);
+  d.dv_by_tile = takes_tiles(p.dv, p.head_dim_v);
   d.dbias = static_cast<float*>(p.dbias.data);
   std::copy(p.dbias.stride, p.dbias.stride + 4, d.dbias_stride);
   const int64_t size[] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
@@ -140,11 +143,11 @@ int64_t statistics_rows(const Params& p) {
 }
 
 TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows) {
-  return map_of(p, view, {p.num_heads, p.rows_q, p.seqlen_q}, columns, box_rows);
+  return map_of(p, view, {p.num_heads, p.rows_q}, columns, box_rows);
 }
 
 TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows) {
-  return map_of(p, view, {p.num_heads_kv, p.rows_k, p.seqlen_k}, columns, box_rows);
+  return map_of(p, view, {p.num_heads_kv, p.rows_k}, columns, box_rows);
 }
 
 namespace {

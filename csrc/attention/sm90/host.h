@@ -27,7 +27,7 @@ int64_t statistics_rows(const Params& p);
 
 BackwardProblem backward_problem(const BackwardParams& p, const Workspace& workspace);
 
-// Ragged tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of
+// Tensor maps of q, out and their gradients, and of k, v and theirs, for tiles of
 // `box_rows`.
 TensorMap query_map(const Params& p, const View4& view, int64_t columns, int box_rows);
 TensorMap key_map(const Params& p, const View4& view, int64_t columns, int box_rows);

@@ -19,10 +19,10 @@ struct KeyBlock {
                                p.key_heads_together)) {}
 
   FUSED_ATTN_DEVICE bool empty() const { return key_begin >= sequence.seqlen_k; }
-  // May the block hold a key that no query of the sequence sees? (Past the end of the keys the copy
-  // engine writes zeros.)
+  // May the block hold a key that no query of the sequence sees?
   FUSED_ATTN_DEVICE bool hides_keys(const DeviceProblem& p) const {
     return p.key_padding != nullptr || key_begin < band.key_begin() ||
+           reads_past_keys(p, band, key_begin + Config::kBlockN) ||
            (Config::kGeneral && masks_elements(p));
   }
   // Does a bool mask hide query tile `tile` of head `g` of the group as a whole? `words`: shared
@@ -49,7 +49,7 @@ struct KeyBlock {
   }
   // By band or padding.
   FUSED_ATTN_DEVICE bool hides_key(const DeviceProblem& p, int key) const {
-    return key < band.key_begin() || padded(p, key);
+    return key < band.key_begin() || key >= band.key_end() || padded(p, key);
   }
   FUSED_ATTN_DEVICE bool padded(const DeviceProblem& p, int key) const {
     return p.key_padding != nullptr && key < band.key_end() &&

@@ -232,7 +232,7 @@ norm_column_sum_kernel(const float* const parts, const int count, const int widt
   for (int s = 1; s < kShare; ++s) {
     sum += device::shared_load_float(shared + 4 * (device::thread_index() + s * kSumColumns));
   }
-  static_cast<typename T::Bits*>(to)[column] = T::narrow(sum);
+  device::global_store(static_cast<typename T::Bits*>(to) + column, T::narrow(sum));
 }
 
 }  // namespace fused_attn::layer_norm

@@ -44,8 +44,10 @@ class ForwardRow {
       store<T>(y, column, result);
     });
     if (device::thread_index() % Shape::kThreads != 0) return;
-    if (p_.mean != nullptr) p_.mean[row_] = mean * power.inverse;
-    if (p_.rstd != nullptr) p_.rstd[row_] = product_of_any_size(rstd, power.factor);
+    if (p_.mean != nullptr) device::global_store(p_.mean + row_, mean * power.inverse);
+    if (p_.rstd != nullptr) {
+      device::global_store(p_.rstd + row_, product_of_any_size(rstd, power.factor));
+    }
   }
 
  private:

@@ -74,7 +74,7 @@ void with_type(DType dtype, const Call& call) {
 }
 
 void add_up(const float* parts, int64_t count, const Rows& to, int64_t width, Stream stream) {
-  if (to.data == nullptr) return;
+  if (to.data == nullptr || width == 0) return;
   const LaunchShape shape{"layer_norm_backward (parameters)",
                           (width + kSumColumns - 1) / kSumColumns, kSumThreads, 4 * kSumThreads, 0};
   with_type(to.dtype, [&](auto type) {

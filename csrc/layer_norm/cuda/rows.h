@@ -47,7 +47,7 @@ FUSED_ATTN_DEVICE void store(void* row, int64_t column, const float (&from)[kWid
   P pack;
   FUSED_ATTN_UNROLL_LOOP
   for (int i = 0; i < kWidth; ++i) pack.value[i] = T::narrow(from[i]);
-  *reinterpret_cast<P*>(static_cast<typename T::Bits*>(row) + column) = pack;
+  device::global_store(reinterpret_cast<P*>(static_cast<typename T::Bits*>(row) + column), pack);
 }
 
 // Dense rows; null = absent.
