@@ -27,9 +27,12 @@ format: $(INSTALLED)
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-# On a machine with a GPU, with the Python, torch and build tools that are installed there.
+# On a machine with a GPU, with the Python, torch and build tools that are installed there; results
+# come as one archive in the folder RESULTS. FUSED_ATTN_COMMIT names the commit of a copy without .git.
+STAGE ?= 1
+RESULTS ?= build/gpu
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --results $(RESULTS) $(ARGS)
 
 # Every suite at a few small sizes, recorded, with report and pictures; and README's table of it.
 bench: $(INSTALLED)
