@@ -257,7 +257,7 @@ class Route(enum.Enum):
 
     KERNEL = "called directly"
     OPERATOR = "through an operator of torch's, for those who trace or watch"
-    FORMULA = "the reference's formula, which everyone can look into"
+    FORMULA = "ordinary torch code, which everyone can look into"
 
 
 KERNEL, OPERATOR, FORMULA = Route
