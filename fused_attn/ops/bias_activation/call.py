@@ -79,7 +79,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation:
     )
     return any(
         not dispatch.is_formula(backend)
-        and dispatch.only_by_name(backend, problem) is None
+        and dispatch.only_by_name(backend, problem, BACKENDS) is None
         and not dispatch.why_not(backend, problem)
         for backend in BACKENDS
     )

@@ -13,7 +13,7 @@ from . import reference
 from .problem import BiasActivationProblem, Operands, Options
 
 NAME = "torch"
-IS_FORMULA = True  # ordinary torch code: whoever traces sees torch's operators
+IS_FORMULA = IS_TORCH = True  # ordinary torch code: whoever traces sees torch's operators
 OPERANDS = frozenset(("bias",))
 GRADIENTS = frozenset(("x", "bias"))
 

@@ -14,7 +14,7 @@ from ...runtime import higher_order
 from .problem import NO_PADDING, EmbeddingProblem, Operands, Options
 
 NAME = "torch"
-IS_FORMULA = True  # ordinary torch code: whoever traces sees torch's operators
+IS_FORMULA = IS_TORCH = True  # ordinary torch code: whoever traces sees torch's operators
 OPERANDS = frozenset(("table", "positions"))
 GRADIENTS = frozenset(("weight", "table"))
 

@@ -13,7 +13,7 @@ from ...runtime import higher_order
 from .problem import LayerNormProblem, Operands, Options
 
 NAME = "torch"
-IS_FORMULA = True  # ordinary torch code: whoever traces sees torch's operators
+IS_FORMULA = IS_TORCH = True  # ordinary torch code: whoever traces sees torch's operators
 OPERANDS = frozenset(("residual", "weight", "bias"))
 GRADIENTS = frozenset(("x", "residual", "weight", "bias"))
 
