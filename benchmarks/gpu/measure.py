@@ -22,6 +22,7 @@ from ..suites import ceilings as limits
 from ..suites import cli, machine
 from . import table
 
+BACKENDS = table.BACKENDS  # of ours
 # Without the peers that keep every score, and those that compile for seconds a case.
 ATTENTION_PEERS = (
     "sdpa-cudnn,sdpa-flash,sdpa-efficient,flash-attn-2,flash-attn-3,flash-attn-4,xformers"
@@ -43,6 +44,7 @@ def suite(name: str, seconds: int, *options: str, into: str = "") -> None:
     """Run a suite on the GPU and record it, in the folder `into` of the results."""
     save = str(folder() / into)
     command = [name, "--device", "cuda", "--save", save, "--budget", str(seconds)]
+    command += ["--backends", ",".join(BACKENDS)]
     command += ["--passes", "1"]  # the time on a lent card is for more cases
     print(f"bench {' '.join([*command, *options])}", flush=True)
     cli.main([*command, *options])

@@ -71,6 +71,8 @@ BUILD = (
     ("FUSED_ATTN_CUDA_ARCHS", "80;90a"),
     ("FUSED_ATTN_PTXAS", "warn"),  # another nvcc may spill where ours does not: slow, not wrong
 )
+# No record says yet that they passed here: by default torch's own would serve, and be measured.
+OURS = (("FUSED_ATTN_BACKENDS", ",".join(measure.BACKENDS)),)
 # Else the allocator's own blocks hide what is read past the end of a tensor.
 NO_CACHING = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 WATCHED = ("--workers", "4", "--case-limit", "15")
@@ -91,13 +93,13 @@ PARTS = (
     # Stage 2.
     Part("compile-measured", (2,), 25,
          compiling(16, "--budget", "22", "--match", "long", "--dtypes", "bf16")),
-    Part("ceilings", (2,), 15, measure.ceilings),
-    Part("attention-8k", (2,), 120, measure.attention_8k),
-    Part("attention", (2,), 65, measure.attention),
-    Part("norms", (2,), 45, measure.norms),
-    Part("masks", (2,), 45, measure.masks),
-    Part("decode", (2,), 25, measure.decode),
-    Part("modules", (2,), 40, measure.modules),
+    Part("ceilings", (2,), 15, measure.ceilings, OURS),
+    Part("attention-8k", (2,), 120, measure.attention_8k, OURS),
+    Part("attention", (2,), 65, measure.attention, OURS),
+    Part("norms", (2,), 45, measure.norms, OURS),
+    Part("masks", (2,), 45, measure.masks, OURS),
+    Part("decode", (2,), 25, measure.decode, OURS),
+    Part("modules", (2,), 40, measure.modules, OURS),
     # Stage 3. Compiling under a sanitizer would take longer than the checks.
     Part("compile-checked", (3,), 25, compiling(16, "--budget", "22", *SANITIZED)),
     Part("memcheck", (3,), 60, sanitizer("memcheck", "cuda", "triton"), NO_CACHING),
@@ -105,13 +107,13 @@ PARTS = (
     # the forward is judged here, the backward's log is to be read.
     Part("racecheck", (3,), 30, sanitizer("racecheck", "cuda", "--forward-only")),
     Part("launches", (3,), 35,
-         module("pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/test_kernels.py")),
+         module("pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/test_kernels.py"), OURS),
     Part("repeat", (3,), 35,
          parity("cuda", "triton", "--match", "long", "--modes", "deterministic", "--dtypes", "bf16",
                 "--repeats", "20", "--budget", "28")),
-    Part("deterministic", (3,), 40, measure.deterministic),
-    Part("overhead", (3,), 45, measure.overhead),
-    Part("tuning", (3,), 40, measure.tuning, shown=True),
+    Part("deterministic", (3,), 40, measure.deterministic, OURS),
+    Part("overhead", (3,), 45, measure.overhead, OURS),
+    Part("tuning", (3,), 40, measure.tuning, OURS, shown=True),
     Part("ptxas", (3,), 45,
          module("benchmarks.compiler.ptxas", "--only", "results", "--match", "long full")),
     Part("racecheck-backward", (3,), 25, sanitizer("racecheck", "cuda"), advisory=True),

@@ -115,6 +115,7 @@ def test_every_measurement_is_a_known_suite_and_shape(monkeypatch: pytest.Monkey
     def read(arguments: list[str]) -> int:
         at = arguments.index("--device")
         options = cli._parse([*arguments[:at], *arguments[at + 2 :], "--device", "cpu"])
+        assert options.backends == ("cuda", "triton"), "torch's own serve by default: name ours"
         for name in options.suites:
             asked.append(name)
             assert find(name).problems("cuda", options.dtype, options.shapes)
@@ -134,6 +135,7 @@ def test_every_measurement_is_a_known_suite_and_shape(monkeypatch: pytest.Monkey
         if callable(part.work) and part.work.__module__ == measure.__name__:
             if part.work in (measure.ceilings, measure.tuning):
                 continue
+            assert dict(part.environment)["FUSED_ATTN_BACKENDS"] == "cuda,triton", part.name
             del seconds[:]
             part.work()
             assert sum(seconds) < part.limit, f"{part.name}: its suites take longer than it may"
