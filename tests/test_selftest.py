@@ -167,6 +167,27 @@ def test_a_record_is_kept_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert verified.read(path, {"capability": "9.0"}).speed == kept["speed"]
 
 
+def test_a_test_that_is_stopped_has_kept_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: the record grows with each operation and backend."""
+    told = iter([[finding("passed")], KeyboardInterrupt])
+    kept: list[set[str]] = []
+
+    def examine(*who: Any) -> Any:
+        found = next(told)
+        if found is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        yield from found
+
+    first, second = (types.SimpleNamespace(name=name) for name in ("attention", "layer_norm"))
+    backend = types.SimpleNamespace(NAME="cuda")
+    monkeypatch.setattr(run, "able", lambda device: [(first, backend), (second, backend)])
+    monkeypatch.setattr(run, "examine", examine)
+    monkeypatch.setattr(run, "record", lambda found, device: kept.append(run.passed(found)))
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--device", "cpu"])
+    assert kept == [{"attention cuda bfloat16 64"}]
+
+
 def test_a_cpu_is_tried_at_each_level_and_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.SimpleNamespace(
         cpu_level=lambda: "b", available_cpu_levels=lambda: ["a", "b", "c"]

@@ -111,7 +111,7 @@ def packed_64k() -> None:
     answer({
         f"64k tokens {backend} {'full' if window is None else f'window {window}'}":
             lambda b=backend, w=window: run(b, w)  # type: ignore
-        for window in (512, None) for backend in BACKENDS
+        for backend in BACKENDS for window in (512, None)
     })  # fmt: skip
 
 

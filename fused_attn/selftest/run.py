@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
         parser.error("`--device cuda` needs a GPU that torch can use")
     start = time.monotonic()
     findings: list[Finding] = []
+    path = None
     show = report.Progress(sys.stderr, quiet=options.json)
     for operation, backend in able(torch.device(device)):
         for variant in variants(backend.NAME, QUICK if options.quick else FULL):
@@ -68,8 +69,8 @@ def main(arguments: list[str]) -> int:
             for finding in examine(operation.name, backend.NAME, device, variant):
                 findings.append(finding)
                 show.step(finding)
+        path = record(findings, device)  # who is stopped now has lost the others alone
     show.end()
-    path = record(findings, device)
     if options.json:
         print(json.dumps({"device": device, "findings": findings, "record": str(path or "")}))
     else:

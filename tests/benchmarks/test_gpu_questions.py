@@ -26,7 +26,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no compiled part")
     monkeypatch.setattr(questions, "DEVICE", "cpu")
     monkeypatch.setattr(questions, "BACKENDS", ("cpu",))
-    monkeypatch.setattr(questions, "_seconds", lambda run: run() is None or 1.0)
+    monkeypatch.setattr(questions, "_seconds", lambda run: 0.01)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -47,6 +47,16 @@ def test_64k_tokens_are_asked_for_with_a_window_and_without(
     questions.packed_64k()
     assert asked == [("cpu", "cpu", torch.bfloat16, 512), ("cpu", "cpu", torch.bfloat16, None)]
     assert long.TOKENS == 65_536
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_forwards_speed_stands_beside_what_is_expected(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    questions.overlap()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines] == ["64", "128", "256"]
+    assert all("110 TFLOP/s (model: as it was, overlapped: " in line for line in lines)
 
 
 def test_an_error_is_an_answer_and_the_next_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
