@@ -368,3 +368,12 @@ def test_what_torch_cannot_run_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(speed, "_once", refuse)
     with pytest.raises(memory.Skipped, match="torch: why"):
         speed.ratio("layer_norm", "float32", 0, "cpu", "cpu")
+
+
+def test_stand_ins_for_a_gpu_are_no_part_of_a_cpus_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator and Triton's interpreter would take hours, and say nothing of this machine."""
+    for operation in OPERATIONS:
+        for backend in operation.backends:
+            monkeypatch.setattr(backend, "why_not", lambda problem: [])
+    shown = {backend.NAME for _, backend in run.able(torch.device("cpu"))}
+    assert shown == {"cpu"}
