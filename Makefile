@@ -8,7 +8,7 @@ BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell f
 INSTALLED := $(VENV)/installed
 EMULATOR := $(VENV)/emulator
 
-.PHONY: test demo style format bench readme gates gpu sanitize venv clean
+.PHONY: test demo style format bench readme gates gpu triton-3.6 sanitize venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal
@@ -27,9 +27,12 @@ format: $(INSTALLED)
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-# On a machine with a GPU, with the Python, torch and build tools that are installed there.
+# On a machine with a GPU, with the Python, torch and build tools that are installed there; results
+# come as one archive in the folder RESULTS. FUSED_ATTN_COMMIT names the commit of a copy without .git.
+STAGE ?= 1
+RESULTS ?= build/gpu
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --results $(RESULTS) $(ARGS)
 
 # Every suite at a few small sizes, recorded, with report and pictures; and README's table of it.
 bench: $(INSTALLED)
@@ -41,6 +44,22 @@ readme: $(INSTALLED)
 
 gates: $(INSTALLED)
 	python benchmarks/cpu_gates.py
+
+# The Triton kernels as Triton 3.6.0 compiles them, at lengths 2048 and 2047: the tests, or with
+# MATCH="attention bf16 128 bias" the report on the calls of that name, for sm_90, which fails on a
+# spill in an innermost loop. The environment has another Triton and NumPy, and the rest of .venv.
+OTHER_TRITON := build/triton-3.6
+OTHER_PYTHON := $(OTHER_TRITON)/bin/python
+triton-3.6: $(OTHER_TRITON)/installed
+	$(if $(MATCH),$(OTHER_PYTHON) -m benchmarks.compiler.triton_report --arch 90 --match "$(MATCH)",\
+	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider tests/triton/test_compile.py tests/triton/test_compilations.py)
+
+$(OTHER_TRITON)/installed: $(INSTALLED)
+	python -m venv $(OTHER_TRITON)
+	$(OTHER_PYTHON) -m pip install --quiet 'triton==3.6.0' 'numpy<2.4'
+	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(OTHER_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
+	touch $@
 
 # The kernels' tests with AddressSanitizer and UBSan, on a copy of the package with its own `_C`.
 SANITIZED := build/sanitized

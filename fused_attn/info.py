@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 from ._version import __version__
 from .ops import dispatch
 from .ops.operations import OPERATIONS
-from .runtime import native, versions
+from .runtime import native, verified, versions
 
 ENVIRONMENT = {
     "FUSED_ATTN_EMULATOR": "the built emulator: CUDA kernels on CPU tensors, for tests",
@@ -24,7 +25,7 @@ ENVIRONMENT = {
 
 def report() -> str:
     """The whole report as text."""
-    sections = [_versions(), _native(), _backends(), _environment()]
+    sections = [_versions(), _native(), _backends(), _records(), _environment()]
     return "\n\n".join(sections)
 
 
@@ -64,13 +65,43 @@ def _backends() -> str:
     for operation in OPERATIONS:
         smallest = operation.smallest(device, torch.float32)
         explanation = dispatch.explain(operation.backends, smallest)
+        by_name = dict(explanation.by_name)
         rows = {
-            name: "; ".join(reasons) if reasons else "available"
+            name: "; ".join(reasons) or _available(by_name.get(name))
             for name, reasons in explanation.reasons
         }
         title = f"{operation.name} backends for tensors on {device.type}"
         sections.append(_table(title, rows))
     return "\n\n".join(sections)
+
+
+def _available(by_name: str | None) -> str:
+    return "available" if by_name is None else f"available by name ({by_name})"
+
+
+def _records() -> str:
+    """What `selftest` left for this kind of GPU; a CPU needs none."""
+    if not torch.cuda.is_available():
+        return _table("records of selftest", {"none needed": "there is no GPU"})
+    here = verified.machine(0)
+    rows = dict(here)
+    record = verified.records(0)
+    rows["verified"] = ", ".join(sorted(record.passed)) or "nothing: run `fused_attn selftest`"
+    slower = [f"{key} ({ratio:.2f})" for key, ratio in sorted(record.speed.items()) if ratio < 1]
+    if slower:
+        rows["torch is faster at"] = ", ".join(slower)
+    others = [path for path in verified.files() if _is_of_another(path, here)]
+    if others:
+        rows["of other builds"] = ", ".join(str(path) for path in others)
+    return _table("records of selftest", rows)
+
+
+def _is_of_another(path: Path, here: dict[str, str]) -> bool:
+    """Whether a record is sound and says nothing here."""
+    try:
+        return verified.read(path, here) == verified.NOTHING
+    except (OSError, ValueError, RecursionError):
+        return False  # it was warned of
 
 
 def _environment() -> str:

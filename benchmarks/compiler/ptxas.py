@@ -60,11 +60,11 @@ def find_other(asked: str | None) -> Path | None:
 
 
 def environment(ptxas: Path | None, cache: str) -> dict[str, str]:
-    """For a process that compiles with `ptxas`, None for Triton's own, into a cache of its own."""
+    """For a process that compiles with `ptxas` into `cache`; None: Triton's own, its own cache."""
     variables = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    if ptxas is not None:
-        variables.update(dict.fromkeys(VARIABLES, str(ptxas)))
-    return {**variables, "TRITON_CACHE_DIR": cache}
+    if ptxas is None:
+        return variables
+    return {**variables, **dict.fromkeys(VARIABLES, str(ptxas)), "TRITON_CACHE_DIR": cache}
 
 
 def version_of(ptxas: Path) -> str:
@@ -72,8 +72,13 @@ def version_of(ptxas: Path) -> str:
     return (done.stdout.strip().splitlines() or ["unknown version"])[-1]
 
 
-def run_under(ptxas: Path | None, part: str, options: argparse.Namespace) -> dict[str, Finding]:
-    """What comes out under one ptxas, by kernel or case."""
+def run_under(
+    ptxas: Path | None, part: str, options: argparse.Namespace
+) -> Iterator[tuple[str, Finding]]:
+    """What comes out under one ptxas, by kernel or case, as it comes; None is Triton's own.
+
+    Triton's own reads and fills the cache that is in use, the other one has a cache for itself.
+    """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "benchmarks.compiler.ptxas", "--child", part]
         command += ["--arch", str(options.arch), "--match", options.match]
@@ -81,32 +86,50 @@ def run_under(ptxas: Path | None, part: str, options: argparse.Namespace) -> dic
         variables = environment(ptxas, cache)
         if part == "code":
             variables.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
-        )
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode} after {len(rows)}")
-    return {row["name"]: Finding.of(row) for row in rows}
+        count = 0
+        with subprocess.Popen(
+            command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    row = json.loads(line)
+                    count += 1
+                    yield row["name"], Finding.of(row)
+        if process.returncode != 0:
+            raise SystemExit(f"{' '.join(command)} failed with {process.returncode} after {count}")
 
 
-def compare(own: dict[str, Finding], other: dict[str, Finding]) -> tuple[list[str], bool]:
-    """(lines to print, True if nothing is at fault under either)."""
-    lines = []
-    for name in [*own, *(name for name in other if name not in own)]:
-        first, second = own.get(name), other.get(name)
-        if first is None or second is None:
-            lines.append(f"{name}: only under {'the other' if first is None else 'the own'}")
-        elif first.fault != second.fault:
-            lines.append(f"{name}: own: {first.fault or 'right'}; other: {second.fault or 'right'}")
-        elif first.fault:
-            lines.append(f"{name}: both: {first.fault}")
-        elif first.facts != second.facts:
-            lines.append(f"{name}: own: {first.facts}; other: {second.facts}")
-    right = set(own) == set(other) and not any(
-        finding.fault for side in (own, other) for finding in side.values()
-    )
-    return lines, right
+def compare(name: str, own: Finding | None, other: Finding | None) -> str:
+    """What there is to say of one kernel or case; "" if it is right and the same under both."""
+    if own is None or other is None:
+        return f"{name}: only under {'the other' if own is None else 'the own'}"
+    if own.fault != other.fault:
+        return f"{name}: own: {own.fault or 'right'}; other: {other.fault or 'right'}"
+    if own.fault:
+        return f"{name}: both: {own.fault}"
+    if own.facts != other.facts:
+        return f"{name}: own: {own.facts}; other: {other.facts}"
+    return ""
+
+
+def compare_all(other: Path, part: str, options: argparse.Namespace) -> bool:
+    """Compare a part and say each difference when it is found; True if nothing is at fault."""
+    own, lines = {}, 0
+    for name, finding in run_under(None, part, options):
+        own[name] = finding
+        if finding.fault:
+            print(f"  {name}: own: {finding.fault}", flush=True)
+    left, right = dict(own), bool(own)
+    for name, finding in run_under(other, part, options):
+        line = compare(name, left.pop(name, None), finding)
+        lines += bool(line)
+        right &= name in own and not own[name].fault and not finding.fault
+        print(f"  {line}\n" if line else "", end="", flush=True)
+    for name, finding in left.items():
+        print(f"  {compare(name, finding, None)}", flush=True)
+    print(f"{part}: {len(own)} compared, {lines + len(left)} differ or are wrong", flush=True)
+    return right and not left
 
 
 def kernels(arch: int, match: str) -> Iterator[tuple[str, Finding]]:
@@ -132,7 +155,7 @@ def cases(device: str, match: str) -> Iterator[tuple[str, Finding]]:
 
     from ..gpu import parity
 
-    named = {**parity.CASES, **parity.LONG}
+    named = {**parity.LONG, **parity.CASES}
     named |= {f"random {seed}": parity.random_case(seed)[0] for seed in range(RANDOM_CASES)}
     for name, case in named.items():
         if match not in name:
@@ -191,13 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("there is no other ptxas than Triton's: nothing to compare")
         return 0
     print(f"other: {other}, {version_of(other)}")
-    right = True
-    for part in options.only or ("code", "results"):
-        own = run_under(None, part, options)
-        lines, fine = compare(own, run_under(other, part, options))
-        right &= fine and bool(own)
-        print(f"{part}: {len(own)} compared, {len(lines)} differ or are wrong")
-        print("".join(f"  {line}\n" for line in lines), end="")
+    parts = options.only or ("code", "results")
+    right = all([compare_all(other, part, options) for part in parts])
     return 0 if right else 1
 
 

@@ -11,6 +11,8 @@ import torch
 
 from ..suites import machine
 
+WORK = machine.CHECKOUT / "build" / "gpu"  # is kept between stages, and no part of a checkout
+
 
 def why_not() -> str | None:
     """Why there is nothing to measure here; None if there is."""
@@ -19,11 +21,14 @@ def why_not() -> str | None:
     return None
 
 
-def results_folder() -> Path:
-    """`benchmarks/results/<gpu>/`, made if need be."""
-    folder = machine.results_folder("cuda")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def working_folder(stage: int) -> Path:
+    """Where a stage writes."""
+    return WORK / f"{machine.folder_name('cuda')}-stage-{stage}"
+
+
+def name_in_checkout() -> str:
+    """Where the results of this GPU belong in a checkout."""
+    return f"benchmarks/results/{machine.folder_name('cuda')}"
 
 
 def describe() -> dict[str, Any]:

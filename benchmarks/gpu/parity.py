@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import csv
 import dataclasses
 import functools
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from fused_attn.runtime.triton import device as triton_device
 from fused_attn.testing import attention_noise, check_against_oracle
 from tests.cases import layer_norm as norm_cases
 from tests.cases.attention import Case, run_backend, run_plain, skip_unless_supported
@@ -33,12 +37,15 @@ from tests.ops.attention.test_api import CASES
 from tests.ops.attention.test_fuzz import random_case
 
 from .guards import guarded
-from .watchdog import supervise, work
+from .watchdog import LEFT_OUT, supervise, work
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = {"default": False, "deterministic": True}
 RANDOM_CASES = 300
 SEEDS = 10  # of the long cases
+HEAD_SIZES = (64, 128, 256)  # up to which one set of kernels serves
+TRITON = triton_device.BACKEND
+SAID_EVERY = 50  # outcomes
 
 # Several tiles of every shipped size, and the lengths at which tensor descriptors are used.
 LONG = {
@@ -115,38 +122,89 @@ def check_norm(case: norm_cases.Case, dtype: torch.dtype, backend: str, demands:
         dataclasses.replace(case, dtype=dtype).check(backend)
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing to be right.
+
+    Attributes:
+        check: raises AssertionError unless it is; takes dtype, backend and demands.
+        call: makes the same call of Triton's kernels, with tensors that have no memory.
+        modes: of MODES.
+        kernels: which of a backend's kernels it runs, without the dtype.
+        random: one of the many that are drawn.
+    """
+
+    check: Callable[[torch.dtype, str, Demands], None]
+    call: Callable[[torch.dtype], None]
+    modes: tuple[str, ...]
+    kernels: str
+    random: bool = False
+
+
+def attention_check(case: Case, modes: tuple[str, ...], random: bool = False) -> Check:
+    size = max(case.head_dim, case.head_dim_v or 0)
+    kind = next((str(most) for most in HEAD_SIZES if size <= most), "large")
+    check, call = functools.partial(check_attention, case), functools.partial(call_attention, case)
+    return Check(check, call, modes, f"attention {kind}", random)
+
+
+def norm_check(case: norm_cases.Case, modes: tuple[str, ...]) -> Check:
+    check, call = functools.partial(check_norm, case), functools.partial(call_norm, case)
+    return Check(check, call, modes, "norm")
+
+
+def call_attention(case: Case, dtype: torch.dtype) -> None:
+    """Forward and backward by Triton's kernels, of tensors on "meta"."""
+    tensors = on_device(case.tensors(dtype), "meta")
+    results(case, TRITON, tensors)
+
+
+def call_norm(case: norm_cases.Case, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        moved = dataclasses.replace(case, dtype=dtype)
+        tensors = moved.tensors()
+        outputs = moved.run(TRITON, **tensors)
+        grads = [torch.empty_like(x) for x in outputs]
+        torch.autograd.grad(outputs, [*tensors.values()], grads, allow_unused=True)
+
+
 @functools.cache
-def all_checks() -> dict[str, tuple[Callable[..., None], tuple[str, ...]]]:
-    """(check of dtype, backend and demands; modes) by name, the most telling first."""
-    checks: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {}
+def all_checks() -> dict[str, Check]:
+    """By name, the most telling first."""
+    checks: dict[str, Check] = {}
     both = tuple(MODES)
-    for name, case in {**SMALL, **CASES, **LONG}.items():
-        checks[name] = functools.partial(check_attention, case), both
+    for name, case in {**LONG, **SMALL, **CASES}.items():
+        checks[name] = attention_check(case, both)
     for shape in NORM_SHAPES:
         for residual, dropout_p in ((None, 0.0), ("post", 0.2), ("pre", 0.0)):
             norm = norm_cases.Case(shape, residual=residual, dropout_p=dropout_p)
-            checks[f"norm {shape} {residual}"] = functools.partial(check_norm, norm), both[:1]
+            checks[f"norm {shape} {residual}"] = norm_check(norm, both[:1])
     for seed in range(1, SEEDS):
         for name, case in LONG.items():
-            seeded = dataclasses.replace(case, seed=seed)
             mode = both[seed % 2 : seed % 2 + 1]
-            checks[f"{name}, seed {seed}"] = functools.partial(check_attention, seeded), mode
+            seeded = attention_check(dataclasses.replace(case, seed=seed), mode, random=True)
+            checks[f"{name}, seed {seed}"] = seeded
     for seed in range(RANDOM_CASES):
-        case, _ = random_case(seed)
         mode = both[seed % 2 : seed % 2 + 1]
-        checks[f"random {seed}"] = functools.partial(check_attention, case), mode
+        checks[f"random {seed}"] = attention_check(random_case(seed)[0], mode, random=True)
     return checks
+
+
+def family(name: str) -> str:
+    """The kernels of a check: where some of them hang or die, the others will."""
+    backend, check, dtype, _ = name.split(" | ")
+    return f"{backend} {all_checks()[check].kernels} {DTYPES[dtype].itemsize} bytes"
 
 
 def chosen(options: argparse.Namespace) -> list[str]:
     """`backend | check | dtype | mode` of everything to run."""
     return [
         " | ".join((backend, name, dtype, mode))
-        for name, (_, modes) in all_checks().items()
+        for name, check in all_checks().items()
         if options.match in name and not (options.exactly and options.exactly != name)
         for backend in options.backends
         for dtype in options.dtypes
-        for mode in modes
+        for mode in check.modes
         if mode in options.modes
     ]
 
@@ -160,7 +218,7 @@ def run_one(name: str, options: argparse.Namespace) -> tuple[str, str]:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(MODES[mode], warn_only=True)
     try:
-        all_checks()[check][0](DTYPES[dtype], backend, demands)
+        all_checks()[check].check(DTYPES[dtype], backend, demands)
     except pytest.skip.Exception as reason:
         return "skipped", str(reason)
     except Exception as error:  # one kernel's fault must not hide another's
@@ -200,7 +258,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--case-limit", type=float, default=30.0, help="seconds for one check")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all checks")
+    parser.add_argument("--workers", type=int, default=1, help="processes that check")
     parser.add_argument("--in-process", action="store_true", help="no workers: for sanitizers")
+    parser.add_argument(
+        "--no-compiling", action="store_true", help="what is not in Triton's cache on disk fails"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--inject", nargs=2, metavar=("WHAT", "CHECK"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -215,18 +277,44 @@ def main() -> int:
     names = chosen(options)
     counts: collections.Counter[str] = collections.Counter()
     start = time.monotonic()
-    for name, kind, text in outcomes(names, options, run):
-        counts[kind] += 1
-        if kind not in ("passed", "skipped"):
-            print(f"{kind.upper()} {name}: {text}", flush=True)
-    left = len(names) - counts.total()
-    print(
-        f"{counts['passed']} passed, {counts['failed']} failed, {counts['hung']} hung, "
-        f"{counts['died']} died, {counts['skipped']} not supported, {left} not begun in time, "
-        f"{time.monotonic() - start:.0f} s"
-    )
+
+    def summary() -> str:
+        left = len(names) - counts.total()
+        return (
+            f"{counts['passed']} passed, {counts['failed']} failed, {counts['hung']} hung, "
+            f"{counts['died']} died, {counts['skipped']} not supported, "
+            f"{counts[LEFT_OUT]} left out, {left} not begun in time, "
+            f"{time.monotonic() - start:.0f} s"
+        )
+
+    with kept(options) as keep:
+        for name, kind, text in outcomes(names, options, run):
+            counts[kind] += 1
+            keep(name, kind, text)
+            if kind not in ("passed", "skipped", LEFT_OUT):
+                print(f"{kind.upper()} {name}: {text}", flush=True)
+            if counts.total() % SAID_EVERY == 0:  # who is stopped has said how far it came
+                print(summary(), flush=True)
+    print(summary())
     wrong = counts["failed"] + counts["hung"] + counts["died"]
     return 1 if wrong or not counts["passed"] else 0
+
+
+@contextlib.contextmanager
+def kept(options: argparse.Namespace) -> Iterator[Callable[..., None]]:
+    """Within this, outcomes go to a file of FUSED_ATTN_RESULTS as they come, if that is set."""
+    folder = os.environ.get("FUSED_ATTN_RESULTS")
+    if not folder:
+        yield lambda *row: None
+        return
+    with (Path(folder) / f"parity-{'-'.join(options.backends)}.csv").open("a", newline="") as file:
+        writer = csv.writer(file)
+
+        def keep(*row: str) -> None:
+            writer.writerow(row)
+            file.flush()
+
+        yield keep
 
 
 def guard_failures(run: Callable[[str], tuple[str, str]], name: str) -> tuple[str, str]:
@@ -238,12 +326,17 @@ def guard_failures(run: Callable[[str], tuple[str, str]], name: str) -> tuple[st
 
 def outcomes(names, options, run):
     """(name, kind, text) of each, here or in workers."""
+    if options.no_compiling:
+        from .compile import refuse_to_compile
+
+        refuse_to_compile()
     if options.in_process:
         for name in names:
             yield name, *guard_failures(run, name)
         return
     command = (sys.executable, "-m", "benchmarks.gpu.parity", *sys.argv[1:], "--worker")
-    for outcome in supervise(names, command, options.case_limit, options.budget):
+    watched = (options.case_limit, options.budget, options.workers, family)
+    for outcome in supervise(names, command, *watched):
         yield outcome.name, outcome.kind, outcome.text
 
 

@@ -13,14 +13,19 @@ from ..suites.suites import SUITES
 BACKENDS = ("cuda", "triton")
 ATTENTION = ("forward", "backward")
 CLOCK = "device events"
+FLEX = "flex"  # a peer that has a column of its own beside the best one
 DETERMINISTIC = "deterministic"  # folder of the backward under torch's switch
 
 
 def render(folder: Path, outcomes: dict[str, str]) -> str:
     """Outcomes, ceilings, attention by head size against its best peer, and every other suite."""
     rows = [row for path in sorted(folder.glob("*.csv")) for row in results.read_file(path)]
-    lines = ["", *_machine(folder), *_outcomes(outcomes), *_ceilings(folder), ""]
-    lines.append(f"{'attention, TFLOP/s':42}{'cuda':>8}{'triton':>8}{'best peer':>24}{'ratio':>7}")
+    lines = ["", *_machine(folder), *_outcomes(outcomes), *_ceilings(folder)]
+    if not rows:
+        return "\n".join(lines)
+    columns = ("cuda", "triton", FLEX)
+    heading = "".join(f"{name:>8}" for name in columns)
+    lines += ["", f"{'attention, TFLOP/s':36}{heading}{'best peer':>24}{'ratio':>7}"]
     lines += _attention([row for row in rows if row["suite"] in ATTENTION])
     lines += _deterministic(folder, rows)
     lines += ["", f"{'least, median and most of':42}{'cases':>6}"
@@ -42,7 +47,7 @@ def _machine(folder: Path) -> list[str]:
 
 def _outcomes(outcomes: dict[str, str]) -> list[str]:
     """Two parts a line: a screen is short."""
-    cells = [f"{name:14} {outcome:25}" for name, outcome in outcomes.items()]
+    cells = [f"{name:18} {outcome:25}" for name, outcome in outcomes.items()]
     return ["".join(cells[i : i + 2]).rstrip() for i in range(0, len(cells), 2)]
 
 
@@ -51,7 +56,7 @@ def _ceilings(folder: Path) -> list[str]:
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    return ["ceilings       " + ", ".join(f"{name} {value}" for name, value in found.items())]
+    return ["ceilings           " + ", ".join(f"{name} {value}" for name, value in found.items())]
 
 
 def _attention(rows: Sequence[results.Row]) -> list[str]:
@@ -91,8 +96,8 @@ def _case(rows: Sequence[results.Row]) -> str:
     mine = next((row for row in ours if row is not None and results.counts(row)), None)
     best = f"{float(peer['gflops']) / 1e3:8.0f} ({peer['side']})" if peer else "-"
     ratio = results.ratio(mine, peer) if mine is not None else None
-    cells = "".join(_cell(row) for row in ours)
-    return f"{name:42}{cells}{best:>24}" + (f"{'-':>7}" if ratio is None else f"{ratio:7.2f}")
+    cells = "".join(_cell(row) for row in (*ours, sides.get(FLEX)))
+    return f"{name:36}{cells}{best:>24}" + (f"{'-':>7}" if ratio is None else f"{ratio:7.2f}")
 
 
 def _cell(row: results.Row | None) -> str:

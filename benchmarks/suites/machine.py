@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import platform
 import re
 import subprocess
@@ -73,8 +74,9 @@ def cpu_name() -> str:
 
 @functools.cache
 def _commit() -> str:
-    if not (CHECKOUT / ".git").exists():  # installed: the version says it
-        return "none"
+    """Of the checkout; of a copy without its history what FUSED_ATTN_COMMIT says."""
+    if not (CHECKOUT / ".git").exists():
+        return os.environ.get("FUSED_ATTN_COMMIT") or "none"
     return _output("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12")
 
 

@@ -2,12 +2,14 @@
 
     python check_ptxas.py NVCC ARGUMENTS...
 
+With FUSED_ATTN_PTXAS=warn they are printed and no failure: for an nvcc that nobody has tried.
 CMake calls it in front of the compiler. The numbers are ptxas' own: C7508 setmaxnreg is ignored,
 C7510 to C7519 wgmma is serialised. What a file took to compile is printed.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import subprocess
@@ -36,12 +38,14 @@ def main() -> int:
     bad = complaints(result.stderr)
     if result.returncode == 0 and bad:
         print("ptxas report (see csrc/cuda/check_ptxas.py):", *bad, sep="\n  ", file=sys.stderr)
-        return 1
+        if os.environ.get("FUSED_ATTN_PTXAS") != "warn":
+            return 1
     kernels = result.stderr.count("Compiling entry function")
     if kernels:
         source = next(Path(word).name for word in sys.argv if word.endswith(".cu"))
         seconds = used.ru_utime + used.ru_stime
-        print(f"{source}: {kernels} kernels, none spills, {seconds:.0f} s of a core")
+        verdict = f"{len(bad)} complaints" if bad else "none spills"
+        print(f"{source}: {kernels} kernels, {verdict}, {seconds:.0f} s of a core")
     return result.returncode
 
 

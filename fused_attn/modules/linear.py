@@ -26,7 +26,7 @@ LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear, FusedLinear)
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias, (*, in) -> (*, out)."""
-    if measured.is_torchs(x) or not dispatch.is_plain((x, weight, bias)) or x.is_nested:
+    if measured.is_never_ours(x) or not dispatch.is_plain((x, weight, bias)) or x.is_nested:
         return torch_linear(x, weight, bias)
     return api.linear(x, weight, bias)
 

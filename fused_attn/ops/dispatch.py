@@ -14,21 +14,23 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..runtime import higher_order, hints, native
+from ..runtime import higher_order, hints, native, verified
+from .explanation import BY_NAME, Explanation
 
 
 class Backend(Protocol):
     """What every backend module of every operation provides; the operation adds its functions.
 
     A backend that should not be taken unless it is asked for by name, though it could run, says why
-    by an optional function `only_by_name(problem) -> str | None`.
+    by an optional function `only_by_name(problem) -> str | None`. One whose kernels have been seen
+    to be slower than torch's own functions says so by `slower(problem) -> str | None`: it then
+    leaves to them what they can express.
     """
 
     NAME: str
@@ -75,6 +77,11 @@ def is_formula(backend: Backend) -> bool:
     return getattr(backend, "IS_FORMULA", False)
 
 
+def is_torchs(backend: Backend) -> bool:
+    """True for a backend of torch's own functions: a formula that expresses a part of the calls."""
+    return getattr(backend, "IS_TORCH", False)
+
+
 def _hidden() -> str | None:
     """Why no kernel can run whatever the call: somebody must see the formula itself."""
     if higher_order.needs_formula():
@@ -89,41 +96,6 @@ BackendT = TypeVar("BackendT", bound=Backend)
 
 class UnsupportedError(NotImplementedError):
     """No backend (or not the one asked for by name) can run a problem; the message says why."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend runs a problem, and why the ones before it do not.
-
-    Attributes:
-        problem: the description of the call.
-        chosen: name of the backend that runs it, or None.
-        reasons: (backend name, its reasons) in order of preference; no reasons means that it can.
-        detail: what the chosen backend says of how it runs it, or "".
-        by_name: (backend name, why) of those that could run it, but only if asked for by name.
-    """
-
-    problem: Any
-    chosen: str | None
-    reasons: tuple[tuple[str, tuple[str, ...]], ...]
-    detail: str = ""
-    by_name: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        lines = [str(self.problem)]
-        for name, reasons in self.reasons:
-            if name == self.chosen:
-                verdict = f"runs this ({self.detail})" if self.detail else "runs this"
-            else:
-                why = dict(self.by_name).get(name)
-                able = (
-                    "could run this, a better one is there"
-                    if why is None
-                    else f"{_BY_NAME} ({why})"
-                )
-                verdict = "; ".join(reasons) if reasons else able
-            lines.append(f"  {name:<10} {verdict}")
-        return "\n".join(lines)
 
 
 def find(backends: Sequence[BackendT], name: str) -> BackendT:
@@ -162,11 +134,15 @@ def select(backends: Sequence[BackendT], problem: Any, name: str | None = None) 
         _watcher(explain(backends, problem, name))
     candidates: Iterable[BackendT] = backends if name is None else (find(backends, name),)
     refusals = []
+    unverified = False
     for backend in candidates:
         reasons = why_not(backend, problem)
-        if not reasons and name is None and (why := only_by_name(backend, problem)):
-            reasons = [f"{_BY_NAME} ({why})"]
+        if not reasons and name is None and (why := only_by_name(backend, problem, backends)):
+            reasons = [f"{BY_NAME} ({why})"]
+            unverified |= why == verified.NOT_VERIFIED
         if not reasons:
+            if unverified and not is_compiling():
+                verified.warn_once()
             return backend
         refusals.append((backend.NAME, reasons))
     raise UnsupportedError(_refusal(refusals, problem, name))
@@ -187,7 +163,7 @@ def _refusal(refusals: list[tuple[str, list[str]]], problem: Any, name: str | No
 def explain(backends: Sequence[BackendT], problem: Any, name: str | None = None) -> Explanation:
     """What `select` would do with `problem`, and every backend's reasons; runs nothing."""
     reasons = tuple((backend.NAME, tuple(why_not(backend, problem))) for backend in backends)
-    by_name = {b.NAME: why for b in backends if (why := only_by_name(b, problem))}
+    by_name = {b.NAME: why for b in backends if (why := only_by_name(b, problem, backends))}
     asked = {b.NAME for b in backends} - by_name.keys() if name is None else {name}
     able = [backend for backend, why in reasons if not why and backend in asked]
     if name is not None:
@@ -230,19 +206,33 @@ def note(text: str) -> None:
         _watcher(text)
 
 
-_BY_NAME = "runs only when it is asked for by name"
 _SWITCH = "FUSED_ATTN_BACKENDS"
 
 
-def only_by_name(backend: Backend, problem: Any) -> str | None:
-    """Why `backend` is not to be taken for `problem` unless it is asked for; None if it may be."""
+def only_by_name(backend: Backend, problem: Any, backends: Sequence[Backend] = ()) -> str | None:
+    """Why `backend` is not to be taken for `problem` unless it is asked for; None if it may be.
+
+    Args:
+        backends: all of the operation, for a backend that is slower than torch's own functions.
+    """
     off, on = _switched(os.environ.get(_SWITCH, ""))
     if backend.NAME in off:
         return f"{_SWITCH} switches it off"
     if backend.NAME in on:
         return None
     ask = getattr(backend, "only_by_name", None)
-    return None if ask is None else ask(problem)
+    why = None if ask is None else ask(problem)
+    if why is None and hasattr(backend, "slower") and _torch_serves(problem, backends):
+        why = backend.slower(problem)
+    return why
+
+
+def _torch_serves(problem: Any, backends: Sequence[Backend]) -> bool:
+    """Whether torch's own functions can run `problem`, and may."""
+    return any(
+        is_torchs(other) and not why_not(other, problem) and only_by_name(other, problem) is None
+        for other in backends
+    )
 
 
 def _switched(value: str) -> tuple[list[str], list[str]]:
@@ -261,7 +251,7 @@ class Route(enum.Enum):
 
     KERNEL = "called directly"
     OPERATOR = "through an operator of torch's, for those who trace or watch"
-    FORMULA = "the reference's formula, which everyone can look into"
+    FORMULA = "ordinary torch code, which everyone can look into"
 
 
 KERNEL, OPERATOR, FORMULA = Route

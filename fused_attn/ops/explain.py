@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import dispatch
 from .attention.api import attention, explain_attention
-from .dispatch import Explanation
+from .explanation import Explanation
 from .operations import operation_of
 
 

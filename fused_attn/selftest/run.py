@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..ops import dispatch
 from ..ops.operations import OPERATIONS, Operation
-from ..runtime import verified
-from .cases import DTYPES, cases
+from ..runtime import native, verified
+from . import report
+from .cases import DTYPES, FULL, QUICK, SAMPLE, cases
+from .report import Finding
 
 # Seconds without a word from a worker: the first case of a kind may compile for a while.
 PATIENCE = 120.0
 MOST_DEATHS = 2  # of one operation and backend; then its other cases are not tried
+LEVEL = "FUSED_ATTN_CPU"
 
-Finding = dict[str, Any]
+
+@dataclass(frozen=True)
+class Variant:
+    """How the kernels of a CPU are run.
+
+    Attributes:
+        how: which cases, as for `cases`.
+        level: of instructions; the best there is if None.
+        threads: how many; torch's own number if 0.
+    """
+
+    how: str
+    level: str | None = None
+    threads: int = 0
+
+    def __str__(self) -> str:
+        """As the table has it: nothing for what a call gets by default."""
+        words = [self.level or "", f"{self.threads} thread" if self.threads else ""]
+        return " ".join(word for word in words if word)
 
 
 def main(arguments: list[str]) -> int:
@@ -38,22 +61,24 @@ def main(arguments: list[str]) -> int:
         parser.error("`--device cuda` needs a GPU that torch can use")
     start = time.monotonic()
     findings: list[Finding] = []
-    show = Progress(sys.stderr, quiet=options.json)
+    path = None
+    show = report.Progress(sys.stderr, quiet=options.json)
     for operation, backend in able(torch.device(device)):
-        show.begin(operation.name, backend.NAME)
-        for finding in examine(operation.name, backend.NAME, device, options.quick):
-            findings.append(finding)
-            show.step(finding)
+        for variant in variants(backend.NAME, QUICK if options.quick else FULL):
+            show.begin(operation.name, backend.NAME, str(variant))
+            for finding in examine(operation.name, backend.NAME, device, variant):
+                findings.append(finding)
+                show.step(finding)
+        path = record(findings, device)  # who is stopped now has lost the others alone
     show.end()
-    path = record(findings, device)
-    bad = [f for f in findings if f["status"] not in ("passed", "refused")]
     if options.json:
         print(json.dumps({"device": device, "findings": findings, "record": str(path or "")}))
     else:
-        print(table(findings))
+        print(report.table(findings))
         print(f"{len(findings)} cases on {device} in {time.monotonic() - start:.0f} s")
         if path is not None:
-            print(f"recorded what passed in {path}")
+            print(f"recorded in {path}")
+    bad = [f for f in findings if f["status"] in report.BAD]
     return 1 if bad or not findings else 0
 
 
@@ -61,7 +86,9 @@ def able(device: torch.device) -> Iterator[tuple[Operation, Any]]:
     """Operations and the backends that could run them here, by name at least; not the formula."""
     for operation in OPERATIONS:
         for backend in operation.backends:
-            if dispatch.is_formula(backend):
+            # A GPU's backend on a CPU is a stand-in for tests (an emulator, an interpreter).
+            stand_in = device.type == "cpu" and hasattr(backend, "slower")
+            if dispatch.is_formula(backend) or stand_in:
                 continue
             reasons = [
                 dispatch.why_not(backend, operation.smallest(device, dtype))
@@ -71,13 +98,26 @@ def able(device: torch.device) -> Iterator[tuple[Operation, Any]]:
                 yield operation, backend
 
 
-def examine(operation: str, backend: str, device: str, quick: bool) -> Iterator[Finding]:
+def variants(backend: str, how: str) -> tuple[Variant, ...]:
+    """As a call runs by default; on a CPU a sample at each other level, too, and on one thread."""
+    found = [Variant(how)]
+    if backend == "cpu":
+        best = native.module().cpu_level()
+        levels = [x for x in native.module().available_cpu_levels() if x != best]
+        found += [Variant(SAMPLE, level=level) for level in levels]
+        if torch.get_num_threads() > 1:
+            found.append(Variant(SAMPLE, threads=1))
+    return tuple(found)
+
+
+def examine(operation: str, backend: str, device: str, variant: Variant) -> Iterator[Finding]:
     """The findings of one operation and backend; a worker that dies or hangs is started anew."""
-    count = len(list(cases(operation, quick)))
+    count = len(list(cases(operation, variant.how)))
+    who = {"operation": operation, "backend": backend, "variant": str(variant)}
     done, deaths = 0, 0
     while done < count and deaths < MOST_DEATHS:
         begun: Finding | None = None
-        for told in work(operation, backend, device, quick, done):
+        for told in work(operation, backend, device, variant, done):
             if told["status"] == "started":
                 begun = told
                 continue
@@ -88,19 +128,22 @@ def examine(operation: str, backend: str, device: str, quick: bool) -> Iterator[
                 }
                 deaths += 1
             begun, done = None, told["number"] + 1
-            yield {"operation": operation, "backend": backend, **told}
+            yield {**who, **told}
     if done < count:
         left = {"case": f"{count - done} more", "dtype": "", "size": 0, "number": done}
         why = f"not tried: {deaths} cases ended their process"
-        yield {"operation": operation, "backend": backend, **left, "status": "left out", "why": why}
+        yield {**who, **left, "status": "left out", "why": why}
 
 
-def work(operation: str, backend: str, device: str, quick: bool, skip: int) -> Iterator[Finding]:
+def work(
+    operation: str, backend: str, device: str, variant: Variant, skip: int
+) -> Iterator[Finding]:
     """What a worker tells, and last of all how it ended if it did not end well."""
-    how = "quick" if quick else "full"
-    command = [sys.executable, "-m", f"{__package__}.worker", operation, backend, device, how]
+    command = [sys.executable, "-m", f"{__package__}.worker", operation, backend, device,
+               variant.how, str(variant.threads), str(skip)]  # fmt: skip
+    environment = {**os.environ, **({LEVEL: variant.level} if variant.level else {})}
     process = subprocess.Popen(
-        [*command, str(skip)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     lines: queue.Queue[str | None] = queue.Queue()
     errors: list[str] = []
@@ -144,14 +187,14 @@ def record(findings: list[Finding], device: str) -> Any:
     if torch.device(device).type != "cuda":
         return None
     here = verified.machine(torch.device(device).index or 0)
-    return verified.write(here, passed(findings))
+    return verified.write(here, verified.Record(frozenset(passed(findings)), speed(findings)))
 
 
 def passed(findings: list[Finding]) -> set[str]:
-    """Keys of which every case that was not refused passed."""
+    """Keys of which every case that says something passed, and at least one does."""
     verdicts: dict[str, list[bool]] = {}
     for finding in findings:
-        if finding["status"] == "refused":
+        if finding["status"] in ("refused", "skipped", "timed"):
             continue
         if finding["dtype"]:
             keys = [key_of(finding)]
@@ -163,46 +206,12 @@ def passed(findings: list[Finding]) -> set[str]:
     return {key for key, results in verdicts.items() if all(results)}
 
 
+def speed(findings: list[Finding]) -> dict[str, float]:
+    """torch's time over ours by key, of what passed."""
+    timed = {key_of(f): f["ratio"] for f in findings if f["status"] == "timed"}
+    return {key: timed[key] for key in timed.keys() & passed(findings)}
+
+
 def key_of(finding: Finding) -> str:
     dtype = DTYPES[finding["dtype"]]
     return verified.key(finding["operation"], finding["backend"], dtype, finding["size"])
-
-
-def table(findings: list[Finding]) -> str:
-    """A line for each operation, backend and dtype, and one for each case that did not pass."""
-    rows: dict[tuple[str, str, str], list[str]] = {}
-    for f in findings:
-        rows.setdefault((f["operation"], f["backend"], f["dtype"]), []).append(f["status"])
-    lines = [f"{'operation':<16} {'backend':<10} {'dtype':<9} {'passed':>6} {'of':>4}"]
-    for (operation, backend, dtype), statuses in rows.items():
-        tried = [status for status in statuses if status != "refused"]
-        if tried:
-            good = tried.count("passed")
-            lines.append(f"{operation:<16} {backend:<10} {dtype:<9} {good:>6} {len(tried):>4}")
-    for f in findings:
-        if f["status"] not in ("passed", "refused"):
-            what = f"{f['operation']} {f['backend']} {f['dtype']}: {f['case']}"
-            lines.append(f"{f['status'].upper()} {what}: {f.get('why', '')}")
-    return "\n".join(lines)
-
-
-class Progress:
-    """A line that says what is being tried."""
-
-    def __init__(self, stream: Any, quiet: bool) -> None:
-        self._stream, self._quiet = stream, quiet or not stream.isatty()
-        self._count, self._who = 0, ""
-
-    def begin(self, operation: str, backend: str) -> None:
-        self._who = f"{operation} {backend}"
-
-    def step(self, finding: Finding) -> None:
-        self._count += 1
-        if not self._quiet:
-            line = f"{self._count:>4} {self._who} {finding['dtype']} {finding['case']}"
-            self._stream.write(f"\r{line[:78]:<78}")
-            self._stream.flush()
-
-    def end(self) -> None:
-        if not self._quiet:
-            self._stream.write("\r" + " " * 78 + "\r")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import measure, table
-from benchmarks.gpu.__main__ import PARTS, Part, run
 from benchmarks.gpu.guards import guarded
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.stage import run
 from benchmarks.gpu.watchdog import Outcome, supervise
 from benchmarks.suites import cli, results
 from benchmarks.suites.suites import find
@@ -32,40 +33,22 @@ ROOT = Path(__file__).parents[2]
 )
 def test_a_part_ends_one_way_or_another(tmp_path: Path, code: str, outcome: str) -> None:
     limit = 1 if "sleep" in code else 30
-    assert run(Part("part", (sys.executable, "-c", code), limit), tmp_path, limit) == outcome
+    part = Part("part", (1,), limit, (sys.executable, "-c", code))
+    assert run(part, tmp_path, limit)[0] == outcome
 
 
 def test_a_missing_program_is_an_outcome(tmp_path: Path) -> None:
-    assert run(Part("part", ("no-such-program",), 1), tmp_path, 1) == "no-such-program is not there"
-
-
-def test_limits_fit_the_time_that_is_lent() -> None:
-    assert len({part.name for part in PARTS}) == len(PARTS)
-    assert all(part.limit <= 300 for part in PARTS)
-    first = [part.name for part in PARTS][:3]
-    assert first == ["build", "info", "parity-cuda"]
-
-
-def test_every_part_is_there_to_be_run() -> None:
-    """Modules import, tests exist, measurements have a function: before a card is lent for them."""
-    for part in PARTS:
-        words = [word for word in part.command if word.startswith(("benchmarks.", "tests/"))]
-        for word in words:
-            if word.startswith("tests/"):
-                assert (ROOT / word).is_file(), part.name
-            else:
-                assert importlib.util.find_spec(word) is not None, part.name
-        if "benchmarks.gpu.measure" in part.command:
-            assert part.command[-1] in measure.PARTS, part.name
+    part = Part("part", (1,), 1, ("no-such-program",))
+    assert run(part, tmp_path, 1)[0] == "no-such-program is not there"
 
 
 @pytest.mark.parametrize(
     "module",
-    ["benchmarks.gpu", "benchmarks.gpu.parity", "benchmarks.compiler.ptxas",
-     "benchmarks.compiler.triton_report", "benchmarks.cpu_gates"],
+    ["benchmarks.gpu", "benchmarks.gpu.parity", "benchmarks.gpu.compile",
+     "benchmarks.compiler.ptxas", "benchmarks.compiler.triton_report", "benchmarks.cpu_gates"],
 )  # fmt: skip
 def test_tools_say_how_they_are_called(module: str) -> None:
-    if module.endswith("triton_report"):
+    if module.endswith(("triton_report", "gpu.compile")):
         pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -94,6 +77,7 @@ def test_the_table_shows_ratios_and_what_is_missing_on_one_screen(tmp_path: Path
                 row("fused_attn:triton", dim, causal, 0.1, status="wrong: out", clock="",
                     median_s="", gflops=""),
                 row("sdpa-cudnn", dim, causal, 400e3), row("sdpa-flash", dim, causal, 200e3),
+                row("flex", dim, causal, 123e3),
             ]  # fmt: skip
     results._write(tmp_path / "forward.csv", rows)
     for name in ("masks", "packed", "decode", "layer_norm", "modules", "weights", "overhead"):
@@ -114,10 +98,11 @@ def test_the_table_shows_ratios_and_what_is_missing_on_one_screen(tmp_path: Path
     machine = {"gpu": "G", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
     (tmp_path / "machine.json").write_text(json.dumps(machine))
     (tmp_path / "ceilings.json").write_text(json.dumps({"gemm_tflops": 800.0, "copy_gbs": 4000.0}))
-    outcomes = dict.fromkeys([part.name for part in PARTS], "ok") | {"sanitizer": "failed (1)"}
+    names = [part.name for part in PARTS if 3 in part.stages]
+    outcomes = dict.fromkeys(names, "ok") | {"memcheck": "failed (1)"}
     text = table.render(tmp_path, outcomes)
     for shown in ("0.75", "400 (sdpa-cudnn)", "WRONG", "failed (1)", "gemm_tflops 800.0", "more",
-                  "0.90 0.90 0.90"):  # fmt: skip
+                  "0.90 0.90 0.90", " flex", " 123 "):  # fmt: skip
         assert shown in text
     assert len(text.splitlines()) <= 50
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -130,6 +115,7 @@ def test_every_measurement_is_a_known_suite_and_shape(monkeypatch: pytest.Monkey
     def read(arguments: list[str]) -> int:
         at = arguments.index("--device")
         options = cli._parse([*arguments[:at], *arguments[at + 2 :], "--device", "cpu"])
+        assert options.backends == ("cuda", "triton"), "torch's own serve by default: name ours"
         for name in options.suites:
             asked.append(name)
             assert find(name).problems("cuda", options.dtype, options.shapes)
@@ -138,9 +124,23 @@ def test_every_measurement_is_a_known_suite_and_shape(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FUSED_ATTN_RESULTS", "nowhere")
     monkeypatch.setattr(measure.cli, "main", read)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
-    for name, part in measure.PARTS.items():
-        if name != "ceilings":
-            part()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    seconds: list[int] = []
+    real = measure.suite
+    monkeypatch.setattr(
+        measure, "suite", lambda name, limit, *rest, **how: (
+            seconds.append(limit), real(name, limit, *rest, **how)),
+    )  # fmt: skip
+    for part in PARTS:
+        if callable(part.work) and part.work.__module__ == measure.__name__:
+            if part.work in (measure.ceilings, measure.tuning):
+                continue
+            assert dict(part.environment)["FUSED_ATTN_BACKENDS"] == "cuda,triton", part.name
+            del seconds[:]
+            part.work()
+            assert sum(seconds) < part.limit, f"{part.name}: its suites take longer than it may"
+            if part.name == "deterministic":
+                assert not torch.utils.deterministic.fill_uninitialized_memory
     assert {"forward", "backward", "masks", "packed", "decode", "modules", "weights"} <= set(asked)
 
 
@@ -177,6 +177,28 @@ def test_a_check_that_hangs_or_dies_is_named_and_the_rest_goes_on() -> None:
     assert [x.kind for x in supervise(("a", "b"), broken, limit=5, budget=60)] == ["died", "died"]
 
 
+def test_after_two_deaths_the_family_is_left_out_and_others_go_on() -> None:
+    command = (sys.executable, "-c", WORKER.format(root=str(ROOT)))
+    names = ("dies", "dies", "a", "b")
+    found = list(supervise(names, command, 5, 60, family=lambda name: "b" if name == "b" else "x"))
+    assert [(x.name, x.kind) for x in found] == [
+        ("dies", "died"), ("dies", "died"), ("a", "left out"), ("b", "passed"),
+    ]  # fmt: skip
+    assert found[2].text == "2 of x hung or died"
+
+
+def test_several_workers_share_the_checks() -> None:
+    command = (sys.executable, "-c", WORKER.format(root=str(ROOT)))
+    names = ("hangs", *"abcdefgh")
+    start = time.monotonic()
+    found = list(supervise(names, command, limit=4, budget=60, workers=2))
+    assert {x.name: x.kind for x in found} == dict.fromkeys("abcdefgh", "passed") | {
+        "hangs": "hung"
+    }
+    assert found[-1].name == "hangs", "the other worker did not wait"
+    assert time.monotonic() - start < 30
+
+
 def test_guards_tell_who_wrote_past_the_end_and_what_was_not_written() -> None:
     def write(how: str) -> None:
         with guarded() as guards:
@@ -210,7 +232,9 @@ def test_parity_goes_on_after_a_hang() -> None:
     assert result.returncode == 1, result.stderr
     wrong, counts = result.stdout.splitlines()
     assert wrong == "HUNG cuda | one key | fp16 | default: killed after 8 s"
-    assert counts.startswith("1 passed, 0 failed, 1 hung, 0 died, 0 not supported, 0 not begun")
+    assert counts.startswith(
+        "1 passed, 0 failed, 1 hung, 0 died, 0 not supported, 0 left out, 0 not"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu tells more")

@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 # Bytes of what only the code after the loops needs: for scores that are too large for them.
-SET_ASIDE = 320
+SET_ASIDE = 352
 
 DOTS = re.compile(r"forward|backward_d|decode|bias_gradient|weights")
 
@@ -129,8 +129,6 @@ def check_instructions(kernel: dict[str, Any], arch: int, name: str) -> None:
     # A wgmma takes 64 rows: these have fewer, as has the backward of head size 256.
     fewer_rows = kernel["kernel"] in ("_attention_decode_kernel", "_attention_bias_gradient_kernel")
     fewer_rows |= "backward" in kernel["kernel"] and " 256 " in kernel["call"]
-    # Nor has it where rows of a bias or mask are not aligned: registers then allow 32 rows.
-    fewer_rows |= "backward" in kernel["kernel"] and kernel["call"].endswith(" odd")
     if arch == 90 and not fewer_rows:
         assert counts["wgmma"] > 0, name
     if "forward" in kernel["kernel"]:

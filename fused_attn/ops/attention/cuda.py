@@ -45,6 +45,13 @@ def only_by_name(problem: AttentionProblem) -> str | None:
     )
 
 
+def slower(problem: AttentionProblem) -> str | None:
+    """Where torch's own functions were faster on this kind of GPU."""
+    return verified.slower(
+        "attention", NAME, problem.device, problem.dtype, max(problem.head_dim, problem.head_dim_v)
+    )
+
+
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     if operands.cu_seqlens_q is not None or operands.k.shape[2] == 0:
         # Rows that belong to no sequence, or see no key: the kernels do not visit them all.

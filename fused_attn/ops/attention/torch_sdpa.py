@@ -20,7 +20,7 @@ from . import reference
 from .problem import NO_WEIGHTS, UPPER_LEFT, AttentionProblem, Operands, Options
 
 NAME = "sdpa"
-IS_FORMULA = True  # ordinary torch code: whoever traces sees torch's operator
+IS_FORMULA = IS_TORCH = True  # ordinary torch code: whoever traces sees torch's operator
 OPERANDS = frozenset(("bias", "mask", "key_padding_mask", "key_lengths"))
 GRADIENTS = frozenset(("q", "k", "v", "bias"))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...runtime import checks, overlap, philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
-from . import BACKENDS, fused, reference
+from . import BACKENDS, fused
 from .problem import (
     BiasActivationProblem,
     Operands,
@@ -55,7 +55,7 @@ def _execute(plan: Plan, operands: Operands, out: Tensor | None) -> Tensor:
             operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route, out
         )
     else:
-        y = reference.forward(operands, plan.options)
+        y = plan.backend.forward(operands, plan.options)
     return y if out is None or y is out else out.copy_(y)
 
 
@@ -79,7 +79,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, width: int, activation:
     )
     return any(
         not dispatch.is_formula(backend)
-        and dispatch.only_by_name(backend, problem) is None
+        and dispatch.only_by_name(backend, problem, BACKENDS) is None
         and not dispatch.why_not(backend, problem)
         for backend in BACKENDS
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...runtime import philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
-from . import BACKENDS, fused, reference
+from . import BACKENDS, fused
 from .problem import EmbeddingProblem, Operands, check_weight, describe, make_options
 
 
@@ -46,7 +46,7 @@ def _execute(plan: Plan, operands: Operands) -> Tensor:
         return fused.embedding(
             operands, plan.options, plan.backend.NAME, plan.needs_grad, plan.route
         )
-    return reference.forward(operands, plan.options)
+    return plan.backend.forward(operands, plan.options)
 
 
 def problem_of(operands: Operands, scalars: Scalars) -> EmbeddingProblem:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...runtime import checks, overlap, philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
-from . import BACKENDS, fused, reference
+from . import BACKENDS, fused
 from .problem import (
     LayerNormProblem,
     Operands,
@@ -76,7 +76,7 @@ def _execute(
             operands, plan.options, settings, plan.needs_grad, plan.route, out, sum_out
         )
     else:
-        y, h = reference.forward(operands, plan.options)
+        y, h = plan.backend.forward(operands, plan.options)
     if sum_out is not None and h is not None and h is not sum_out:
         h = sum_out.copy_(h)
     if out is not None and y is not out:

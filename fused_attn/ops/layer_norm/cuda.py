@@ -35,6 +35,11 @@ def only_by_name(problem: LayerNormProblem) -> str | None:
     return verified.why_not("layer_norm", NAME, problem.device, problem.dtype)
 
 
+def slower(problem: LayerNormProblem) -> str | None:
+    """Where torch's own functions were faster on this kind of GPU."""
+    return verified.slower("layer_norm", NAME, problem.device, problem.dtype)
+
+
 def forward(
     operands: Operands,
     options: Options,

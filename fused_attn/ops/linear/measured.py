@@ -24,7 +24,7 @@ _SMALLEST = 1 << 16
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
 
-def is_torchs(x: Tensor) -> bool:
+def is_never_ours(x: Tensor) -> bool:
     """True where no product with x can be ours, without a look at anything else."""
     ours = x.dtype in _DOT_PRODUCTS and x.is_cpu
     return not ours and not (_autocast_enabled() and autocast.enabled(x.device))

@@ -10,7 +10,7 @@ from torch.nn.functional import linear as torch_linear
 from .problem import LinearProblem, Operands, Options
 
 NAME = "torch"
-IS_FORMULA = True  # ordinary torch code: whoever traces sees torch's operator
+IS_FORMULA = IS_TORCH = True  # ordinary torch code: whoever traces sees torch's operator
 OPERANDS = GRADIENTS = frozenset(Operands._fields)
 
 

@@ -77,6 +77,13 @@ def only_by_name(problem: AttentionProblem) -> str | None:
     )
 
 
+def slower(problem: AttentionProblem) -> str | None:
+    """Where torch's own functions were faster on this kind of GPU."""
+    return verified.slower(
+        "attention", NAME, problem.device, problem.dtype, max(problem.head_dim, problem.head_dim_v)
+    )
+
+
 def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
     _launchers().forward(operands, options, out, lse)
 

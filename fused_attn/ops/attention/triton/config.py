@@ -85,7 +85,9 @@ def candidates(kernel: str, problem: ProblemClass) -> tuple[AttentionTile, ...]:
         return tiles.INTERPRETED[kernel]
     table, limit = _table(kernel, problem)
     lines = table[kernel][max(64, padded_size(problem.head_dim))]
-    line = lines[min(min(problem.pressure, 2) + problem.ragged, len(lines) - 1)]
+    # One operand that comes element by element is too much for the forward's larger tiles alone.
+    scarcer = problem.ragged and (problem.pressure > 1 or kernel not in ("dkdv", "dq"))
+    line = lines[min(min(problem.pressure, 2) + scarcer, len(lines) - 1)]
     return _fitting(kernel, [AttentionTile(*numbers) for numbers in line], problem, limit)
 
 

@@ -5,9 +5,9 @@ suffices (`python -m benchmarks.compiler.triton_report --all`; a sample of it is
 Dictionaries go by kernel, then head size; there follow the lines for calls with none, one and
 several of the operands that make registers scarce (bias, mask, padding mask, dropout, softcap,
 gradient of the weights). Where bias, mask or gradient have to be loaded element by element, because
-rows do not start at multiples of 16 elements, the next line is taken: a fourth is for several
-operands and that. In a line the default comes first, the others are for who asks for a
-trial.
+rows do not start at multiples of 16 elements, the next line is taken (by dkdv and dq for several
+operands only): a fourth is for several operands and that. In a line the default comes first, the
+others are for who asks for a trial.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def _attention_weights_kernel(
     members = num_heads if CONFIG.AVERAGE else 1
     for member in tl.range(0, members):
         head = first_head + member
-        if is_visited(m0, n0, head, sequence, terms, params, CONFIG):
+        visits = is_visited(m0, n0, head, sequence, terms, params, CONFIG)
+        # No `if`: for sm_100 Triton 3.6.0 fails to compile a product within one within a loop.
+        for _ in tl.range(0, visits.to(tl.int32)):
             acc += dropped_probabilities(q, k, statistics, m0, n0, sequence, head, terms, sizes,
                                          params, CONFIG)  # fmt: skip
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]

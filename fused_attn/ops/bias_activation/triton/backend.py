@@ -33,6 +33,11 @@ def only_by_name(problem: BiasActivationProblem) -> str | None:
     return verified.why_not("bias_activation", NAME, problem.device, problem.dtype)
 
 
+def slower(problem: BiasActivationProblem) -> str | None:
+    """Where torch's own functions were faster on this kind of GPU."""
+    return verified.slower("bias_activation", NAME, problem.device, problem.dtype)
+
+
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
     _launchers().forward(operands, options, y)
 
