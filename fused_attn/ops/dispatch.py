@@ -210,7 +210,7 @@ def only_by_name(backend: Backend, problem: Any, backends: Sequence[Backend] = (
     Args:
         backends: all of the operation, for a backend that is slower than torch's own functions.
     """
-    off, on = _switched(os.environ.get(_SWITCH, ""))
+    off, on = _switches()
     if backend.NAME in off:
         return f"{_SWITCH} switches it off"
     if backend.NAME in on:
@@ -228,6 +228,15 @@ def _torch_serves(problem: Any, backends: Sequence[Backend]) -> bool:
         is_torchs(other) and not why_not(other, problem) and only_by_name(other, problem) is None
         for other in backends
     )
+
+
+def _switches() -> tuple[frozenset[str], frozenset[str]]:
+    """What the environment switches off and on by name, as it is now."""
+    return _switched(os.environ.get(_SWITCH, ""))
+
+
+# The compiler looks through a cache's wrapper, and warns of it.
+_switches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -110,7 +110,7 @@ REFUSED = {
     "lse": ({"return_lse": True}, "returns no lse"),
     "weights": ({"return_weights": "average"}, "returns no attention weights"),
     "softcap": ({"softcap": 2.0}, "knows no softcap"),
-    "dropout": ({"dropout_p": 0.1}, "has no kernels for `rng`"),
+    "dropout": ({"dropout_p": 0.1}, "has no kernels for `dropout_rng`"),
     "alibi": ({"alibi_slopes": torch.ones(2)}, "has no kernels for `alibi_slopes`"),
 }
 
