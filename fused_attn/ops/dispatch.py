@@ -215,7 +215,7 @@ def only_by_name(backend: Backend, problem: Any, backends: Sequence[Backend] = (
     Args:
         backends: all of the operation, for a backend that is slower than torch's own functions.
     """
-    off, on = _switched(os.environ.get(_SWITCH, ""))
+    off, on = _switches()
     if backend.NAME in off:
         return f"{_SWITCH} switches it off"
     if backend.NAME in on:
@@ -235,10 +235,10 @@ def _torch_serves(problem: Any, backends: Sequence[Backend]) -> bool:
     )
 
 
-def _switched(value: str) -> tuple[list[str], list[str]]:
+def _switches() -> tuple[list[str], list[str]]:
     """Names of backends that the environment switches off ("-cuda,triton") and on ("cuda")."""
     off, on = [], []
-    for word in value.replace(" ", "").split(","):
+    for word in os.environ.get(_SWITCH, "").replace(" ", "").split(","):
         if word.startswith("-"):
             off.append(word[1:])
         elif word:

@@ -82,28 +82,33 @@ def key(operation: str, backend: str, dtype: torch.dtype, size: int) -> str:
     return f"{operation} {backend} {str(dtype)[6:]} {kind}"
 
 
-@functools.lru_cache(maxsize=4096)
 def _why_not(operation: str, backend: str, index: int, dtype: torch.dtype, size: int) -> str | None:
-    passed = records(index).passed
-    return None if key(operation, backend, dtype, size) in passed else NOT_VERIFIED
+    return _verdicts(operation, backend, index, dtype, size)[0]
 
 
-@functools.lru_cache(maxsize=4096)
 def _slower(operation: str, backend: str, index: int, dtype: torch.dtype, size: int) -> str | None:
-    ratio = records(index).speed.get(key(operation, backend, dtype, size), 1.0)
-    if ratio >= 1.0:
-        return None
-    return f"torch's own was faster here in `selftest`: {ratio:.2f} of its speed"
+    return _verdicts(operation, backend, index, dtype, size)[1]
 
 
-# The compiler cannot trace files.
+# The compiler cannot trace files. It looks through a cache's wrapper: the mark is on functions.
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _slower._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@functools.lru_cache(maxsize=4096)
+def _verdicts(
+    operation: str, backend: str, index: int, dtype: torch.dtype, size: int
+) -> tuple[str | None, str | None]:
+    """Why such calls may not run by default, and why they should not."""
+    name, record = key(operation, backend, dtype, size), records(index)
+    ratio = record.speed.get(name, 1.0)
+    slower = f"torch's own was faster here in `selftest`: {ratio:.2f} of its speed"
+    return None if name in record.passed else NOT_VERIFIED, slower if ratio < 1.0 else None
+
+
 def forget() -> None:
     """Read the records anew at the next call."""
-    for cached in (_why_not, _slower, records):
+    for cached in (_verdicts, records):
         cached.cache_clear()
 
 

@@ -293,3 +293,21 @@ def test_explain_with_a_record_of_another_build(gpu: Path) -> None:
 
 def test_info_on_a_cpu_needs_no_record() -> None:
     assert "there is no GPU" in info.report() or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("verified_here", [False, True])
+def test_the_compiler_traces_no_record(gpu: Path, verified_here: bool) -> None:
+    """A whole graph of a call on a GPU asks the records, which are files."""
+    if verified_here:
+        write(speed={KEY: 0.5})
+    device = torch.device("cuda:0")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        what = ("attention", "cuda", device, torch.bfloat16, 64)
+        return x + (verified.why_not(*what) is None) + 2 * (verified.slower(*what) is not None)
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)).item() == (3.0 if verified_here else 0.0)
