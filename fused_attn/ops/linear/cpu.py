@@ -33,7 +33,8 @@ def detail() -> str:
 
 
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
-    native.module().linear_forward(*operands, y, torch.get_num_threads())
+    x, weight, bias = operands
+    native.module().linear_forward(_by_rows(x), weight, bias, y, torch.get_num_threads())
 
 
 def backward(
@@ -45,4 +46,11 @@ def backward(
     dbias: Tensor | None,
 ) -> None:
     x, weight, _ = operands
-    native.module().linear_backward(x, weight, dy, dx, dweight, dbias, torch.get_num_threads())
+    native.module().linear_backward(
+        _by_rows(x), weight, _by_rows(dy), dx, dweight, dbias, torch.get_num_threads()
+    )
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """x, copied if its rows are scattered: the kernel would read them number by number."""
+    return x if x.stride()[-1] == 1 else x.contiguous()
