@@ -13,11 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from tests.cases import without_gpu
 
 without_gpu.arrange()
+
+from torch._dynamo.exc import TorchDynamoException  # it imports Triton: after the arrangement
 
 import fused_attn
 from fused_attn.ops import dispatch
