@@ -8,6 +8,8 @@ and puts them together again.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
@@ -70,10 +72,33 @@ def define(
 
     for device in ("CPU", "CUDA"):
         _library.impl(name, flat(real), device)
-    torch.library.register_fake(f"fused_attn::{name}", flat(fake), lib=_library)
+    offer = None
     if formula is not None:
         operator = getattr(torch.ops.fused_attn, name).default
-        register_decomposition(operator)(flat(_without_dropout(name, formula)))
+        offer = functools.partial(_offer, operator, flat(_without_dropout(name, formula)))
+        offer(exporting=not _in_ci())
+    stand_in = flat(fake)
+
+    def traced(*args: Any) -> Any:
+        if offer is not None and _in_ci():
+            offer(exporting=torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export())
+        return stand_in(*args)
+
+    torch.library.register_fake(f"fused_attn::{name}", traced, lib=_library)
+
+
+def _in_ci() -> bool:
+    """As inductor asks: there it refuses to compile an operator that has a decomposition."""
+    return bool(os.environ.get("CI"))
+
+
+def _offer(operator: Any, formula: Callable[..., Any], *, exporting: bool) -> None:
+    """Where `exporting`, torch knows the formula of `operator`: ONNX has no such operator."""
+    known = torch._decomp.decomposition_table
+    if not exporting:
+        known.pop(operator, None)
+    elif operator not in known:
+        register_decomposition(operator)(formula)
 
 
 def _without_dropout(name: str, formula: Callable[..., Results]) -> Callable[..., Results]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -174,3 +178,33 @@ def test_gradient_buffers_come_in_the_layout_of_their_tensors() -> None:
     assert gradients[3] is None
     for gradient, tensor in zip(gradients[:3], operands[:3], strict=True):
         assert gradient.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("order", ["compile", "export"])
+def test_ci_compiles_and_exports(order: str) -> None:
+    """With CI in the environment inductor refuses operators that have a decomposition."""
+    program = f"""
+import torch, fused_attn
+linear = torch.nn.Linear(8, 8)
+def run(x):
+    return fused_attn.layer_norm(linear(x), (8,))
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return run(x)
+x = torch.randn(3, 8)
+def compile():
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(run)(x), run(x))
+def export():
+    exported = torch.export.export(Model(), (x,))
+    names = {{str(node.target) for node in exported.run_decompositions(
+        torch._decomp.decomposition_table).graph.nodes}}
+    assert not any("fused_attn" in name for name in names), names
+for action in ({order}, export, compile, export):
+    action()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "CI": "true"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
