@@ -121,7 +121,7 @@ def build(kind: str, device: torch.device) -> LanguageModel:
     torch.manual_seed(SEED)
     model = LanguageModel().to(device)
     if kind == "fused":
-        fuse(model)
+        fuse(model, linears=True)
     return model
 
 
