@@ -149,9 +149,7 @@ def _runs_fused(x: Tensor, linear: nn.Linear, name: Activation) -> bool:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """Of what a linear makes of x."""
-    if autocast.enabled(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return autocast.dtype_for(x) or x.dtype
 
 
 def _note_modules(name: Activation | None, linear: nn.Module) -> None:

@@ -44,4 +44,6 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
 
 def call_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """`linear(x)`: the product where that is all it does, else the module that it is."""
-    return project(x, linear.weight, linear.bias) if is_plain(linear) else linear(x)
+    if measured.is_never_ours(x) or not is_plain(linear):
+        return linear(x)
+    return project(x, linear.weight, linear.bias)

@@ -94,6 +94,17 @@ def _hidden() -> str | None:
 BackendT = TypeVar("BackendT", bound=Backend)
 
 
+class Described:
+    """What the descriptions of all operations' calls have."""
+
+    gradients: tuple[str, ...]  # names of the operands of which a derivative is wanted
+
+    @property
+    def requires_grad(self) -> bool:
+        """A backward pass may follow, or a forward-mode derivative is being taken."""
+        return bool(self.gradients)
+
+
 class UnsupportedError(NotImplementedError):
     """No backend (or not the one asked for by name) can run a problem; the message says why."""
 

@@ -76,12 +76,13 @@ def define(
     if formula is not None:
         operator = getattr(torch.ops.fused_attn, name).default
         offer = functools.partial(_offer, operator, flat(_without_dropout(name, formula)))
-        offer(exporting=not _in_ci())
+        offer(offered=not _in_ci())
     stand_in = flat(fake)
 
     def traced(*args: Any) -> Any:
         if offer is not None and _in_ci():
-            offer(exporting=torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export())
+            exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+            offer(offered=exporting)
         return stand_in(*args)
 
     torch.library.register_fake(f"fused_attn::{name}", traced, lib=_library)
@@ -92,10 +93,10 @@ def _in_ci() -> bool:
     return bool(os.environ.get("CI"))
 
 
-def _offer(operator: Any, formula: Callable[..., Any], *, exporting: bool) -> None:
-    """Where `exporting`, torch knows the formula of `operator`: ONNX has no such operator."""
+def _offer(operator: Any, formula: Callable[..., Any], *, offered: bool) -> None:
+    """Where `offered`, torch knows the formula of `operator`: ONNX has no such operator."""
     known = torch._decomp.decomposition_table
-    if not exporting:
+    if not offered:
         known.pop(operator, None)
     elif operator not in known:
         register_decomposition(operator)(formula)

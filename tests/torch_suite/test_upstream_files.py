@@ -34,6 +34,7 @@ FILES = {
             "test_multihead_attn_nested_tensor_outside_fast_path",
             "test_multihead_self_attn_two_masks_fast_path_mock",
         ),
+        plugins=("sdpa_plugin",),
     ),
     "test_transformers.py": Selection(
         "TestTransformers",

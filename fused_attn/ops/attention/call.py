@@ -191,15 +191,12 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
 
 def _autocast(operands: Operands) -> Operands:
     """q, k and v in the autocast dtype, as torch does for its own attention."""
-    q = operands.q
-    if not isinstance(q, Tensor) or not autocast.enabled(q.device):
+    dtype = autocast.dtype_for(operands.q)
+    if dtype is None:
         return operands
-    if q.dtype == torch.float64 or not q.is_floating_point():
-        return operands
-    dtype = torch.get_autocast_dtype(q.device.type)
     bias = operands.bias
     if bias is not None and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(dtype)
     return operands._replace(
-        q=q.to(dtype), k=operands.k.to(dtype), v=operands.v.to(dtype), bias=bias
+        q=operands.q.to(dtype), k=operands.k.to(dtype), v=operands.v.to(dtype), bias=bias
     )

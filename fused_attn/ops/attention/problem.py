@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, higher_order
+from .. import dispatch
 
 NONE, UPPER_LEFT, LOWER_RIGHT = 0, 1, 2
 CAUSAL = {False: NONE, True: UPPER_LEFT, "upper_left": UPPER_LEFT, "lower_right": LOWER_RIGHT}
@@ -60,7 +61,7 @@ class Options(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttentionProblem:
+class AttentionProblem(dispatch.Described):
     """Everything that decides whether and where a call can run; no tensor, no data.
 
     Attributes:
@@ -89,11 +90,6 @@ class AttentionProblem:
     gradients: tuple[str, ...] = ()
     by_lse: tuple[str, ...] = ()
     return_lse: bool = False
-
-    @property
-    def requires_grad(self) -> bool:
-        """A backward pass may follow, or a forward-mode derivative is being taken."""
-        return bool(self.gradients)
 
     @property
     def packed(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, higher_order, hints
+from .. import dispatch
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -30,7 +31,7 @@ class Options(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BiasActivationProblem:
+class BiasActivationProblem(dispatch.Described):
     """Everything that decides whether and where a call can run; no tensor, no data.
 
     Attributes:
@@ -50,11 +51,6 @@ class BiasActivationProblem:
     bias_dtype: torch.dtype | None = None
     operands: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
-
-    @property
-    def requires_grad(self) -> bool:
-        """A backward pass may follow, or a forward-mode derivative is being taken."""
-        return bool(self.gradients)
 
     def __str__(self) -> str:
         o = self.options

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, higher_order
+from .. import dispatch
 
 NO_PADDING = -1
 
@@ -33,7 +34,7 @@ class Options(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EmbeddingProblem:
+class EmbeddingProblem(dispatch.Described):
     """Everything that decides whether and where a call can run; no tensor, no data.
 
     Attributes:
@@ -54,11 +55,6 @@ class EmbeddingProblem:
     table_dtype: torch.dtype | None = None
     operands: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
-
-    @property
-    def requires_grad(self) -> bool:
-        """A backward pass may follow, or a forward-mode derivative is being taken."""
-        return bool(self.gradients)
 
     def __str__(self) -> str:
         o = self.options

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, higher_order
+from .. import dispatch
 
 
 class Operands(NamedTuple):
@@ -34,7 +35,7 @@ class Options(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerNormProblem:
+class LayerNormProblem(dispatch.Described):
     """Everything that decides whether and where a call can run; no tensor, no data.
 
     Attributes:
@@ -56,11 +57,6 @@ class LayerNormProblem:
     bias_dtype: torch.dtype | None = None
     operands: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
-
-    @property
-    def requires_grad(self) -> bool:
-        """A backward pass may follow, or a forward-mode derivative is being taken."""
-        return bool(self.gradients)
 
     def __str__(self) -> str:
         o = self.options

@@ -47,12 +47,9 @@ def _execute(plan: Plan, operands: Operands) -> Tensor:
 
 def _autocast(operands: Operands) -> Operands:
     """Everything in the autocast dtype, as torch does for its own linear."""
-    x = operands.x
-    if not isinstance(x, Tensor) or not autocast.enabled(x.device):
+    dtype = autocast.dtype_for(operands.x)
+    if dtype is None:
         return operands
-    if x.dtype == torch.float64 or not x.is_floating_point():
-        return operands
-    dtype = torch.get_autocast_dtype(x.device.type)
     return Operands(*(t.to(dtype) if isinstance(t, Tensor) else t for t in operands))  # type: ignore[arg-type]
 
 

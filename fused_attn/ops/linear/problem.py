@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import checks, higher_order
+from .. import dispatch
 
 
 class Operands(NamedTuple):
@@ -25,7 +26,7 @@ class Options(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinearProblem:
+class LinearProblem(dispatch.Described):
     """Everything that decides whether and where a call can run; no tensor, no data.
 
     Attributes:
@@ -43,11 +44,6 @@ class LinearProblem:
     width_out: int
     operands: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
-
-    @property
-    def requires_grad(self) -> bool:
-        """A backward pass may follow, or a forward-mode derivative is being taken."""
-        return bool(self.gradients)
 
     def __str__(self) -> str:
         parts = [
