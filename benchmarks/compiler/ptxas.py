@@ -153,10 +153,10 @@ def cases(device: str, match: str) -> Iterator[tuple[str, Finding]]:
     """The parity cases as this process runs them."""
     import torch
 
-    from ..gpu import parity
+    from ..gpu import checks
 
-    named = {**parity.LONG, **parity.CASES}
-    named |= {f"random {seed}": parity.random_case(seed)[0] for seed in range(RANDOM_CASES)}
+    named = {**checks.LONG, **checks.CASES}
+    named |= {f"random {seed}": checks.random_case(seed)[0] for seed in range(RANDOM_CASES)}
     for name, case in named.items():
         if match not in name:
             continue
@@ -171,17 +171,17 @@ def _finding(case: Any, dtype: Any, device: str) -> Finding | None:
     import pytest
     import torch
 
-    from ..gpu import parity
+    from ..gpu import checks
 
     try:
-        demands = parity.Demands(device, repeats=1, backward=True)
-        parity.check_attention(case, dtype, "triton", demands)
+        demands = checks.Demands(device, repeats=1, backward=True)
+        checks.check_attention(case, dtype, "triton", demands)
     except pytest.skip.Exception:
         return None
     except Exception as error:  # one case's fault must not hide another's
         return Finding(f"{type(error).__name__}: {str(error)[:200]}", "")
-    tensors = parity.on_device(case.tensors(dtype), device)
-    outputs = [x for x in parity.run_backend(case, "triton", **tensors) if x is not None]
+    tensors = checks.on_device(case.tensors(dtype), device)
+    outputs = [x for x in checks.run_backend(case, "triton", **tensors) if x is not None]
     wanted = [x for x in tensors.values() if x.requires_grad]
     grads = torch.autograd.grad(outputs[0].sum(), wanted, allow_unused=True)
     digest = hashlib.sha256()

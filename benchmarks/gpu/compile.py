@@ -23,14 +23,16 @@ import torch
 from fused_attn.ops import dispatch
 from fused_attn.runtime.triton import device as triton_device
 
-from . import parity
+from .checks import DTYPES, all_checks
+
+SAID_EVERY = 50  # outcomes
 
 
 def names(match: str, dtypes: list[str]) -> list[str]:
     """`check | dtype` of everything but the random checks, the most telling first."""
     return [
         f"{name} | {dtype}"
-        for name, check in parity.all_checks().items()
+        for name, check in all_checks().items()
         if match in name and not check.random
         for dtype in dtypes
     ]
@@ -59,7 +61,7 @@ def compile_one(arch: int | str, name: str) -> tuple[dict[str, int], str]:
     with watching_the_cache() as counts:
         try:
             with triton_device.compiling_for(arch, _compile_with_launcher, 0):
-                parity.all_checks()[check].call(parity.DTYPES[dtype])
+                all_checks()[check].call(DTYPES[dtype])
         except dispatch.UnsupportedError:
             return counts, ""
         except Exception as error:  # one kernel's fault must not hide another's
@@ -107,7 +109,7 @@ def compile_all(arch: int | str, wanted: list[str], jobs: int, budget: float) ->
             if fault:
                 wrong += 1
                 print(f"{tasks[task]}: {fault}", flush=True)
-            if done % parity.SAID_EVERY == 0:
+            if done % SAID_EVERY == 0:
                 print(f"{done} of {len(wanted)} calls, {counts}", flush=True)
     for process in list(pool._processes.values()):
         process.kill()
@@ -124,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--arch", type=int, help="compute capability; default: that of the GPU")
     parser.add_argument("--match", default="", help="only checks whose name contains this")
-    parser.add_argument("--dtypes", nargs="+", default=list(parity.DTYPES),
-                        choices=list(parity.DTYPES))  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES),
+                        choices=list(DTYPES))  # fmt: skip
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
     options = parser.parse_args(arguments)
     arch = options.arch or triton_device.arch(torch.device("cuda"))

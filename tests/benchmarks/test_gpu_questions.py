@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import checks, parity, questions
 from benchmarks.gpu import compile as compile_part
-from benchmarks.gpu import parity, questions
 from fused_attn.runtime import native
 from fused_attn.selftest import long
 
@@ -113,16 +113,16 @@ def test_the_map_program_compiles_and_survives_its_answers(tmp_path: Path) -> No
 
 SAME_KERNELS = """
 import torch
-from benchmarks.gpu import parity
+from benchmarks.gpu import checks
 from tests.cases.count_compilations import asked
 
 for name in ("small masks, head 40", "small plain, head 128", "long causal, head 64"):
-    case = {**parity.SMALL, **parity.LONG}[name]
+    case = {**checks.SMALL, **checks.LONG}[name]
     with asked() as beforehand:
-        parity.all_checks()[name].call(torch.bfloat16)
-    with asked() as launched, parity.guarded() as guards:
+        checks.all_checks()[name].call(torch.bfloat16)
+    with asked() as launched, checks.guarded() as guards:
         tensors = case.tensors(torch.bfloat16)
-        parity.results(case, "triton", {n: guards.fenced(x, n) for n, x in tensors.items()})
+        checks.results(case, "triton", {n: guards.fenced(x, n) for n, x in tensors.items()})
     print(name, len(launched), launched.keys() == beforehand.keys())
 """
 
@@ -171,7 +171,7 @@ def test_calls_compile_into_one_cache_and_once(tmp_path: Path) -> None:
 
 def test_all_but_the_random_checks_are_compiled_the_longest_first() -> None:
     names = compile_part.names("", ["bf16", "fp16", "fp32"])
-    assert len(names) == 3 * sum(not check.random for check in parity.all_checks().values())
+    assert len(names) == 3 * sum(not check.random for check in checks.all_checks().values())
     order = [name.split(" | ")[0].split()[0] for name in names]
     assert order.index("long") < order.index("small") < order.index("norm")
     assert not any(name.startswith("random") for name in names)
