@@ -8,6 +8,8 @@ import pkgutil
 import re
 from pathlib import Path
 
+import pytest
+
 import fused_attn
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +25,10 @@ FLOORS = (
 )
 
 
-def modules() -> dict[str, Path]:
-    """Dotted names of the package's modules."""
+def modules(folder: Path = PACKAGE) -> dict[str, Path]:
+    """Dotted names of a package's modules."""
     found = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in folder.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
@@ -55,8 +57,8 @@ def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     return {other for other in found if other in known and other != name}
 
 
-def arrows() -> dict[str, set[str]]:
-    known = modules()
+def arrows(folder: Path = PACKAGE) -> dict[str, set[str]]:
+    known = modules(folder)
     return {name: imports_of(name, path, known) for name, path in known.items()}
 
 
@@ -93,8 +95,9 @@ def test_the_search_for_circles_finds_one() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    graph = arrows()
+@pytest.mark.parametrize("folder", [PACKAGE, ROOT / "benchmarks"], ids=lambda path: path.name)
+def test_no_module_imports_itself_by_way_of_others(folder: Path) -> None:
+    graph = arrows(folder)
     # A package's `__init__` hands on what is in it: an arrow from a child to its own parent is no
     # more than Python loading the parent first.
     for name, others in graph.items():
