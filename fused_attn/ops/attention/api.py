@@ -13,6 +13,9 @@ from . import BACKENDS, call
 from .call import Scalars
 from .problem import BHLD, BLHD, Causal, Layout, Operands, Weights
 
+# A NamedTuple of all its fields, without the call of its own constructor (0.2 us of a small call).
+_new = tuple.__new__
+
 __all__ = [
     "attention",
     "attention_backends",
@@ -113,32 +116,38 @@ def attention(
         q, k, v, out = heads_first(layout, q=q, k=k, v=v, out=out)
     if mask is not None or bias is not None:
         mask, bias, causal = understood(q, k, mask, bias, causal)
-    operands = Operands(
-        q,
-        k,
-        v,
-        None if bias is None else four_dimensional("bias", bias),
-        None if mask is None else four_dimensional("mask", mask),
-        key_padding_mask,
-        key_lengths,
-        alibi_slopes,
-        None,
-        None,
-        dropout_rng if dropout_p else None,
-        sinks,
+    operands = _new(
+        Operands,
+        (
+            q,
+            k,
+            v,
+            None if bias is None else four_dimensional("bias", bias),
+            None if mask is None else four_dimensional("mask", mask),
+            key_padding_mask,
+            key_lengths,
+            alibi_slopes,
+            None,
+            None,
+            dropout_rng if dropout_p else None,
+            sinks,
+        ),
     )
-    scalars = Scalars(
-        causal,
-        window,
-        softcap,
-        scale,
-        dropout_p,
-        return_weights,
-        backend,
-        None,
-        None,
-        return_lse,
-        layout,
+    scalars = _new(
+        Scalars,
+        (
+            causal,
+            window,
+            softcap,
+            scale,
+            dropout_p,
+            return_weights,
+            backend,
+            None,
+            None,
+            return_lse,
+            layout,
+        ),
     )
     if out is not None:
         _check_out(out, operands)
