@@ -123,17 +123,40 @@ def _attend(
 ) -> Tensor:
     """Attention in four dimensions; a bool mask hides, a float one is added."""
     is_bool = mask is not None and mask.dtype == torch.bool
-    return attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        mask=mask if is_bool else None,
-        bias=None if is_bool else mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        backend=backend,
-    )
+    try:
+        return attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            mask=mask if is_bool else None,
+            bias=None if is_bool else mask,
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+    except ValueError as error:
+        raise ValueError(_in_torchs_names(error)) from None
+    except TypeError as error:
+        raise TypeError(_in_torchs_names(error)) from None
+
+
+# Names of `attention`'s arguments and what they are called here.
+_TORCHS_NAMES = (
+    ("`q`", "`query`"),
+    ("`k`", "`key`"),
+    ("`v`", "`value`"),
+    ("`mask`", "`attn_mask`"),
+    ("`bias`", "`attn_mask`"),
+    ("`causal`", "`is_causal`"),
+)
+
+
+def _in_torchs_names(error: Exception) -> str:
+    message = str(error.args[0])
+    for ours, torchs in _TORCHS_NAMES:
+        message = message.replace(ours, torchs)
+    return message
 
 
 def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

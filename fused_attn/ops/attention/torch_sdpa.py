@@ -7,7 +7,9 @@ key gives 0, and NaN in a key that nobody sees has no effect.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,10 +96,35 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    out = torch_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return out.contiguous()
+    options: Any = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
+    if is_compiling():
+        return torch_attention(q, k, v, attn_mask=mask, **options).contiguous()
+    with _running():
+        return torch_attention(q, k, v, attn_mask=mask, **options).contiguous()
+
+
+class _Running(threading.local):
+    depth = 0
+
+
+_local = _Running()
+
+
+def is_running() -> bool:
+    """True where torch's kernels are called on behalf of this backend, in this thread.
+
+    `integrations.torch_sdpa` puts ours in their place; here torch's own are meant.
+    """
+    return _local.depth > 0
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    _local.depth += 1
+    try:
+        yield
+    finally:
+        _local.depth -= 1
 
 
 class _Sdpa(torch.autograd.Function):
@@ -137,6 +164,7 @@ class _Sdpa(torch.autograd.Function):
             grads = higher_order.gradients_through(formula, operands[:4], (dout,))
         else:
             wanted = [x for x in ctx.points if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(ctx.out, wanted, dout, retain_graph=True))
+            with _running():
+                found = iter(torch.autograd.grad(ctx.out, wanted, dout, retain_graph=True))
             grads = [next(found) if x is not None and x.requires_grad else None for x in ctx.points]
         return (*grads, None, None)

@@ -133,7 +133,7 @@ def test_mask_and_causal_together_both_apply_at_every_rank(
 def test_a_number_of_keys_that_differs_from_that_of_values_is_refused() -> None:
     """Torch takes it from the values: shorter keys are read past their end."""
     q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 5, 9))
-    with pytest.raises(ValueError, match="`v` must have shape"):
+    with pytest.raises(ValueError, match="`value` must have shape"):
         scaled_dot_product_attention(q, k, v)
 
 
