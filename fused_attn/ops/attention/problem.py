@@ -183,10 +183,12 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"head sizes must be at least 1, got head_dim={head_dim}, head_dim_v={v.shape[3]}"
         )
     if num_heads_kv == 0 or num_heads % num_heads_kv != 0:
+        # A view with its heads moved to the front is a layout that was already understood.
+        hint = "\nhint: tensors (B, L, heads, head size) want `layout='blhd'`"
         raise ValueError(
             "`k` must have a number of heads that divides that of `q`, "
-            f"got num_heads={num_heads}, num_heads_kv={num_heads_kv}\n"
-            "hint: tensors (B, L, heads, head size) want `layout='blhd'`"
+            f"got num_heads={num_heads}, num_heads_kv={num_heads_kv}"
+            f"{hint if q.is_contiguous() else ''}"
         )
 
 
