@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .convert import fuse, unfuse
-from .generation import Seq2SeqTransformer, beam_search, greedy_search, sample
+from .generation import DecoderOnly, Seq2SeqTransformer, beam_search, greedy_search, sample
 from .modules import (
     FusedAddLayerNorm,
     FusedAddRMSNorm,
@@ -17,7 +17,11 @@ from .modules import (
     FusedTransformerEmbedding,
     FusedTransformerEncoder,
     FusedTransformerEncoderLayer,
+    KeyValueCache,
+    LayerCache,
     LearnedPositionalEncoding,
+    MemoryCache,
+    PagedKeyValueCache,
     SinusoidalPositionalEncoding,
     TransformerEmbedding,
 )
@@ -40,6 +44,7 @@ from .runtime.debug import debug
 
 __all__ = [
     "AttentionGradients",
+    "DecoderOnly",
     "FusedAddLayerNorm",
     "FusedAddRMSNorm",
     "FusedFeedForward",
@@ -53,7 +58,11 @@ __all__ = [
     "FusedTransformerEmbedding",
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
+    "KeyValueCache",
+    "LayerCache",
     "LearnedPositionalEncoding",
+    "MemoryCache",
+    "PagedKeyValueCache",
     "Seq2SeqTransformer",
     "SinusoidalPositionalEncoding",
     "TransformerEmbedding",

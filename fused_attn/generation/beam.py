@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from .search import (
     EndTokens,
     Generated,
     Model,
+    begin,
     check_call,
     expect_in_vocabulary,
     forbid,
@@ -36,10 +38,10 @@ class _Hypotheses:
 
 @torch.no_grad()
 def beam_search(
-    model: Model,
+    model: Model | Callable[..., Tensor],
     src: Tensor,
     *,
-    bos: int,
+    bos: int | None = None,
     eos: EndTokens,
     max_len: int,
     beams: int = 4,
@@ -64,25 +66,26 @@ def beam_search(
     ends = check_call(src, bos, eos, max_len)
     checks.expect_integer("beams", beams, 1)
     if (vocab := vocabulary(model)) is not None:
-        expect_in_vocabulary("bos", (bos,), vocab)
+        expect_in_vocabulary("bos", () if bos is None else (bos,), vocab)
         expect_in_vocabulary("eos", ends, vocab)
     if not 0.0 <= length_penalty < math.inf:
         raise ValueError(f"`length_penalty` must be at least 0, got {length_penalty}")
     batch, device = src.shape[0], src.device
     if batch == 0:
         return Generated(src.new_empty(0, 0), torch.zeros(0, device=device))
-    decoding = model.start(src, max_len, beams, use_cache)
-    forbidden = never_chosen(bos, ends, model.padding_idx)
+    decoding, first, padding = begin(model, src, bos, max_len, beams, use_cache)
+    filler = ends[0] if padding is None else padding
+    forbidden = never_chosen(bos, ends, padding)
     # Only the first of the equal hypotheses counts at the start.
     scores = torch.full((batch, beams), -torch.inf, dtype=torch.float64, device=device)
     ended = _Hypotheses(src.new_empty(batch, beams, 0), scores)
-    alive = _Hypotheses(src.new_full((batch, beams, 1), bos), scores.clone())
+    alive = _Hypotheses(first.view(batch, beams, 1), scores.clone())
     alive.scores[:, 0] = 0.0
     for length in range(1, max_len + 1):
         logits = forbid(decoding.step(alive.tokens[:, :, -1].flatten()), forbidden)
         expect_in_vocabulary("eos", ends, logits.shape[-1])
         alive, ended, rows = _advance(
-            alive, ended, logits, ends, _penalty(length, length_penalty), model.padding_idx
+            alive, ended, logits, ends, _penalty(length, length_penalty), filler
         )
         # Scores fall from token to token, and the penalty divides by most at the end.
         reachable = alive.scores[:, 0] / _penalty(max_len, length_penalty)

@@ -60,7 +60,7 @@ def start(model: Model, src: Tensor, max_len: int, beams: int, use_cache: bool |
     memory = model.encode(src, padding)
     if use_cache is False or not possible:
         return PlainDecoding(model, memory, padding, beams)
-    return CachedDecoding(model, memory, padding, max_len, beams)
+    return CachedDecoding(model, memory, padding, max_len)
 
 
 def _is_cacheable(decoder: Any) -> bool:
@@ -84,24 +84,22 @@ class CachedDecoding:
         memory: Tensor,
         padding: Tensor,
         max_len: int,
-        beams: int,
     ) -> None:
         self._model = model
         self._decoder: Any = model.transformer.decoder
+        self._padding = padding
         self._layers = []
         for layer in self._decoder.layers:
-            cross, own = layer.multihead_attn, layer.self_attn
-            k, v = cross.project_memory(memory)
-            batch = memory.shape[0] * beams
-            cache = KeyValueCache(batch, own.num_heads, max_len, own.head_dim, like=k)
-            self._layers.append(LayerCache(cache, k, v, padding))
+            cache = LayerCache(KeyValueCache(max_len))
+            cache.memory.k, cache.memory.v = layer.multihead_attn.project_memory(memory)
+            self._layers.append(cache)
         self._position = 0
 
     def step(self, tokens: Tensor) -> Tensor:
         """As `Decoding.step`."""
         x = self._model.tgt_embedding(tokens[:, None], self._position)
         for layer, cache in zip(self._decoder.layers, self._layers, strict=True):
-            x = layer.forward_cached(x, cache)
+            x = layer.forward_cached(x, cache, self._padding)
         if self._decoder.norm is not None:
             x = self._decoder.norm(x)
         self._position += 1

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..runtime import checks
+from .decoder_only import DecoderOnly
 from .decoding import Decoding
 
 EndTokens = int | Sequence[int]
 
 
 class Model(Protocol):
-    """What the searches need of a model; `Seq2SeqTransformer` is one."""
+    """What the searches need of a model; `Seq2SeqTransformer` and `DecoderOnly` are ones."""
 
-    padding_idx: int
+    padding_idx: int | None
 
     def start(
         self, src: Tensor, max_len: int, beams: int = 1, use_cache: bool | None = None
@@ -41,10 +42,10 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def greedy_search(
-    model: Model,
+    model: Model | Callable[..., Tensor],
     src: Tensor,
     *,
-    bos: int,
+    bos: int | None = None,
     eos: EndTokens,
     max_len: int,
     use_cache: bool | None = None,
@@ -52,9 +53,12 @@ def greedy_search(
     """The likeliest token after each other.
 
     Args:
-        model: in eval mode, or its dropout acts.
-        src: (N, S) int64, padded with `model.padding_idx`.
-        bos: the token that begins a sentence.
+        model: a `Seq2SeqTransformer`, a `DecoderOnly`, or a plain callable, which is taken as
+            `DecoderOnly(model)`; in eval mode, or its dropout acts.
+        src: (N, S) int64, padded with `model.padding_idx`: the source, or of a decoder-only model
+            the prompts, with padding at either end.
+        bos: the token that begins a sentence; None for decoder-only models, which go on with the
+            prompt.
         eos: the token that ends it, or several of which each does. `bos` and the padding are never
             chosen, unless they are among these (GPT-2 pads with its `eos`, BART begins with it).
         max_len: longest sentence, `eos` included.
@@ -62,18 +66,18 @@ def greedy_search(
 
     Raises:
         TypeError: `src` is no tensor of integers, or a number no int.
-        ValueError: `bos` or `eos` is outside the vocabulary, `max_len` does not suit the model, or
-            it cannot use a cache.
+        ValueError: `bos` or `eos` is outside the vocabulary, `bos` is missing or too much,
+            `max_len` does not suit the model, or it cannot use a cache.
     """
     return _follow(model, src, bos, eos, max_len, use_cache, lambda logits: logits.argmax(-1))
 
 
 @torch.no_grad()
 def sample(
-    model: Model,
+    model: Model | Callable[..., Tensor],
     src: Tensor,
     *,
-    bos: int,
+    bos: int | None = None,
     eos: EndTokens,
     max_len: int,
     temperature: float = 1.0,
@@ -130,14 +134,15 @@ def forbid(logits: Tensor, tokens: tuple[int, ...]) -> Tensor:
     return logits
 
 
-def check_call(src: Tensor, bos: int, eos: EndTokens, max_len: int) -> tuple[int, ...]:
+def check_call(src: Tensor, bos: int | None, eos: EndTokens, max_len: int) -> tuple[int, ...]:
     """The tokens that end a sentence, after a look at what all searches take.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     checks.expect_rank("src", src, 2, "(N, S)")
-    checks.expect_integer("bos", bos, 0)
+    if bos is not None:
+        checks.expect_integer("bos", bos, 0)
     checks.expect_integer("max_len", max_len, 0)
     ends = tuple(eos) if isinstance(eos, Sequence) else (eos,)
     if not ends:
@@ -154,14 +159,37 @@ def expect_in_vocabulary(name: str, tokens: tuple[int, ...], vocab: int) -> None
             raise ValueError(f"`{name}` must be in the vocabulary [0, {vocab}), got {token}")
 
 
-def vocabulary(model: Model) -> int | None:
+def vocabulary(model: Any) -> int | None:
     """Number of target tokens, where the model says so."""
     return getattr(model, "tgt_vocab", None)
 
 
-def never_chosen(bos: int, ends: tuple[int, ...], padding: int) -> tuple[int, ...]:
+def never_chosen(bos: int | None, ends: tuple[int, ...], padding: int | None) -> tuple[int, ...]:
     """Tokens that are no part of a sentence."""
-    return tuple(token for token in (bos, padding) if token not in ends)
+    return tuple(token for token in (bos, padding) if token is not None and token not in ends)
+
+
+def begin(
+    model: Any, src: Tensor, bos: int | None, max_len: int, beams: int, use_cache: bool | None
+) -> tuple[Decoding, Tensor, int | None]:
+    """The decoding, the token (N * beams,) that each of its sentences begins with, the padding.
+
+    Raises:
+        ValueError: `bos` is missing, or given to a model that goes on with a prompt.
+    """
+    if not hasattr(model, "start"):
+        model = DecoderOnly(model, getattr(model, "padding_idx", None))
+    goes_on = isinstance(model, DecoderOnly)
+    if goes_on and bos is not None:
+        raise ValueError("`bos` must be None for a decoder-only model: `src` is its prompt")
+    if not goes_on and bos is None:
+        raise ValueError("`bos` must be the token that begins a sentence, got None")
+    decoding = model.start(src, max_len, beams, use_cache)
+    first = getattr(decoding, "last", None)
+    if first is None:
+        rows = src.shape[0] * beams
+        first = torch.full((rows,), bos or 0, dtype=torch.int64, device=src.device)
+    return decoding, first, model.padding_idx
 
 
 def is_end(tokens: Tensor, ends: tuple[int, ...]) -> Tensor:
@@ -173,9 +201,9 @@ def is_end(tokens: Tensor, ends: tuple[int, ...]) -> Tensor:
 
 
 def _follow(
-    model: Model,
+    model: Any,
     src: Tensor,
-    bos: int,
+    bos: int | None,
     eos: EndTokens,
     max_len: int,
     use_cache: bool | None,
@@ -184,12 +212,11 @@ def _follow(
     """`choose`: logits (N, V) -> tokens (N,)."""
     ends = check_call(src, bos, eos, max_len)
     if (vocab := vocabulary(model)) is not None:
-        expect_in_vocabulary("bos", (bos,), vocab)
+        expect_in_vocabulary("bos", () if bos is None else (bos,), vocab)
         expect_in_vocabulary("eos", ends, vocab)
-    decoding = model.start(src, max_len, use_cache=use_cache)
-    batch, padding = src.shape[0], model.padding_idx
+    decoding, last, padding = begin(model, src, bos, max_len, 1, use_cache)
+    batch, filler = src.shape[0], ends[0] if padding is None else padding
     forbidden = never_chosen(bos, ends, padding)
-    last = torch.full((batch,), bos, dtype=torch.int64, device=src.device)
     finished = torch.zeros(batch, dtype=torch.bool, device=src.device)
     scores = torch.zeros(batch, dtype=torch.float64, device=src.device)
     tokens: list[Tensor] = []
@@ -199,7 +226,7 @@ def _follow(
         last = choose(logits)
         gained = logits.log_softmax(-1).gather(-1, last[:, None])[:, 0]
         scores += torch.where(finished, 0.0, gained)
-        last = torch.where(finished, padding, last)
+        last = torch.where(finished, filler, last)
         finished = finished | is_end(last, ends)
         tokens.append(last)
     found = torch.stack(tokens, dim=1) if tokens else src.new_empty(batch, 0)

@@ -3,12 +3,14 @@
 from torch import nn
 
 from .attention import FusedMultiheadAttention
+from .cache import KeyValueCache, LayerCache, MemoryCache
 from .decoder_layer import FusedTransformerDecoderLayer
 from .embedding import FusedTransformerEmbedding, TransformerEmbedding
 from .encoder_layer import FusedTransformerEncoderLayer
 from .feed_forward import FusedFeedForward
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
 from .linear import FusedLinear
+from .paged_cache import PagedKeyValueCache
 from .positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding
 from .stacks import FusedTransformer, FusedTransformerDecoder, FusedTransformerEncoder
 
@@ -43,7 +45,11 @@ __all__ = [
     "FusedTransformerEmbedding",
     "FusedTransformerEncoder",
     "FusedTransformerEncoderLayer",
+    "KeyValueCache",
+    "LayerCache",
     "LearnedPositionalEncoding",
+    "MemoryCache",
+    "PagedKeyValueCache",
     "SinusoidalPositionalEncoding",
     "TransformerEmbedding",
 ]

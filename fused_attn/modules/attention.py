@@ -14,9 +14,9 @@ from ..ops.attention.problem import BLHD, Operands, Weights
 from ..runtime import autocast, debug
 from ..runtime.hints import with_hint
 from . import attention_arguments as arguments
-from . import nested_attention
+from . import cached_attention, nested_attention
 from .attention_arguments import Sizes
-from .cache import KeyValueCache
+from .cache import Cache, MemoryCache
 from .linear import call_linear, project
 from .mistakes import names_checked
 from .packing import Sequences
@@ -92,6 +92,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool | None = False,
+        cache: Cache | MemoryCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `query` over `key` and `value`; as `torch.nn.MultiheadAttention.forward`.
 
@@ -109,6 +110,11 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             is_causal: no query sees a key after its own position. Appended keys (`add_bias_kv`,
                 `add_zero_attn`) stay visible. Together with an `attn_mask` both apply; if moreover
                 L != S, `attn_mask` alone decides.
+            cache: a `KeyValueCache` or `PagedKeyValueCache`: `query`, `key` and `value` are those
+                that follow the positions in it. Their keys and values are added to it, S counts all
+                of them, also in both masks, `rotary_base` goes on with the positions, and
+                `is_causal` lets the last query see the last key. Or, where `key` and `value` are a
+                memory that stays the same, a `MemoryCache`: they are projected once.
 
         Returns:
             The output, new, in the shape of `query`; and the weights, (N, L, S') averaged or
@@ -125,6 +131,8 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         if attn_mask is not None:
             attn_mask = arguments.plain_mask(attn_mask, query.device)
         if query.is_nested or key.is_nested or value.is_nested:
+            if cache is not None:
+                raise ValueError("`cache` takes no NestedTensors; `key_padding_mask` tells lengths")
             return nested_attention.forward(
                 self,
                 query,
@@ -147,15 +155,23 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             same_embed_dim=self._qkv_same_embed_dim,
             batch_first=self.batch_first,
         )
+        past = None
+        if cache is not None:
+            past = cached_attention.check(self, cache, sizes)
+            sizes = sizes._replace(keys=sizes.keys + past)
         if key_padding_mask is not None or attn_mask is not None:
             dtypes = arguments.mask_dtypes(query)
             arguments.check_masks(key_padding_mask, attn_mask, sizes, dtypes)
-        projected = self._project(query, key, value)
-        q, k, v = (self._split_heads(x, sizes.batched) for x in projected)
-        if self.rotary_base is not None:
-            q, k = (self._rotate(x) for x in (q, k))
+        if cache is None:
+            q, k, v = self.project_heads(query, key, value, sizes.batched)
+            if self.rotary_base is not None:
+                q, k = (self.rotate_heads(x) for x in (q, k))
+        else:
+            q, k, v = cached_attention.heads(self, query, key, value, sizes, cache)
         k, v, appended = self._append_keys(k, v, sizes)
-        masks = arguments.make_masks(key_padding_mask, attn_mask, is_causal, sizes, appended, q)
+        masks = arguments.make_masks(
+            key_padding_mask, attn_mask, is_causal, sizes, appended, q, past
+        )
         if debug.enabled:
             seen = None if masks.bias is None else masks.bias != -torch.inf
             padding = masks.key_padding_mask
@@ -229,22 +245,22 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         )
         return out.reshape(query.shape[0], self.embed_dim)
 
-    def attend_cached(self, x: Tensor, cache: KeyValueCache) -> Tensor:
+    def attend_cached(self, x: Tensor, cache: Cache) -> Tensor:
         """Causal self-attention of the tokens that follow those in `cache`; (N, L, E) -> (N, L, E).
 
         Their keys and values are added to it. The module must be batch_first, and append no keys.
         """
-        q, k, v = (self._split_heads(y, True) for y in self._project(x, x, x))
+        q, k, v = self.project_heads(x, x, x)
         if self.rotary_base is not None:
-            q, k = (self._rotate(y, cache.length) for y in (q, k))
+            q, k = (self.rotate_heads(y, cache.length) for y in (q, k))
         k, v = cache.append(k, v)
         return self._attend(q, k, v, causal="lower_right")
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (N, H, S, D) of `memory` (N, S, E), for `attend_projected`."""
         nothing = memory.new_empty(memory.shape[0], 0, self.embed_dim)
-        _, k, v = self._project(nothing, memory, memory)
-        return self._split_heads(k, True), self._split_heads(v, True)
+        _, k, v = self.project_heads(nothing, memory, memory)
+        return k, v
 
     def attend_projected(
         self, query: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
@@ -255,7 +271,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
             key_padding_mask: (N, S) bool, True = padding, or None.
         """
         nothing = query.new_empty(query.shape[0], 0, self.kdim)
-        q = self._split_heads(self._project(query, nothing, nothing)[0], True)
+        q, _, _ = self.project_heads(query, nothing, nothing)
         return self._attend(q, k, v, key_padding_mask=key_padding_mask)
 
     def _attend(
@@ -277,11 +293,18 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
         out = out.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.embed_dim)
         return call_linear(self.out_proj, out)
 
-    def _rotate(self, x: Tensor, offset: int = 0) -> Tensor:
+    def rotate_heads(self, x: Tensor, offset: int = 0) -> Tensor:
         """x (N, H, L, D), turned by the positions offset .. offset + L."""
         assert self.rotary_base is not None
         positions = torch.arange(offset, offset + x.shape[2], device=x.device)
         return rotate(x, positions, self.rotary_base)
+
+    def project_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, batched: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three in-projections as heads (N, H, L, D) and (N, H, S, D), views."""
+        q, k, v = (self._split_heads(x, batched) for x in self._project(query, key, value))
+        return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The three in-projections, in the layout of their inputs; last dimension embed_dim."""

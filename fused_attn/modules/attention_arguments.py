@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.attention.problem import Causal
 from ..ops.dispatch import UnsupportedError
 from ..runtime import autocast, checks, subclasses
 from ..runtime.hints import with_hint
@@ -36,7 +37,7 @@ class Masks(NamedTuple):
     bias: Tensor | None  # 4-D, broadcastable to (N, H, L, S)
     mask: Tensor | None  # bool, likewise
     key_padding_mask: Tensor | None  # (N, S) bool
-    causal: bool
+    causal: Causal
 
 
 def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -221,6 +222,7 @@ def make_masks(
     sizes: Sizes,
     appended: int,
     like: Tensor,
+    past: int | None = None,
 ) -> Masks:
     """Checked masks of torch.nn (True = masked out) in the form of `fused_attn.attention`.
 
@@ -231,6 +233,8 @@ def make_masks(
     Args:
         appended: how many always visible keys (bias_kv, zero attention) follow the S keys.
         like: the projected query, for its device and dtype.
+        past: keys that a cache held before the call; None: no cache. With one there is no doubt
+            about the diagonal: the last query meets the last key, with an `attn_mask` too.
     """
     precision = torch.promote_types(like.dtype, torch.float32)
     bias = mask = keep = None
@@ -249,13 +253,18 @@ def make_masks(
             padding = key_padding_mask[:, None, None, :]
             # Added in the precision of the scores, whatever that of the masks.
             bias = padding if bias is None else bias.to(precision) + padding.to(precision)
-    causal = is_causal and (attn_mask is None or sizes.queries == sizes.keys)
+    causal: Causal = is_causal and (attn_mask is None or sizes.queries == sizes.keys)
+    if causal and past is None and sizes.queries < sizes.keys:
+        mistakes.warn_of_upper_left(sizes.queries, sizes.keys)
+    shift = 0
+    if is_causal and past is not None:
+        causal, shift = "lower_right", sizes.keys - sizes.queries
     if appended == 0:
         return Masks(bias, mask, keep, causal)
     if causal:
         # The diagonal stops short of the appended keys, which every query sees.
         scores = (1, 1, sizes.queries, sizes.keys)
-        triangle = torch.ones(scores, dtype=torch.bool, device=like.device).tril()
+        triangle = torch.ones(scores, dtype=torch.bool, device=like.device).tril(shift)
         mask = triangle if mask is None else mask & triangle
     return Masks(
         _append_keys(bias, sizes.keys, appended, 0.0),

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..runtime import checks, debug
 from . import masking, packing, padding
 from .cache import LayerCache
+from .cached_attention import expect_cacheable
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .mistakes import names_checked
-from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
+from .packable import CACHE, NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import Masks, PackedCross
 from .residual import add_norm, add_norm_sum
@@ -102,6 +103,7 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Self-attention, attention over `memory`, feed-forward, each with residual and norm.
 
@@ -111,6 +113,8 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
             tgt_mask, memory_mask: as `attn_mask` of `FusedMultiheadAttention`.
             tgt_key_padding_mask, memory_key_padding_mask: as its `key_padding_mask`.
             tgt_is_causal, memory_is_causal: as its `is_causal`.
+            cache: `tgt` follows the positions in `cache.own`, and its masks are of all of them; the
+                memory is projected once, and must be the same one in later calls.
 
         Returns:
             A new tensor in the shape of `tgt`.
@@ -124,6 +128,9 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
             debug.look_at_padding(self, tgt_key_padding_mask)
             debug.look_at_padding(self, memory_key_padding_mask)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        if cache is not None:
+            note_not_packed(self, CACHE)
+            return self._cached(tgt, memory, masks, tgt_is_causal, memory_is_causal, cache)
         if tgt.is_nested or memory.is_nested:
             return self._forward_nested(tgt, memory, masks, tgt_is_causal, memory_is_causal)
         paddings = (tgt_key_padding_mask, memory_key_padding_mask)
@@ -175,8 +182,11 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         masks: Masks,
         tgt_is_causal: bool,
         memory_is_causal: bool,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """The layer on a batch as it is, padding included."""
+        own: Any = {} if cache is None else {"cache": cache.own}
+        cross: Any = {} if cache is None else {"cache": cache.memory}
         return self._blocks(
             tgt,
             lambda x: self.self_attn(
@@ -187,6 +197,7 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
                 need_weights=False,
                 attn_mask=masks.tgt,
                 is_causal=tgt_is_causal,
+                **own,
             )[0],
             lambda x: self.multihead_attn(
                 x,
@@ -196,8 +207,35 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
                 need_weights=False,
                 attn_mask=masks.memory,
                 is_causal=memory_is_causal,
+                **cross,
             )[0],
         )
+
+    def _cached(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: Masks,
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
+        cache: LayerCache,
+    ) -> Tensor:
+        """The layer on the positions that follow those in the cache."""
+        if not isinstance(cache, LayerCache):
+            raise TypeError(f"`cache` must be a LayerCache, got {checks.type_name(cache)}")
+        for name in self._ATTENTIONS:
+            expect_cacheable(name, getattr(self, name))
+        if memory_is_causal:
+            raise ValueError("`memory_is_causal` must be False with a `cache`")
+        rows = None
+        if self.pack_padding and not masking.is_left_to_caller(masks.tgt_padding):
+            rows = masking.hidden_in_cache(tgt, masks.tgt_padding, self)
+        known = self.is_known()
+        tgt = masking.clear(tgt, rows, known)
+        if self.pack_padding:
+            hidden = masking.hidden(memory, masks.memory_padding, self)
+            memory = masking.clear(memory, hidden, known)
+        return masking.zero(self._dense(tgt, memory, masks, tgt_is_causal, False, cache), rows)
 
     def _is_own_class(self) -> bool:
         return type(self) is FusedTransformerDecoderLayer
@@ -234,18 +272,23 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
             and getattr(cross, "rotary_base", None) is None
         )
 
-    def forward_cached(self, x: Tensor, cache: LayerCache) -> Tensor:
-        """The layer on the tokens x (N, L, E) that follow those in `cache`, which takes them in."""
+    def forward_cached(self, x: Tensor, cache: LayerCache, memory_padding: Tensor | None) -> Tensor:
+        """The layer on the tokens x (N, L, E) that follow those in `cache`, which takes them in.
+
+        Args:
+            cache: with a memory of M rows that is projected already, N a multiple of M: consecutive
+                rows of x share one.
+            memory_padding: (M, S) bool, True = padding, or None.
+        """
         own: Any = self.self_attn
         cross: Any = self.multihead_attn
+        k, v = cache.memory.k, cache.memory.v
+        assert k is not None
 
         def attend_memory(h: Tensor) -> Tensor:
             # Rows of one memory are so many queries of it, which saves copies of it.
-            queries = h.reshape(cache.memory_k.shape[0], -1, h.shape[-1])
-            out = cross.attend_projected(
-                queries, cache.memory_k, cache.memory_v, cache.memory_padding
-            )
-            return out.reshape(h.shape)
+            queries = h.reshape(k.shape[0], -1, h.shape[-1])
+            return cross.attend_projected(queries, k, v, memory_padding).reshape(h.shape)
 
         return self._blocks(x, lambda h: own.attend_cached(h, cache.own), attend_memory)
 
@@ -254,13 +297,15 @@ class FusedTransformerDecoderLayer(NotScriptable, PackableLayer, nn.TransformerD
         tgt: Tensor,
         memory: Tensor,
         masks: Masks,
-        *causal: bool,
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
     ) -> Tensor:
         if not (tgt.is_nested and memory.is_nested):
             raise AssertionError("`tgt` and `memory` must both be NestedTensors, or neither")
         check_nested((tgt, memory), masks, self.self_attn.batch_first)
         packable = self.is_packable()
         note_nested(self, packable)
+        causal = (tgt_is_causal, memory_is_causal)
         if packable:
             tokens, sequences = packing.from_nested(tgt)
             out = self.forward_packed(tokens, sequences, *packing.from_nested(memory), *causal)

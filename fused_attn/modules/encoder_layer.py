@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ..runtime import checks, debug
 from . import masking, packing, padding
+from .cache import Cache
+from .cached_attention import expect_cacheable
 from .children import Activation, check_nested, fuse_children
 from .feed_forward import feed_forward
 from .mistakes import names_checked
-from .packable import NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
+from .packable import CACHE, NO_MASK, PackableLayer, note_nested, note_not_packed, note_packed
 from .packing import Sequences
 from .padding import PackedSelf
 from .residual import add_norm, add_norm_sum
@@ -93,6 +95,7 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Self-attention and feed-forward, each with its residual, dropout and norm.
 
@@ -101,6 +104,7 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
             src_mask: as `attn_mask` of `FusedMultiheadAttention`.
             src_key_padding_mask: as its `key_padding_mask`.
             is_causal: as its `is_causal`.
+            cache: as its `cache`: `src` follows the positions in it, and the masks are of all keys.
 
         Returns:
             A new tensor in the shape of `src`.
@@ -111,6 +115,9 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
         checks.expect_any_tensor("src", src)
         if debug.enabled:
             debug.look_at_padding(self, src_key_padding_mask)
+        if cache is not None:
+            note_not_packed(self, CACHE)
+            return self._cached(src, src_mask, src_key_padding_mask, is_causal, cache)
         if src.is_nested:
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         if src_key_padding_mask is None or not self.pack_padding:
@@ -145,6 +152,7 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
         src_mask: Tensor | None,
         src_key_padding_mask: Tensor | None,
         is_causal: bool,
+        **cache: Cache,
     ) -> Tensor:
         """The layer on a batch as it is, padding included."""
         return self._blocks(
@@ -157,8 +165,26 @@ class FusedTransformerEncoderLayer(NotScriptable, PackableLayer, nn.TransformerE
                 need_weights=False,
                 attn_mask=src_mask,
                 is_causal=is_causal,
+                **cache,
             )[0],
         )
+
+    def _cached(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+        cache: Cache,
+    ) -> Tensor:
+        """The layer on the positions that follow those in the cache."""
+        expect_cacheable("self_attn", self.self_attn)
+        rows = None
+        if self.pack_padding and not masking.is_left_to_caller(src_key_padding_mask):
+            rows = masking.hidden_in_cache(src, src_key_padding_mask, self)
+        src = masking.clear(src, rows, self.is_known())
+        out = self._dense(src, src_mask, src_key_padding_mask, is_causal, cache=cache)
+        return masking.zero(out, rows)
 
     def _is_own_class(self) -> bool:
         return type(self) is FusedTransformerEncoderLayer

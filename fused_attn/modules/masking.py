@@ -37,6 +37,15 @@ def hidden(x: Tensor, key_padding_mask: Tensor | None, owner: nn.Module) -> Tens
     return mask[..., None] if mask.shape == x.shape[:-1] else None
 
 
+def hidden_in_cache(x: Tensor, key_padding_mask: Tensor | None, owner: nn.Module) -> Tensor | None:
+    """`hidden` of x, the last positions of those that the mask (N, S) or (S) is of."""
+    if not isinstance(key_padding_mask, Tensor):
+        return None
+    batch_first = x.dim() == 3 and getattr(getattr(owner, "self_attn", None), "batch_first", True)
+    new = x.shape[1 if batch_first else 0]
+    return hidden(x, key_padding_mask[..., max(key_padding_mask.shape[-1] - new, 0) :], owner)
+
+
 def clear(x: Tensor, rows: Tensor | None, all_known: bool) -> Tensor:
     """x without what is stored at padding.
 

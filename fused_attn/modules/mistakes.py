@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..runtime import hints
@@ -37,6 +39,18 @@ def names_checked(forward: Callable[P, R]) -> Callable[P, R]:
         return forward(*args, **kwargs)
 
     return checked
+
+
+def warn_of_upper_left(queries: int, keys: int) -> None:
+    """Tell of a diagonal that starts at the first key, though the queries may be the last ones."""
+    if torch.compiler.is_compiling():
+        return
+    warnings.warn(
+        f"`is_causal` with {queries} queries and {keys} keys lets the first query see the first "
+        "key alone, as torch does; for queries that follow cached keys give `cache=`, or an "
+        "`attn_mask`",
+        stacklevel=4,
+    )
 
 
 def other_order(batch_first: bool) -> str:

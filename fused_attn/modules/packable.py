@@ -12,6 +12,7 @@ from .packing import Padding
 from .residual import has_hooks
 
 NO_MASK = "no padding mask"
+CACHE = "a cache is used"
 OFF = "`pack_padding` is False"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ..runtime import checks, debug
 from ..runtime.hints import with_hint
 from . import masking, packing, padding
+from .cache import Cache, KeyValueCache, LayerCache
+from .cached_attention import check_caches, options_of, own_cache
 from .children import Activation, check_nested, fuse_children
 from .decoder_layer import FusedTransformerDecoderLayer
 from .encoder_layer import FusedTransformerEncoderLayer
@@ -19,6 +22,7 @@ from .packable import NO_MASK, note_nested, note_not_packed, note_packed
 from .packable_stack import PackableStack, PackPadding
 from .packing import Sequences
 from .padding import Masks, PackedCross, PackedSelf
+from .paged_cache import PagedKeyValueCache
 from .scripting import NotScriptable
 
 
@@ -44,6 +48,7 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        cache: Sequence[Cache] | None = None,
     ) -> Tensor:
         """The layers in turn, then the norm; as `torch.nn.TransformerEncoder.forward`.
 
@@ -54,10 +59,14 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
             mask, src_key_padding_mask: as of `FusedTransformerEncoderLayer`.
             is_causal: no position sees a later one. None is False: the mask says it all, and is
                 not read back to find out whether it is causal.
+            cache: one for each layer, as the layers take it; `new_cache` makes them.
         """
         checks.expect_any_tensor("src", src)
         if debug.enabled:
             debug.look_at_padding(self, src_key_padding_mask)
+        if cache is not None:
+            check_caches(cache, self.layers)
+            return self._dense(src, mask, src_key_padding_mask, bool(is_causal), cache)
         if src.is_nested:
             return self._forward_nested(src, mask, src_key_padding_mask, bool(is_causal))
         if src_key_padding_mask is None or not self.pack_padding:
@@ -77,6 +86,12 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
         marked = masking.leave_to_caller(src_key_padding_mask)
         return masking.zero(self._dense(src, mask, marked, bool(is_causal)), rows)
 
+    def new_cache(
+        self, max_len: int | None = None, page_size: int | None = None
+    ) -> list[KeyValueCache | PagedKeyValueCache]:
+        """An empty cache for each layer, with room for max_len positions, in pages or in one."""
+        return [own_cache(max_len, page_size) for _ in self.layers]
+
     def _find(
         self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor, is_causal: bool
     ) -> PackedSelf | str:
@@ -91,10 +106,11 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
         mask: Tensor | None,
         src_key_padding_mask: Tensor | None,
         is_causal: bool,
+        caches: Sequence[Cache] | None = None,
     ) -> Tensor:
         """Layers and norm on a batch as it is, padding included."""
         output = src
-        for layer in self.layers:
+        for layer, options in zip(self.layers, options_of(caches, self.layers), strict=True):
             ours = isinstance(layer, nn.TransformerEncoderLayer)
             output = layer(
                 output,
@@ -103,6 +119,7 @@ class FusedTransformerEncoder(NotScriptable, PackableStack, nn.TransformerEncode
                 src_key_padding_mask=(
                     src_key_padding_mask if ours else _as_torch_passes_it(src_key_padding_mask, src)
                 ),
+                **options,
             )
         return self._finish(output)
 
@@ -155,6 +172,7 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """The layers in turn, then the norm; as `torch.nn.TransformerDecoder.forward`.
 
@@ -163,6 +181,7 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
                 NestedTensor (N, *, E), and `memory` too, if they are batch_first.
             tgt_is_causal: no target position sees a later one. None is False: the mask says it all,
                 and is not read back to find out whether it is causal.
+            cache: one for each layer, as the layers take it; `new_cache` makes them.
         """
         checks.expect_any_tensor("tgt", tgt)
         checks.expect_any_tensor("memory", memory)
@@ -171,6 +190,9 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
             debug.look_at_padding(self, memory_key_padding_mask)
         causal = (bool(tgt_is_causal), memory_is_causal)
         masks = Masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        if cache is not None:
+            check_caches(cache, self.layers)
+            return self._dense(tgt, memory, masks, causal, cache)
         if (masks[2:] == (None, None)) or tgt.is_nested or not self.pack_padding:
             note_not_packed(self, NO_MASK)
             return self._dense(tgt, memory, masks, causal)
@@ -193,6 +215,12 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
         )
         return masking.zero(self._dense(tgt, memory, masks, causal), rows)
 
+    def new_cache(
+        self, max_len: int | None = None, page_size: int | None = None
+    ) -> list[LayerCache]:
+        """An empty cache for each layer, with room for max_len positions, in pages or in one."""
+        return [LayerCache(own_cache(max_len, page_size)) for _ in self.layers]
+
     def _find(
         self, tgt: Tensor, memory: Tensor, masks: Masks, causal: tuple[bool, bool]
     ) -> PackedCross | str:
@@ -205,11 +233,16 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
         )
 
     def _dense(
-        self, tgt: Tensor, memory: Tensor, masks: Masks, causal: tuple[bool, bool]
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: Masks,
+        causal: tuple[bool, bool],
+        caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """Layers and norm on a batch as it is, padding included."""
         output = tgt
-        for layer in self.layers:
+        for layer, options in zip(self.layers, options_of(caches, self.layers), strict=True):
             output = layer(
                 output,
                 memory,
@@ -219,6 +252,7 @@ class FusedTransformerDecoder(NotScriptable, PackableStack, nn.TransformerDecode
                 memory_key_padding_mask=masks.memory_padding,
                 tgt_is_causal=causal[0],
                 memory_is_causal=causal[1],
+                **options,
             )
         return self._finish(output)
 

@@ -217,7 +217,7 @@ def test_a_full_cache_says_so() -> None:
     token = torch.full((3,), BOS)
     decoding.step(token)
     decoding.step(token)
-    with pytest.raises(ValueError, match="the cache holds 2 positions, got 3"):
+    with pytest.raises(ValueError, match="holds max_len=2 positions, got 3"):
         decoding.step(token)
 
 

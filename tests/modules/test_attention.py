@@ -43,10 +43,11 @@ def test_constructor_has_torch_names_order_and_defaults() -> None:
 
 def test_forward_has_torch_names_order_and_defaults() -> None:
     theirs = inspect.signature(nn.MultiheadAttention.forward).parameters.values()
-    ours = inspect.signature(FusedMultiheadAttention.forward).parameters.values()
+    *ours, extra = inspect.signature(FusedMultiheadAttention.forward).parameters.values()
     assert [(p.name, p.default, p.kind) for p in ours] == [
         (p.name, p.default, p.kind) for p in theirs
     ]
+    assert (extra.name, extra.default) == ("cache", None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
