@@ -122,6 +122,18 @@ inline void read_operands(Arguments& args, Params& p) {
   p.cu_seqlens_q = args.numbers<int32_t>(cu_q, DType::kInt32);
   p.cu_seqlens_k = args.numbers<int32_t>(cu_k, DType::kInt32);
   p.rng = args.numbers<int64_t>("rng", DType::kInt64);
+}
+
+// What only the CPU's kernels know: documents and prefixes. Sinks no kernel knows.
+inline void read_more_operands(Arguments& args, Params& p) {
+  if (args.tensor("sinks")) throw py::type_error("an operand that these kernels do not know");
+  const TensorView of_queries = args.tensor("query_documents");
+  const TensorView of_keys = args.tensor("key_documents");
+  check_dtype(of_queries, {DType::kInt32, DType::kInt64});
+  check_dtype(of_keys, {of_queries.dtype});
+  p.query_documents = view4(of_queries);
+  p.key_documents = view4(of_keys);
+  p.prefix_lengths = args.numbers<int64_t>("prefix_lengths", DType::kInt64);
   args.end_of_tuple();
 }
 
@@ -169,6 +181,7 @@ inline void read_scalars(Arguments& args, Params& p) {
   p.scale = args.number();
   p.softcap = args.number();
   p.dropout_p = args.number();
+  p.chunk = args.integer();
 }
 
 inline void read_threads(Arguments& args, Params& p) {

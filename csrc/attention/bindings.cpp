@@ -11,6 +11,7 @@ namespace {
 void attention_forward(Arguments& args) {
   Params p;
   read_operands(args, p);
+  read_more_operands(args, p);
   p.out = args.view("out");
   p.lse = args.view("lse");
   read_scalars(args, p);
@@ -22,6 +23,7 @@ void attention_forward(Arguments& args) {
 void attention_forward_with_weights(Arguments& args) {
   WeightsParams p;
   read_operands(args, p);
+  read_more_operands(args, p);
   p.out = args.view("out");
   p.lse = args.view("lse");
   p.weights = args.view("weights");
@@ -35,6 +37,7 @@ void attention_forward_with_weights(Arguments& args) {
 void attention_backward(Arguments& args) {
   BackwardParams p;
   read_operands(args, p);
+  read_more_operands(args, p);
   p.out = args.view("out");
   p.lse = args.view("lse");
   p.dout = args.view("dout");
@@ -53,8 +56,9 @@ void attention_backward(Arguments& args) {
 PyMethodDef kMethods[] = {
     {"attention_forward", method<attention_forward>(), METH_FASTCALL,
      "attention_forward(operands, out, lse, options, threads). Operands: (q, k, v, bias, mask, "
-     "key_padding_mask, key_lengths, alibi_slopes, cu_seqlens_q, cu_seqlens_k, rng). Options: "
-     "(max_seqlen_q, max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p)"},
+     "key_padding_mask, key_lengths, alibi_slopes, cu_seqlens_q, cu_seqlens_k, rng, sinks (None), "
+     "query_documents, key_documents, prefix_lengths). Options: (max_seqlen_q, max_seqlen_k, "
+     "causal, window_left, window_right, scale, softcap, dropout_p, chunk)"},
     {"attention_forward_with_weights", method<attention_forward_with_weights>(), METH_FASTCALL,
      "attention_forward_with_weights(operands, out, lse, weights, average, options, threads)"},
     {"attention_backward", method<attention_backward>(), METH_FASTCALL,

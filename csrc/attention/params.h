@@ -12,7 +12,8 @@
 //   s = s - alibi_slopes[h] * |i + (Lk - Lq) - j|        if alibi_slopes
 //   s = s + bias                                         if bias
 // and s = -inf where any mask hides (i, j). Lq and Lk are the lengths of the sequence at hand
-// (`key_lengths` does not move diagonals: it is a padding mask).
+// (`key_lengths` does not move diagonals: it is a padding mask). Bias and mask of a packed problem
+// are indexed (sequence, head, i, j).
 #pragma once
 
 #include "common/types.h"
@@ -48,12 +49,19 @@ struct Params {
 
   // Visible iff, with d = i + shift - j:  causal: d >= 0;  window_left >= 0: d <= window_left;
   // window_right >= 0: -d <= window_right.  shift = 0 for kUpperLeft, else Lk - Lq.
+  // Of these, keys j < prefix_lengths[b] are exempt.  chunk > 0: floor((i + shift) / chunk) ==
+  // floor(j / chunk).  Documents: query_documents[b, i] == key_documents[b, j]; int32 or int64,
+  // indexed like rows of q and k.
   Causal causal = Causal::kNone;
   int64_t window_left = -1;
   int64_t window_right = -1;
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;
+  int64_t chunk = 0;
+  const int64_t* prefix_lengths = nullptr;  // (B,)
+  View4 query_documents;                    // (B, Lq), one dtype for both
+  View4 key_documents;                      // (B, Lk)
   int threads = 1;
 };
 

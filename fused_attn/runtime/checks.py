@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import hints, subclasses
 
+ID_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -81,9 +82,10 @@ def expect_broadcastable(name: str, tensor: Tensor, shape: Sequence[int], layout
         for size, full in zip(sizes, shape[len(shape) - len(sizes) :], strict=True)
     )
     if not fits:
-        raise ValueError(
-            f"`{name}` must be broadcastable to {layout} = {tuple(shape)}, got {tuple(sizes)}"
-        )
+        message = f"`{name}` must be broadcastable to {layout} = {tuple(shape)}, got {tuple(sizes)}"
+        cut = len(sizes) > 0 and sizes[-1] > shape[-1]  # such as a mask made for a whole cache
+        hint = f"`{name}[..., :{shape[-1]}]`, if what lies beyond is of no key" if cut else None
+        raise ValueError(hints.with_hint(message, hint))
 
 
 def expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:

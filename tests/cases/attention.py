@@ -48,6 +48,9 @@ class Case:
     seed: int = 0
     learned_alibi: bool = False  # the slopes want a gradient
     sinks: bool = False
+    chunk: int | None = None
+    documents: str | None = None  # "runs" (one after the other, as in packed rows) or "mixed"
+    prefix: bool = False  # it wants `causal` or `window`
 
     def scalars(self, backend: str | None = None) -> Scalars:
         return Scalars(
@@ -59,6 +62,7 @@ class Case:
             self.weights,
             backend,
             return_lse=True,
+            chunk=self.chunk,
         )
 
     def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> dict[str, Tensor]:
@@ -98,9 +102,24 @@ class Case:
             tensors["alibi_slopes"] = slopes.requires_grad_(self.learned_alibi and requires_grad)
         if self.sinks:
             tensors["sinks"] = randn(self.num_heads).requires_grad_(requires_grad)
+        tensors.update(self._positions())
         if self.dropout_p:
             tensors["dropout_rng"] = torch.randint(0, 2**62, (2,), generator=generator)
         return tensors
+
+    def _positions(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(-1 - self.seed)
+        found = {}
+        for name, length in (("query", self.seqlen_q), ("key", self.seqlen_k)):
+            if self.documents is not None:
+                ids = torch.randint(0, 3, (self.batch, length), generator=generator)
+                if self.documents == "runs":
+                    ids = ids.sort(dim=1).values
+                found[f"{name}_documents"] = ids
+        if self.prefix:
+            high = self.seqlen_k + 1
+            found["prefix_lengths"] = torch.randint(0, high, (self.batch,), generator=generator)
+        return found
 
     def _shown_tiles(self, shape: torch.Size) -> Tensor:
         tile, generator = self.mask_tile, torch.Generator().manual_seed(self.seed)

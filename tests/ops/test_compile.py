@@ -28,6 +28,9 @@ CASES = {
         dropout_p=0.1, layout="blhd",
     ),
     "weights": Case(weights="average", num_heads=4),
+    "positions": Case(
+        seqlen_q=20, seqlen_k=30, causal=True, window=(9, 0), documents="runs", prefix=True, chunk=8
+    ),
 }  # fmt: skip
 
 

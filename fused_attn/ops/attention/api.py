@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime import checks, hints, overlap, subclasses
+from ...runtime import checks, hints, overlap
 from .. import dispatch
 from . import BACKENDS, call
+from .arguments import documents, documents_of_rows, four_dimensional, heads_first, understood
 from .call import Scalars
-from .problem import BHLD, BLHD, Causal, Layout, Operands, Weights
+from .problem import BHLD, BLHD, Causal, Documents, Layout, Operands, Weights
 
 # A NamedTuple of all its fields, without the call of its own constructor (0.2 us of a small call).
 _new = tuple.__new__
@@ -31,6 +32,9 @@ def attention(
     *,
     causal: Causal = False,
     window: tuple[int, int] | None = None,
+    chunk: int | None = None,
+    prefix_lengths: Tensor | None = None,
+    document_ids: Documents | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -60,12 +64,15 @@ def attention(
         s = cat([s, sinks[:, None, None]], -1)                       # if sinks, and v a row of 0
         out = dropout(softmax(s, -1), dropout_p) @ v                 # 0 where a row sees no key
 
-    A query at position i sees the key at position j iff all of these hold, with
-    d = i - j if `causal` is True or "upper_left", else d = i + Lk - Lq - j:
+    Query i sees key j iff all of these hold, with d = p - j, where the query's position is p = i
+    if `causal` is True or "upper_left", else p = i + Lk - Lq:
 
-    * `causal`: d >= 0. "upper_left" (or True) aligns the first query with the first key, as
-      torch's `is_causal` does; "lower_right" the last with the last, as decoding wants.
-    * `window` (left, right): -right <= d <= left; -1 lifts a limit.
+    * `causal`: d >= 0, or j < `prefix_lengths[b]`. "upper_left" (or True) aligns the first query
+      with the first key, as torch's `is_causal` does; "lower_right" the last with the last, as
+      decoding wants.
+    * `window` (left, right): -right <= d <= left, or j < `prefix_lengths[b]`; -1 lifts a limit.
+    * `chunk`: floor(p / chunk) == floor(j / chunk).
+    * `document_ids`: `query_ids[b, i] == key_ids[b, j]`.
     * `key_padding_mask`: `key_padding_mask[b, j]`.
     * `key_lengths`: j < `key_lengths[b]`. A padding mask by length: it moves no diagonal.
     * `mask`: `mask[b, h, i, j]`.
@@ -76,11 +83,17 @@ def attention(
     Args:
         q: (B, H, Lq, D), float32, float16, bfloat16 or float64; any strides.
         k: (B, Hkv, Lk, D); H must be a multiple of Hkv. Query head h reads head h // (H // Hkv).
-        v: (B, Hkv, Lk, Dv).
+        v: (B, Hkv, Lk, Dv). A batch of 1 in q, k or v stands for all B; its gradient is their sum.
+        chunk: at least 1; keys of the query's own chunk are seen (Llama 4's local attention).
+        prefix_lengths: (B,) int64, in [0, Lk], checked as `key_lengths`: keys before it are exempt
+            from `causal` and `window` (a prefix language model), one of which must be given.
+        document_ids: int32 or int64, (B, L) if Lq = Lk, or a pair (query_ids (B, Lq), key_ids
+            (B, Lk)). Ids in any order; those in long runs cost the least.
         key_padding_mask: (B, Lk) bool, True = visible.
         key_lengths: (B,) int64, in [0, Lk]. Checked on the CPU; elsewhere, where a look would cost
             a wait, a longer one means Lk and a negative one 0.
-        mask: bool, True = visible, broadcastable to (B, H, Lq, Lk). Nothing is expanded.
+        mask: bool, True = visible, broadcastable to (B, H, Lq, Lk). Nothing is expanded. One longer
+            than the keys is refused, as in torch: `mask[..., :Lk]` is a view. So with `bias`.
         bias: float32 or q's dtype, broadcastable to (B, H, Lq, Lk); its gradient has its shape.
         alibi_slopes: (H,) float32, the m of Press et al. 2022. Where their gradient is wanted, they
             are worked in as a bias of (H, Lq, Lk).
@@ -116,6 +129,9 @@ def attention(
         q, k, v, out = heads_first(layout, q=q, k=k, v=v, out=out)
     if mask is not None or bias is not None:
         mask, bias, causal = understood(q, k, mask, bias, causal)
+    query_ids = key_ids = None
+    if document_ids is not None:
+        query_ids, key_ids = documents(document_ids, q, k)
     operands = _new(
         Operands,
         (
@@ -131,6 +147,9 @@ def attention(
             None,
             dropout_rng if dropout_p else None,
             sinks,
+            query_ids,
+            key_ids,
+            prefix_lengths,
         ),
     )
     scalars = _new(
@@ -147,6 +166,7 @@ def attention(
             None,
             return_lse,
             layout,
+            chunk,
         ),
     )
     if out is not None:
@@ -171,6 +191,11 @@ def attention_varlen(
     *,
     causal: Causal = False,
     window: tuple[int, int] | None = None,
+    chunk: int | None = None,
+    prefix_lengths: Tensor | None = None,
+    document_ids: Documents | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
@@ -199,8 +224,12 @@ def attention_varlen(
             the CPU; elsewhere the kernels stay inside the tensors whatever they hold.
         max_seqlen_q, max_seqlen_k: at least the longest length; numbers, so that nothing has to be
             read back from a device.
-        causal, window, alibi_slopes, sinks, softcap, scale, dropout_p, dropout_rng, backend: as in
-            `attention`; positions count from the start of each sequence.
+        causal, window, chunk, alibi_slopes, sinks, softcap, scale, dropout_p, dropout_rng, backend:
+            as in `attention`; positions count from the start of each sequence.
+        prefix_lengths: (N,) int64, in [0, max_seqlen_k].
+        document_ids: (T,) if Tq = Tk, or a pair ((Tq,), (Tk,)): documents within the sequences.
+        mask, bias: as in `attention`, broadcastable to (N, H, max_seqlen_q, max_seqlen_k): element
+            (n, h, i, j) is of query i and key j of sequence n, and none beyond its lengths is read.
         return_lse: return the logsumexp of each row, (H, Tq), as well.
 
     Returns:
@@ -218,15 +247,23 @@ def attention_varlen(
         checks.expect_rank(name, tensor, 3, "(T, heads, head size)")
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.expect_tensor(name, tensor)
+    query_ids = key_ids = None
+    if document_ids is not None:
+        query_ids, key_ids = documents_of_rows(document_ids, q, k)
     operands = Operands(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
+        bias=None if bias is None else four_dimensional("bias", bias),
+        mask=None if mask is None else four_dimensional("mask", mask),
         alibi_slopes=alibi_slopes,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         dropout_rng=dropout_rng if dropout_p else None,
         sinks=sinks,
+        query_documents=query_ids,
+        key_documents=key_ids,
+        prefix_lengths=prefix_lengths,
     )
     scalars = Scalars(
         causal,
@@ -240,6 +277,7 @@ def attention_varlen(
         max_seqlen_k,
         return_lse,
         BLHD,
+        chunk,
     )
     out, lse, _ = call.run(operands, scalars)
     out = out[0].transpose(0, 1)
@@ -293,7 +331,8 @@ def attention_backends() -> tuple[str, ...]:
 def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dispatch.Explanation:
     """`explain` of `attention`; it runs nothing."""
     inner = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
-    known = {"out", *Operands._fields, *Scalars._fields} - inner
+    inner |= {"query_documents", "key_documents"}
+    known = {"out", "document_ids", *Operands._fields, *Scalars._fields} - inner
     for name in arguments:
         if name not in known:
             hints.refuse_unknown("explain", {name: None}, known)
@@ -304,6 +343,9 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> disp
     if mask is not None or bias is not None:
         mask, bias, causal = understood(q, k, mask, bias, causal or False)
         arguments.update(mask=mask, bias=bias, causal=causal)
+    if arguments.get("document_ids") is not None:
+        query_ids, key_ids = documents(arguments["document_ids"], q, k)
+        arguments.update(query_documents=query_ids, key_documents=key_ids)
     for name in ("bias", "mask"):
         if arguments.get(name) is not None:
             arguments[name] = four_dimensional(name, arguments[name])
@@ -312,48 +354,11 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> disp
     return dispatch.explain(BACKENDS, call.asked_of_backends(operands, scalars), scalars.backend)
 
 
-def heads_first(layout: Any, *, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any, Any, Any]:
-    """Views (B, heads, L, head size) of tensors in another layout."""
-    if layout != BLHD:
-        raise ValueError(f"`layout` must be 'bhld' or 'blhd', got {layout!r}")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.expect_rank(name, tensor, 4, "(B, L, heads, head size)")
-    if out is not None:
-        checks.expect_rank("out", out, 4, "(B, Lq, H, Dv)")
-        out = out.transpose(1, 2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out
-
-
-def understood(
-    q: Any, k: Any, mask: Any, bias: Any, causal: Any
-) -> tuple[Tensor | None, Tensor | None, Any]:
-    """mask, bias and causal, with what a `CausalBias` of torch's says in its place."""
-    said = {n: x for n, x in (("mask", mask), ("bias", bias)) if subclasses.is_causal_bias(x)}
-    if not said:
-        return mask, bias, causal
-    checks.expect_rank("q", q, 4, "(B, H, Lq, D)")
-    checks.expect_rank("k", k, 4, "(B, Hkv, Lk, D)")
-    lengths = (q.shape[2], k.shape[2])
-    mask, bias = None if "mask" in said else mask, None if "bias" in said else bias
-    for name, given in said.items():
-        shown, causal = subclasses.split_causal_bias(name, given, causal, lengths, q.device)
-        if shown is not None:
-            mask = shown if mask is None else mask & shown
-    return mask, bias, causal
-
-
-def four_dimensional(name: str, tensor: Tensor) -> Tensor:
-    """A view with leading dimensions of 1; a rank above 4 stays for the checks to refuse."""
-    checks.expect_tensor(name, tensor)
-    missing = 4 - tensor.dim()
-    return tensor[(None,) * missing] if missing > 0 else tensor
-
-
 def _check_out(out: Tensor, operands: Operands) -> None:
-    q, v = operands.q, operands.v
     checks.expect_tensor("out", out)
-    for name, tensor in (("q", q), ("v", v)):
+    for name, tensor in zip(("q", "k", "v"), operands[:3], strict=True):
         checks.expect_rank(name, tensor, 4, "(B, heads, L, head size)")
+    q, _, v = call.broadcast(operands)[:3]
     checks.expect_shape("out", out, (*q.shape[:3], v.shape[3]), "(B, H, Lq, Dv)")
     checks.expect_dtype("out", out, (q.dtype,))
     checks.expect_device("out", out, q.device)

@@ -14,9 +14,9 @@ from .. import dispatch, operators
 from ..dispatch import OPERATOR
 from . import BACKENDS, call, fused, reference, values
 from . import sinks as attention_sinks
-from .api import four_dimensional, heads_first, understood
+from .arguments import documents, four_dimensional, heads_first, understood
 from .call import Scalars
-from .problem import BHLD, NO_WEIGHTS, AttentionProblem, Causal, Layout, Operands
+from .problem import BHLD, NO_WEIGHTS, AttentionProblem, Causal, Documents, Layout, Operands
 
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
@@ -44,6 +44,9 @@ def attention_backward(
     needs: Collection[str] | None = None,
     causal: Causal = False,
     window: tuple[int, int] | None = None,
+    chunk: int | None = None,
+    prefix_lengths: Tensor | None = None,
+    document_ids: Documents | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -87,6 +90,9 @@ def attention_backward(
         dout = dout.transpose(1, 2)
     if mask is not None or bias is not None:
         mask, bias, causal = understood(q, k, mask, bias, causal)
+    query_ids = key_ids = None
+    if document_ids is not None:
+        query_ids, key_ids = documents(document_ids, q, k)
     operands = Operands(
         q,
         k,
@@ -98,9 +104,13 @@ def attention_backward(
         alibi_slopes=alibi_slopes,
         dropout_rng=dropout_rng if dropout_p else None,
         sinks=sinks,
+        query_documents=query_ids,
+        key_documents=key_ids,
+        prefix_lengths=prefix_lengths,
     )
-    scalars = Scalars(causal, window, softcap, scale, dropout_p, backend=backend)
+    scalars = Scalars(causal, window, softcap, scale, dropout_p, backend=backend, chunk=chunk)
     problem = call.problem_of(operands, scalars)
+    given, operands = operands, call.broadcast(operands)
     values.check(operands, problem.options)
     _check_results(operands, out, lse, dout, dlse)
     if dropout_p and dropout_rng is None:
@@ -109,9 +119,12 @@ def attention_backward(
     grads = _gradients(operands, problem, scalars, out, lse, dout, dlse, wanted)
     if bias is not None and grads.dbias is not None:
         grads = grads._replace(dbias=grads.dbias.view(bias.shape))
-    if layout == BHLD:
-        return grads
-    dq, dk, dv = (None if x is None else x.transpose(1, 2) for x in grads[:3])
+    dq, dk, dv = (
+        None if grad is None else grad.sum_to_size(x.shape)
+        for grad, x in zip(grads[:3], given[:3], strict=True)
+    )
+    if layout != BHLD:
+        dq, dk, dv = (None if x is None else x.transpose(1, 2) for x in (dq, dk, dv))
     return grads._replace(dq=dq, dk=dk, dv=dv)
 
 

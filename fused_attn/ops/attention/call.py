@@ -33,6 +33,7 @@ class Scalars(NamedTuple):
     max_seqlen_k: int | None = None
     return_lse: bool = False
     layout: str = BHLD  # of out in memory; its shape is (B, H, Lq, Dv) here, as that of all others
+    chunk: Any = None
 
 
 plans: dispatch.PlanCache[fused.Plan] = dispatch.PlanCache()
@@ -59,6 +60,8 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
         rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.q, "q")
         operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
+    if plan.broadcasts:
+        operands = broadcast(operands)
     if plan.has_lengths:
         values.check(operands, plan.options)
     if profiler._is_profiler_enabled:
@@ -128,9 +131,10 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    q, k = operands.q, operands.k
     for name, operand in zip(("q", "k", "v"), operands[:3], strict=True):
         checks.expect_rank(name, operand, 4, "(B, heads, L, head size)")
+    operands = broadcast(operands)
+    q, k = operands.q, operands.k
     if not (scalars.return_weights is None or isinstance(scalars.return_weights, str)) or (
         scalars.return_weights not in WEIGHTS
     ):
@@ -148,8 +152,27 @@ def problem_of(operands: Operands, scalars: Scalars) -> AttentionProblem:
         scale=scalars.scale,
         softcap=scalars.softcap,
         dropout_p=scalars.dropout_p,
+        chunk=scalars.chunk,
     )
     return describe(operands, options, WEIGHTS[scalars.return_weights], scalars.return_lse)
+
+
+def broadcast(operands: Operands) -> Operands:
+    """Views in which one batch element of q, or of k and v, stands for all of the others'.
+
+    Sizes that do not fit stay for the checks to refuse.
+    """
+    if not _broadcasts(operands):
+        return operands
+    batch = next(x.shape[0] for x in operands[:3] if x.shape[0] != 1)
+    q, k, v = (x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x for x in operands[:3])
+    return operands._replace(q=q, k=k, v=v)
+
+
+def _broadcasts(operands: Operands) -> bool:
+    """Whether some of q, k and v have one batch element and some another number."""
+    q, k, v = operands[:3]
+    return not q.shape[0] == k.shape[0] == v.shape[0]
 
 
 def asked_of_backends(operands: Operands, scalars: Scalars) -> AttentionProblem:
@@ -176,6 +199,8 @@ def smallest(device: torch.device, dtype: torch.dtype) -> AttentionProblem:
 
 def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     problem = problem_of(operands, scalars)
+    broadcasts = _broadcasts(operands)
+    operands = broadcast(operands)
     needs_grad = problem.requires_grad
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     settings = fused.Settings(problem.weights, scalars.return_lse, scalars.layout, backend.NAME)
@@ -183,9 +208,17 @@ def _make_plan(operands: Operands, scalars: Scalars) -> fused.Plan:
     is_fast = route is KERNEL and fast_path.can_run(operands, settings, needs_grad)
     keeps = is_fast and needs_grad and not fast_path.computes_again(backend, problem)
     lse_like = fast_path.lse_like(operands.q) if keeps else None
-    has_lengths = operands.key_lengths is not None or operands.cu_seqlens_q is not None
+    lengths = (operands.key_lengths, operands.cu_seqlens_q, operands.prefix_lengths)
     return fused.Plan(
-        problem.options, settings, backend, needs_grad, route, is_fast, lse_like, has_lengths
+        problem.options,
+        settings,
+        backend,
+        needs_grad,
+        route,
+        is_fast,
+        lse_like,
+        has_lengths=any(x is not None for x in lengths),
+        broadcasts=broadcasts,
     )
 
 

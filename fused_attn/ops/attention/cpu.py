@@ -16,7 +16,10 @@ GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
 
 def why_not(problem: AttentionProblem) -> list[str]:
-    return native.why_not_on(problem.device)
+    reasons = native.why_not_on(problem.device)
+    if problem.options.chunk:
+        reasons.append("has no kernels for `chunk`")
+    return reasons
 
 
 def computes_again(problem: AttentionProblem) -> bool:

@@ -31,6 +31,14 @@ def why_not(problem: AttentionProblem) -> list[str]:
         size = getattr(problem, name)
         if size > MAX_HEAD_DIM:
             reasons.append(f"serves head sizes up to {MAX_HEAD_DIM}, got {name}={size}")
+    if problem.options.chunk:
+        reasons.append("has no kernels for `chunk`")
+    if problem.packed:
+        reasons += [
+            f"has no kernels for `{name}` of packed batches"
+            for name in ("bias", "mask")
+            if name in problem.operands
+        ]
     if problem.weights != NO_WEIGHTS:
         reasons.append("has no kernels for attention weights")
     return reasons

@@ -49,6 +49,7 @@ class Plan:
     fast: bool  # `fast_path.run` or, with gradients, `fast_path.apply` can run the call
     lse_like: Tensor | None  # lse's shape and dtype, if that keeps out and lse for the backward
     has_lengths: bool  # whose values are looked at where that costs nothing
+    broadcasts: bool  # one batch element of q, or of k and v, stands for all
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]

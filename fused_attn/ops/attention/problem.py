@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ BHLD, BLHD = "bhld", "blhd"
 Causal = Literal[False, True, "upper_left", "lower_right"]
 Weights = Literal[None, "average", "per_head"]
 Layout = Literal["bhld", "blhd"]
+Documents: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
 class Operands(NamedTuple):
@@ -45,6 +46,9 @@ class Operands(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # (sequences + 1,) int32
     dropout_rng: Tensor | None = None  # (2,) int64: seed and offset of the dropout
     sinks: Tensor | None = None  # (H,) float: the score of one more key, whose value is 0
+    query_documents: Tensor | None = None  # (B, Lq) int32 or int64: ids, with those of the keys
+    key_documents: Tensor | None = None  # (B, Lk), as those of the queries
+    prefix_lengths: Tensor | None = None  # (B,) int64; (sequences,) in a packed problem
 
 
 class Options(NamedTuple):
@@ -58,6 +62,7 @@ class Options(NamedTuple):
     scale: float
     softcap: float  # 0: none
     dropout_p: float
+    chunk: int  # 0: none
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ class AttentionProblem(dispatch.Described):
         ]
         if o.window_left >= 0 or o.window_right >= 0:
             parts.append(f"window=({o.window_left}, {o.window_right})")
+        if o.chunk:
+            parts.append(f"chunk={o.chunk}")
         if o.softcap:
             parts.append(f"softcap={o.softcap}")
         if o.dropout_p:
@@ -161,7 +168,9 @@ def describe(
     if packed:
         _check_packed(operands)
     else:
-        _check_masks(operands)
+        _check_padding(operands)
+    _check_masks(operands, (batch, q.shape[1], problem.seqlen_q, problem.seqlen_k))
+    _check_positions(operands, options, batch)
     _check_shared(operands)
     return problem
 
@@ -192,16 +201,22 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_masks(operands: Operands) -> None:
-    batch, num_heads, seqlen_q, _ = operands.q.shape
-    seqlen_k = operands.k.shape[2]
-    scores = (batch, num_heads, seqlen_q, seqlen_k)
+def _check_masks(operands: Operands, scores: tuple[int, ...]) -> None:
+    packed = operands.cu_seqlens_q is not None
+    layout = "(N, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, Lq, Lk)"
+    for name in ("bias", "mask"):
+        operand = getattr(operands, name)
+        if operand is None:
+            continue
+        checks.expect_broadcastable(name, operand, scores, layout)
     if operands.bias is not None:
-        checks.expect_broadcastable("bias", operands.bias, scores, "(B, H, Lq, Lk)")
         checks.expect_dtype("bias", operands.bias, _unique(operands.q.dtype, torch.float32))
     if operands.mask is not None:
-        checks.expect_broadcastable("mask", operands.mask, scores, "(B, H, Lq, Lk)")
         checks.expect_dtype("mask", operands.mask, (torch.bool,))
+
+
+def _check_padding(operands: Operands) -> None:
+    batch, seqlen_k = operands.q.shape[0], operands.k.shape[2]
     if operands.key_padding_mask is not None:
         padding = operands.key_padding_mask
         checks.expect_shape("key_padding_mask", padding, (batch, seqlen_k), "(B, Lk)")
@@ -225,6 +240,26 @@ def _check_packed(operands: Operands) -> None:
         checks.expect_dtype(name, getattr(operands, name), (torch.int32,))
 
 
+def _check_positions(operands: Operands, options: Options, batch: int) -> None:
+    """What hides keys by their position or number; an id is needed of each query and each key."""
+    documents = (operands.query_documents, operands.key_documents)
+    for tensor, rows, layout in zip(
+        documents, (operands.q, operands.k), ("(B, Lq)", "(B, Lk)"), strict=True
+    ):
+        if tensor is not None:
+            shape = (rows.shape[0], rows.shape[2])
+            checks.expect_shape("document_ids", tensor, shape, layout)
+            checks.expect_dtype("document_ids", tensor, checks.ID_DTYPES)
+    if operands.prefix_lengths is not None:
+        checks.expect_shape("prefix_lengths", operands.prefix_lengths, (batch,), "(B,)")
+        checks.expect_dtype("prefix_lengths", operands.prefix_lengths, (torch.int64,))
+        if options.causal == NONE and options.window_left < 0 and options.window_right < 0:
+            raise ValueError(
+                "`prefix_lengths` must come with `causal` or `window`, from which a prefix is "
+                "exempt, got neither"
+            )
+
+
 def _check_shared(operands: Operands) -> None:
     if operands.alibi_slopes is not None:
         checks.expect_shape("alibi_slopes", operands.alibi_slopes, (operands.q.shape[1],), "(H,)")
@@ -236,10 +271,13 @@ def _check_shared(operands: Operands) -> None:
         checks.expect_shape("dropout_rng", operands.dropout_rng, (2,), "(2,)")
         checks.expect_dtype("dropout_rng", operands.dropout_rng, (torch.int64,))
     names = ("bias", "mask", "key_padding_mask", "key_lengths", "alibi_slopes", "cu_seqlens_q")
-    for name in (*names, "cu_seqlens_k", "dropout_rng", "sinks"):
+    for name in (*names, "cu_seqlens_k", "dropout_rng", "sinks", "prefix_lengths"):
         operand = getattr(operands, name)
         if operand is not None:
             checks.expect_device(name, operand, operands.q.device)
+    for operand in (operands.query_documents, operands.key_documents):
+        if operand is not None:
+            checks.expect_device("document_ids", operand, operands.q.device)
 
 
 def _unique(*dtypes: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -256,6 +294,7 @@ def make_options(
     scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
+    chunk: int | None = None,
 ) -> Options:
     """Check the scalars of a call as a user gives them and put them in the kernels' form."""
     if not (isinstance(causal, (bool, str)) and causal in CAUSAL):
@@ -273,6 +312,7 @@ def make_options(
         scale=max(head_dim, 1) ** -0.5 if scale is None else checks.expect_finite("scale", scale),
         softcap=_softcap(softcap),
         dropout_p=checks.expect_probability("dropout_p", dropout_p),
+        chunk=0 if chunk is None else checks.expect_integer("chunk", chunk, least=1),
     )
 
 

@@ -147,19 +147,27 @@ def _diagonal(seqlen_q: int, seqlen_k: int, shift: int | Tensor, device: torch.d
 
 
 def visible_pairs(operands: Operands, options: Options, shift: int | Tensor) -> Tensor | None:
-    """Which (query, key) pairs may meet: bool, broadcastable to (B, H, Lq, Lk), or None for all."""
+    """Which (query, key) pairs may meet: bool, broadcastable to (B, H, Lq, Lk), or None for all.
+
+    They may where all terms hold, with p = i + shift the position of query i:
+
+    * -right <= p - j <= left (causal: right = 0), or j < prefix_lengths[b]
+    * floor(p / chunk) == floor(j / chunk)
+    * query_documents[b, i] == key_documents[b, j]
+    * key_padding_mask[b, j], j < key_lengths[b], mask[b, h, i, j], bias[b, h, i, j] != -inf
+    """
     seqlen_q, seqlen_k = operands.q.shape[2], operands.k.shape[2]
     device = operands.q.device
-    terms = []
-    if options.causal != NONE or options.window_left >= 0 or options.window_right >= 0:
-        lower_right = options.causal in (NONE, LOWER_RIGHT)
-        distance = _diagonal(seqlen_q, seqlen_k, shift if lower_right else 0, device)
-        if options.causal != NONE:
-            terms.append(distance >= 0)
-        if options.window_left >= 0:
-            terms.append(distance <= options.window_left)
-        if options.window_right >= 0:
-            terms.append(-distance <= options.window_right)
+    lower_right = options.causal in (NONE, LOWER_RIGHT)
+    shift = shift if lower_right else 0
+    terms = _band(operands, options, shift)
+    if options.chunk:
+        row = torch.arange(seqlen_q, device=device)[:, None] + shift
+        chunk = torch.div(row, options.chunk, rounding_mode="floor")
+        terms.append(chunk == torch.arange(seqlen_k, device=device) // options.chunk)
+    if operands.query_documents is not None and operands.key_documents is not None:
+        ids = operands.query_documents[:, None, :, None]
+        terms.append(ids == operands.key_documents[:, None, None, :])
     if operands.key_padding_mask is not None:
         terms.append(operands.key_padding_mask[:, None, None, :])
     if operands.key_lengths is not None:
@@ -179,6 +187,28 @@ def visible_pairs(operands: Operands, options: Options, shift: int | Tensor) -> 
     return visible[(None,) * (4 - visible.dim())]
 
 
+def _band(operands: Operands, options: Options, shift: int | Tensor) -> list[Tensor]:
+    """Causal and window, but for the keys of a prefix: no term, or one."""
+    if options.causal == NONE and options.window_left < 0 and options.window_right < 0:
+        return []
+    seqlen_k, device = operands.k.shape[2], operands.q.device
+    distance = _diagonal(operands.q.shape[2], seqlen_k, shift, device)
+    terms = []
+    if options.causal != NONE:
+        terms.append(distance >= 0)
+    if options.window_left >= 0:
+        terms.append(distance <= options.window_left)
+    if options.window_right >= 0:
+        terms.append(-distance <= options.window_right)
+    band = terms[0]
+    for term in terms[1:]:
+        band = band & term
+    if operands.prefix_lengths is not None:
+        prefix = torch.arange(seqlen_k, device=device) < operands.prefix_lengths[:, None]
+        band = band | prefix[:, None, None, :]
+    return [band]
+
+
 def _forward_packed(
     operands: Operands, options: Options, compute: torch.dtype
 ) -> tuple[Tensor, Tensor, None]:
@@ -187,6 +217,9 @@ def _forward_packed(
     assert operands.cu_seqlens_k is not None
     rows_q, lengths_q = _padded_rows(operands.cu_seqlens_q, options.max_seqlen_q)
     rows_k, lengths_k = _padded_rows(operands.cu_seqlens_k, options.max_seqlen_k)
+    # Rows that fill up a sequence count as no query that might see a key.
+    position = torch.arange(options.max_seqlen_q, device=rows_q.device)
+    real = (position < lengths_q[:, None])[:, None, :, None]
     dense = Operands(
         q=_spread(operands.q, rows_q),
         k=_spread(operands.k, rows_k),
@@ -195,6 +228,11 @@ def _forward_packed(
         alibi_slopes=operands.alibi_slopes,
         dropout_rng=operands.dropout_rng,
         sinks=operands.sinks,
+        bias=operands.bias,
+        mask=real if operands.mask is None else operands.mask & real,
+        query_documents=_spread_ids(operands.query_documents, rows_q),
+        key_documents=_spread_ids(operands.key_documents, rows_k),
+        prefix_lengths=operands.prefix_lengths,
     )
     shift = (lengths_k - lengths_q)[:, None, None, None]
     out, lse, _ = _forward_dense(dense, options, NO_WEIGHTS, shift, compute)
@@ -220,6 +258,11 @@ def _padded_rows(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     position = torch.arange(max_seqlen, device=cu_seqlens.device)
     last = (lengths - 1).clamp(min=0)
     return start[:, None] + torch.minimum(position, last[:, None]), lengths
+
+
+def _spread_ids(packed: Tensor | None, rows: Tensor) -> Tensor | None:
+    """(1, T) and rows (B, L) -> (B, L)."""
+    return None if packed is None else _spread(packed[:, None, :, None], rows)[:, 0, :, 0]
 
 
 def _spread(packed: Tensor, rows: Tensor) -> Tensor:

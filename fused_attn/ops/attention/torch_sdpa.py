@@ -23,7 +23,9 @@ from .problem import NO_WEIGHTS, UPPER_LEFT, AttentionProblem, Operands, Options
 
 NAME = "sdpa"
 IS_FORMULA = IS_TORCH = True  # ordinary torch code: whoever traces sees torch's operator
-OPERANDS = frozenset(("bias", "mask", "key_padding_mask", "key_lengths"))
+OPERANDS = frozenset(("bias", "mask", "key_padding_mask", "key_lengths")) | {
+    *("query_documents", "key_documents", "prefix_lengths")  # by a mask (B, 1, Lq, Lk)
+}
 GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
 
@@ -73,7 +75,7 @@ def forward(
 def _formula(operands: Operands, options: Options) -> Tensor:
     """torch's function on what it can read, and zeros where nothing is seen."""
     q, k, v, bias = operands[:4]
-    plain = options.window_left < 0 and options.window_right < 0
+    plain = options.window_left < 0 and options.window_right < 0 and not options.chunk
     hidden = any(x is not None for x in operands[3:])
     if plain and not hidden and options.causal in (0, UPPER_LEFT):
         causal = options.causal == UPPER_LEFT

@@ -17,14 +17,15 @@ from .problem import Operands, Options
 
 
 def check(operands: Operands, options: Options) -> None:
-    """Refuse `key_lengths` and `cu_seqlens` that no batch has.
+    """Refuse `key_lengths`, `prefix_lengths` and `cu_seqlens` that no batch has.
 
     Raises:
         ValueError: a value is out of range; the message names it.
     """
-    lengths = operands.key_lengths
-    if lengths is not None and _is_readable(lengths):
-        _check_lengths(lengths, operands.k.shape[2])
+    for name in ("key_lengths", "prefix_lengths"):
+        lengths = getattr(operands, name)
+        if lengths is not None and _is_readable(lengths):
+            _check_lengths(name, lengths, options.max_seqlen_k)
     for name, rows, most in (
         ("cu_seqlens_q", operands.q.shape[2], options.max_seqlen_q),
         ("cu_seqlens_k", operands.k.shape[2], options.max_seqlen_k),
@@ -40,11 +41,11 @@ def _is_readable(tensor: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _check_lengths(lengths: Tensor, seqlen_k: int) -> None:
+def _check_lengths(name: str, lengths: Tensor, seqlen_k: int) -> None:
     for number, length in enumerate(lengths.tolist()):
         if not 0 <= length <= seqlen_k:
             raise ValueError(
-                f"`key_lengths` must be in [0, Lk] = [0, {seqlen_k}], got {length} for batch "
+                f"`{name}` must be in [0, Lk] = [0, {seqlen_k}], got {length} for batch "
                 f"element {number}"
             )
 

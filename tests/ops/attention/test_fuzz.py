@@ -56,7 +56,17 @@ def random_case(seed: int) -> tuple[Case, torch.dtype]:
         case = replace(case, layout="bhld")
     if case.mask is not None:
         case = replace(case, mask_tile=random.Random(-1 - seed).choice((None, 16, 64)))
-    return case, draw.choice(DTYPES)
+    dtype = draw.choice(DTYPES)
+    more = random.Random(-100001 - seed)  # of their own: the cases above stay what they were
+    if more.random() < 0.3:
+        banded = case.causal or case.window is not None
+        case = replace(
+            case,
+            documents=more.choice((None, "runs", "mixed")),
+            prefix=banded and more.random() < 0.5,
+            chunk=more.choice((None, None, 1, 16, 50)),
+        )
+    return case, dtype
 
 
 def check(backend: str, seed: int) -> None:

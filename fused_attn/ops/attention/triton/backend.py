@@ -24,6 +24,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def why_not(problem: AttentionProblem) -> list[str]:
     reasons = triton_device.why_not(problem.device)
+    if problem.options.chunk:
+        reasons.append("has no kernels for `chunk`")
+    if problem.packed:
+        reasons += [
+            f"has no kernels for `{name}` of packed batches"
+            for name in ("bias", "mask")
+            if name in problem.operands
+        ]
     if problem.dtype not in _DTYPES:
         reasons.append(f"has no kernels for {problem.dtype}")
     if problem.dtype == torch.bfloat16 and triton_device.interpreted():
