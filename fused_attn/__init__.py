@@ -37,6 +37,7 @@ from .ops.bias_activation.api import bias_activation
 from .ops.dispatch import UnsupportedError
 from .ops.embedding.api import embedding
 from .ops.explain import explain, last_backend
+from .ops.flex.api import flex_attention
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.linear.api import linear
 from .prepare import autotune, autotuning, warmup
@@ -81,6 +82,7 @@ __all__ = [
     "debug",
     "embedding",
     "explain",
+    "flex_attention",
     "fuse",
     "greedy_search",
     "last_backend",

@@ -1,0 +1,1 @@
+"""FlexAttention's interface: masks and changes of scores written as Python functions."""
