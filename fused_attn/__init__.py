@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .convert import fuse, unfuse
+from .flex.api import flex_attention
 from .generation import DecoderOnly, Seq2SeqTransformer, beam_search, greedy_search, sample
 from .modules import (
     FusedAddLayerNorm,
@@ -37,7 +38,6 @@ from .ops.bias_activation.api import bias_activation
 from .ops.dispatch import UnsupportedError
 from .ops.embedding.api import embedding
 from .ops.explain import explain, last_backend
-from .ops.flex.api import flex_attention
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.linear.api import linear
 from .prepare import autotune, autotuning, warmup

@@ -1,5 +1,6 @@
 """The functions, in one place: `import fused_attn.functional as F`, as with torch."""
 
+from .flex.api import flex_attention
 from .ops.attention.api import (
     attention,
     attention_backends,
@@ -12,6 +13,7 @@ from .ops.bias_activation.api import bias_activation
 from .ops.embedding.api import embedding
 from .ops.explain import explain, last_backend
 from .ops.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .ops.linear.api import linear
 
 __all__ = [
     "AttentionGradients",
@@ -24,8 +26,10 @@ __all__ = [
     "bias_activation",
     "embedding",
     "explain",
+    "flex_attention",
     "last_backend",
     "layer_norm",
+    "linear",
     "merge_attention",
     "rms_norm",
     "scaled_dot_product_attention",

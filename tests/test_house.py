@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fused_attn"
 FLOORS = (
     ("__main__", "convert", "demo", "fx", "info", "selftest", "prepare", "generation"),
     ("modules",),
-    ("functional", "testing"),
+    ("flex", "functional", "testing"),
     ("ops",),
     ("runtime", "_version"),
 )

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.nn.attention import flex_attention as torch_flex
 
-from ..ops.flex.api import flex_attention
+from ..flex.api import flex_attention
 
 __all__ = ["activate", "activated", "is_active", "restore"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.attention import flex_attention as torch_flex
 
-from ...runtime import checks
-from ..attention.api import attention
+from ..ops.attention.api import attention
+from ..runtime import checks
 from . import agreement, cache, known, tiles
 from .blocks import rows_of
 from .expression import MASK_INPUTS, SCORE_INPUTS, CannotRead, Expression

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn import flex_attention
-from fused_attn.ops.flex import api, known
-from fused_attn.ops.flex.expression import MASK_INPUTS, SCORE_INPUTS, read
+from fused_attn.flex import api, known
+from fused_attn.flex.expression import MASK_INPUTS, SCORE_INPUTS, read
 
 B, H, L, D = 2, 4, 40, 8
 

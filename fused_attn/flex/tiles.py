@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime import higher_order
-from ..attention.api import attention
-from ..attention.backward import attention_backward
+from ..ops.attention.api import attention
+from ..ops.attention.backward import attention_backward
+from ..runtime import higher_order
 from .blocks import ALL, NOTHING, Row
 from .expression import Expression
 
