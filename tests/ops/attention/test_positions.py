@@ -222,7 +222,7 @@ def test_packed_batches_have_them(attention_backend: str, name: str) -> None:
                 return_lse=True,
                 backend="reference",
                 **local,
-            )  # fmt: skip
+            )
         )
     expected = torch.cat([part[0][0] for part in parts])
     torch.testing.assert_close(out[:68], expected)
