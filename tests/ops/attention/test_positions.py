@@ -87,7 +87,7 @@ def _skip_what_lacks_kernels(request: pytest.FixtureRequest) -> None:
 
 def inputs(seqlen_q: int = LQ, seqlen_k: int = LK) -> list[Tensor]:
     g = torch.Generator().manual_seed(3)
-    sizes = ((4, seqlen_q), (2, seqlen_k), (2, seqlen_k))
+    sizes = ((2, seqlen_q), (1, seqlen_k), (1, seqlen_k))
     return [torch.randn(2, h, n, 16, generator=g).requires_grad_() for h, n in sizes]
 
 
@@ -170,9 +170,9 @@ def test_a_document_of_ones_own_is_a_batch_element() -> None:
 
 PACKED: dict[str, dict[str, Any]] = {
     "mask": {"mask": torch.rand(3, 1, 40, 50, generator=torch.Generator().manual_seed(5)) < 0.6},
-    "mask of one head row": {"mask": torch.rand(1, 4, 1, 50) < 0.6, "causal": "lower_right"},
-    "bias": {"bias": torch.randn(3, 4, 40, 50)},
-    "bias of rows": {"bias": torch.randn(4, 40, 1), "causal": True},
+    "mask of one head row": {"mask": torch.rand(1, 2, 1, 50) < 0.6, "causal": "lower_right"},
+    "bias": {"bias": torch.randn(3, 2, 40, 50)},
+    "bias of rows": {"bias": torch.randn(2, 40, 1), "causal": True},
     "bias (q, k)": {"bias": torch.randn(40, 50), "softcap": 2.0},
     "documents": {"document_ids": (torch.arange(70) // 9, torch.arange(90) // 12)},
     "chunk": {"chunk": 16},
@@ -181,14 +181,14 @@ PACKED: dict[str, dict[str, Any]] = {
     "all": {
         "document_ids": (torch.arange(70) // 19, torch.arange(90) // 32), "chunk": 30,
         "prefix_lengths": torch.tensor([5, 30, 3]), "causal": True,
-        "bias": torch.randn(1, 4, 40, 50), "mask": torch.rand(3, 1, 40, 50) < 0.9},
+        "bias": torch.randn(1, 2, 40, 50), "mask": torch.rand(3, 1, 40, 50) < 0.9},
 }  # fmt: skip
 LENGTHS = ((25, 50), (40, 33), (3, 5))
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_batches_have_them(attention_backend: str, name: str) -> None:
-    given = [torch.randn(70, 4, 16), torch.randn(90, 2, 16), torch.randn(90, 2, 16)]
+    given = [torch.randn(70, 2, 16), torch.randn(90, 1, 16), torch.randn(90, 1, 16)]
     operands = {n: x.clone() if n == "bias" else x for n, x in PACKED[name].items()}
     learned = [x.requires_grad_() for x in given]
     if "bias" in operands:

@@ -39,13 +39,7 @@ def test_it_is_added_to_the_weight(layer_norm_backend: str, dtype: torch.dtype) 
     if dtype not in served_dtypes(layer_norm_backend):
         pytest.skip(f"{layer_norm_backend} does not serve {dtype}")
     for form in FORMS:
-        function = getattr(fused_attn, form)
-
-        def run(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor]:
-            rows = (x,) if residual is None else (x, residual)
-            y = function(*rows, 33, weight, eps=1e-5, weight_offset=1.0, backend=layer_norm_backend)
-            return (y,)
-
+        run = functools.partial(ours, form, layer_norm_backend)
         tensors = {"x": torch.randn(5, 33, dtype=dtype), "weight": torch.randn(33, dtype=dtype)}
         if "add" in form:
             tensors["residual"] = torch.randn(5, 33, dtype=dtype)
