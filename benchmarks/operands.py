@@ -1,8 +1,8 @@
 """What a vector saves beside the dense mask that says the same: memory, and CPU time of one thread.
 
-`python -m benchmarks.operands [--length 2048] [--repeats 5]` prints a table. The mask is built once a
-call, as who has the vector alone must; time is the thread's own, so that other work beside matters
-less.
+`python -m benchmarks.operands [--length 2048] [--repeats 5]` prints a table. The mask is built once
+a call, as who has the vector alone must; time is the thread's own, so that other work beside
+matters less.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def calls(lq: int, lk: int) -> dict[str, dict[str, Any]]:
         "one dtype each": {"document_ids": (in_any_order[:, :lq].int(), in_any_order)},
         "beyond 32 bits": {"document_ids": (far[:, :lq], far), "causal": True},
         "strided": {
-            "document_ids": (in_any_order.mT.contiguous().mT[:, :lq], far.flip(1)[:, ::2].repeat(1, 2))},
+            "document_ids": (in_any_order.mT.contiguous().mT[:, :lq], torch.stack(
+                [in_any_order, far], dim=2)[..., 0])},
         "nobody's queries": {"document_ids": (in_any_order[:, :lq] + 9, in_any_order)},
         "prefix, upper left": {"causal": True, "prefix_lengths": torch.tensor([0, lk - 20])},
         "prefix, lower right": {"causal": "lower_right", "prefix_lengths": torch.tensor([lk, 3])},
@@ -371,7 +372,7 @@ def test_explain_names_them() -> None:
     assert "chunk=2" in str(told)
     starts = torch.tensor([0, 6], dtype=torch.int32)
     mask = torch.ones(6, 6, dtype=torch.bool)
-    told = fused_attn.explain(
-        attention_varlen, q[0].mT, q[0].mT, q[0].mT, starts, starts, 6, 6, mask=mask
-    )
+    rows = q[0].transpose(0, 1)
+    packed = (rows, rows, rows, starts, starts, 6, 6)
+    told = fused_attn.explain(attention_varlen, *packed, mask=mask)
     assert "has no kernels for `mask` of packed batches" in dict(told.reasons)["cuda"]
