@@ -24,7 +24,7 @@ def calls(arch: int | str, everything: bool) -> dict[str, Callable[[], None]]:
         everything: all combinations on each architecture; otherwise all of bfloat16 and head size
             128 on sm_90, and elsewhere what differs most.
     """
-    kinds = ("full", "causal", "bias", "mask", "dropout", "weights", "everything")
+    kinds = ("full", "causal", "bias", "mask", "dropout", "weights", "positions", "everything")
     with_odd = ("bias", "mask", "weights", "everything")
     result: dict[str, Callable[[], None]] = {}
     for dtype in ("bf16", "fp32"):
@@ -59,6 +59,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _run(dtype: torch.dtype, head_dim: int, kind: str, length: int) -> None:
     q = _meta(2, 8, length, head_dim, dtype=dtype)
     operands, causal, softcap, dropout_p = Operands(q, q, q), False, 0.0, 0.0
+    chunk = None
     dbias = dweights = None
     if kind != "full":
         causal = True
@@ -71,6 +72,11 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str, length: int) -> None:
         operands = operands._replace(mask=_meta(2, 1, length, length, dtype=torch.bool))
     if kind == "dropout":
         operands, dropout_p = operands._replace(dropout_rng=_meta(2, dtype=torch.int64)), 0.1
+    if kind == "positions":
+        ids = _meta(2, length, dtype=torch.int64)
+        lengths = _meta(2, dtype=torch.int64)
+        operands = operands._replace(query_documents=ids, key_documents=ids, prefix_lengths=lengths)
+        chunk = length // 2
     if kind == "everything":
         operands = operands._replace(
             k=_meta(2, 4, length, head_dim, dtype=dtype),
@@ -84,7 +90,7 @@ def _run(dtype: torch.dtype, head_dim: int, kind: str, length: int) -> None:
         softcap, dropout_p = 30.0, 0.1
         dbias = _meta(1, 8, length, length)
         dweights = _meta(2, 1, length, length)
-    _launch_all(operands, causal, softcap, dropout_p, dweights, dbias)
+    _launch_all(operands, causal, softcap, dropout_p, chunk, dweights, dbias)
 
 
 def _launch_all(
@@ -92,6 +98,7 @@ def _launch_all(
     causal: Causal,
     softcap: float,
     dropout_p: float,
+    chunk: int | None,
     dweights: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
@@ -103,6 +110,7 @@ def _launch_all(
         causal=causal,
         softcap=softcap,
         dropout_p=dropout_p,
+        chunk=chunk,
     )
     out, lse = torch.empty_like(q), _meta(*q.shape[:3])
     launch.forward(operands, options, out, lse)

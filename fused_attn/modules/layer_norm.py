@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.layer_norm import api as norms
+from ..runtime import checks
 from .scripting import NotScriptable
 
 _DISABLED = torch._C._disabled_torch_function_impl
@@ -26,12 +28,45 @@ class FusedLayerNorm(NotScriptable, torch.nn.LayerNorm):
 
 
 class FusedRMSNorm(NotScriptable, torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` on fused kernels: same arguments, parameters, results and errors."""
+    """`torch.nn.RMSNorm` on fused kernels: same arguments, parameters, results and errors.
+
+    Args:
+        weight_offset: added to the weight (Gemma: 1); the weight starts as 1 - weight_offset.
+        normalized_shape, eps, elementwise_affine, device, dtype: as in torch.nn.RMSNorm.
+    """
+
+    weight_offset: float = 0.0  # on the class as well, see FusedAddLayerNorm
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_offset: float = 0.0,
+    ) -> None:
+        self.weight_offset = _checked_offset(weight_offset, elementwise_affine)
+        shape: Any = normalized_shape
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
+
+    def reset_parameters(self) -> None:
+        _start_at_one(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if _wants_torch(x, self.weight):
-            return super().forward(x)
-        return _as_torch_raises(norms.rms_norm, x, self.normalized_shape, self.weight, self.eps)
+            if not self.weight_offset:
+                return super().forward(x)
+            y = F.rms_norm(x.float(), self.normalized_shape, None, self.eps)
+            return (y * (self.weight.float() + self.weight_offset)).to(x.dtype)
+        return _as_torch_raises(
+            norms.rms_norm, x, self.normalized_shape, self.weight, self.eps,
+            weight_offset=self.weight_offset,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _offset_repr(self.weight_offset)
 
 
 class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
@@ -104,11 +139,12 @@ class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
 class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
     """Dropout, residual connection and RMSNorm in one pass, with torch.nn.RMSNorm's state.
 
-    As `FusedAddLayerNorm`, with the norm of torch.nn.RMSNorm.
+    As `FusedAddLayerNorm`, with the norm of `FusedRMSNorm` and its `weight_offset`.
     """
 
     dropout: float = 0.0
     return_sum: bool = False
+    weight_offset: float = 0.0
 
     def __init__(
         self,
@@ -120,11 +156,16 @@ class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
         *,
         dropout: float = 0.0,
         return_sum: bool = False,
+        weight_offset: float = 0.0,
     ) -> None:
+        self.weight_offset = _checked_offset(weight_offset, elementwise_affine)
         shape: Any = normalized_shape
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.dropout = dropout
         self.return_sum = return_sum
+
+    def reset_parameters(self) -> None:
+        _start_at_one(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -141,6 +182,7 @@ class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
             self.normalized_shape,
             self.weight,
             self.eps,
+            weight_offset=self.weight_offset,
             dropout_p=self.dropout if self.training else 0.0,
             return_sum=self.return_sum,
             out=out,
@@ -148,7 +190,26 @@ class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dropout={self.dropout}, return_sum={self.return_sum}"
+        own = f"dropout={self.dropout}, return_sum={self.return_sum}"
+        return f"{super().extra_repr()}, {own}{_offset_repr(self.weight_offset)}"
+
+
+def _checked_offset(weight_offset: Any, elementwise_affine: bool) -> float:
+    offset = checks.expect_finite("weight_offset", weight_offset)
+    if offset and not elementwise_affine:
+        raise ValueError(
+            f"`weight_offset` must be 0 where `elementwise_affine` is False, got {offset:g}"
+        )
+    return offset
+
+
+def _start_at_one(norm: FusedRMSNorm | FusedAddRMSNorm) -> None:
+    if norm.weight is not None:
+        torch.nn.init.constant_(norm.weight, 1.0 - norm.weight_offset)
+
+
+def _offset_repr(weight_offset: float) -> str:
+    return f", weight_offset={weight_offset:g}" if weight_offset else ""
 
 
 def _wants_torch(x: object, *parameters: Tensor | None) -> bool:
@@ -167,10 +228,10 @@ def _wants_torch(x: object, *parameters: Tensor | None) -> bool:
     )
 
 
-def _as_torch_raises(norm: Any, x: Tensor, *arguments: Any) -> Tensor:
+def _as_torch_raises(norm: Any, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
     """torch.nn raises RuntimeError for a tensor that does not fit, TypeError for no tensor."""
     try:
-        return norm(x, *arguments)
+        return norm(x, *arguments, **named)
     except (TypeError, ValueError) as error:
         if isinstance(x, Tensor):
             raise RuntimeError(str(error)) from error

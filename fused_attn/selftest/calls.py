@@ -106,9 +106,14 @@ def attention(
         tensors["key_padding_mask"] = torch.arange(keys) < lengths[:, None]
     if options.get("alibi"):
         tensors["alibi_slopes"] = 2.0 ** -torch.arange(1.0, heads + 1)
+    if options.get("documents"):
+        for name, length in (("query_documents", queries), ("key_documents", keys)):
+            tensors[name] = (torch.arange(length) // 70).expand(batch, length).contiguous()
+    if options.get("prefix"):
+        tensors["prefix_lengths"] = torch.tensor([keys // 3, 1][:batch])
     if "dropout_p" in options:
         tensors["dropout_rng"] = torch.tensor([7, 11])
-    known = ("causal", "window", "softcap", "dropout_p")
+    known = ("causal", "window", "softcap", "dropout_p", "chunk")
     lse = options.get("lse", True)
     scalars = attention_call.Scalars(
         **{name: options[name] for name in known if name in options}, return_lse=lse

@@ -77,6 +77,8 @@ _ATTENTION: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
     "slice of a buffer": ((2, 2, 2, 65, 65), {"sliced": True, "causal": True}),
     "dropout": ((1, 2, 2, 70, 90), {"dropout_p": 0.2}),
     "softcap, alibi": ((1, 4, 4, 64, 128), {"softcap": 5.0, "alibi": True}),
+    "documents, chunk": ((2, 2, 1, 150, 150), {"documents": True, "chunk": 100}),
+    "prefix, window": ((2, 2, 2, 70, 190), {"prefix": True, "window": (30, 0)}),
 }
 _QUICK = ("causal", "one past the tiles", "decode", "padding, bias")
 

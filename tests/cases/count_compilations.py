@@ -57,7 +57,7 @@ def attention(length: int, dropout_p: float, kind: str) -> None:
     if kind == "padding":
         operands = operands._replace(key_padding_mask=meta(2, length, dtype=torch.bool))
     if dropout_p:
-        operands = Operands(*operands[:-1], meta(2, dtype=torch.int64))
+        operands = operands._replace(dropout_rng=meta(2, dtype=torch.int64))
     options = make_options(
         max_seqlen_q=length, max_seqlen_k=length, head_dim=64, causal=kind == "causal",
         dropout_p=dropout_p,

@@ -110,6 +110,7 @@ def attention_cases(backend: str) -> Iterator[tuple[str, Callable, dict[str, Ten
         kinds(2, 2, 1, 1, 600, 16, 9, bias="bhqk", mask="b11k", padding="lengths"),
         kinds(1, 4, 1, 3, 530, 20, causal="lower_right", dropout_p=0.3),
         kinds(1, 1, 1, 100, 31, 33, bias="11q1", weights="average", dropout_p=0.1),
+        kinds(2, 2, 1, 70, 131, 8, causal=True, documents="mixed", prefix=True, chunk=40),
     ]
     for dtype in dtypes_of(backend):
         for case in cases:
@@ -132,13 +133,18 @@ def packed_cases(backend: str) -> Iterator[tuple[str, Callable, dict[str, Tensor
 
     lengths = {"max_seqlen_q": 40, "max_seqlen_k": 40, "causal": True}
 
-    def run(**tensors: Tensor) -> tuple[Tensor, ...]:
-        return (fused_attn.attention_varlen(**tensors, **lengths, backend=backend),)
+    def run(ids: Tensor, key_ids: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
+        return (
+            fused_attn.attention_varlen(
+                **tensors, **lengths, document_ids=(ids, key_ids), backend=backend
+            ),
+        )
 
     for dtype in dtypes_of(backend):
         q, k, v = (torch.randn(51, 2, 13).to(dtype).requires_grad_() for _ in range(3))
         cu = torch.tensor([0, 1, 1, 41, 51], dtype=torch.int32)
         tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, "cu_seqlens_k": cu.clone()}
+        tensors |= {"ids": torch.arange(51) // 5, "key_ids": torch.arange(51) // 5}
         yield f"{dtype} packed", run, tensors
 
 

@@ -218,3 +218,23 @@ def test_tensors_that_want_torch_s_own_function_get_it(name: str) -> None:
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert mine.grad_sample.shape == (4, 8)
             torch.testing.assert_close(mine.grad_sample, other.grad_sample)
+
+
+def test_rms_norm_with_an_offset_is_gemmas() -> None:
+    """Gemma's: the weight starts as 0, and 1 is added to it in float32."""
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    for kind in (FusedRMSNorm, FusedAddRMSNorm):
+        norm = kind(16, eps=1e-6, dtype=torch.bfloat16, weight_offset=1.0)
+        assert (norm.weight == 0).all()
+        assert "weight_offset=1" in repr(norm)
+        with torch.no_grad():
+            norm.weight.copy_(torch.randn(16))
+        rows = (x,) if kind is FusedRMSNorm else (x, torch.zeros_like(x))
+        wide = x.float()
+        expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        expected = (expected * (1.0 + norm.weight.float())).to(x.dtype)
+        torch.testing.assert_close(norm(*rows), expected)
+        assert (kind(16).weight == 1).all()
+        assert "offset" not in repr(kind(16))
+    with pytest.raises(ValueError, match="`weight_offset` must be 0 where `elementwise_affine`"):
+        FusedRMSNorm(16, elementwise_affine=False, weight_offset=1.0)

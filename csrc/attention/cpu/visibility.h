@@ -1,7 +1,8 @@
-// Which keys a query may see: causal, window, key lengths, padding mask and bool mask in one place.
+// Which keys a query may see: causal, window, prefix, chunk, documents, key lengths, padding mask
+// and bool mask in one place.
 #pragma once
 
-#include "attention/cpu/sequence.h"
+#include "attention/cpu/documents.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -59,6 +60,14 @@ class Visibility {
         shift_(p.causal == Causal::kUpperLeft ? 0 : sequence.seqlen_k - sequence.seqlen_q),
         keys_{0, sequence.seqlen_k} {
     if (p.causal != Causal::kNone) right_ = smaller<int64_t>(right_, 0);
+    if (p.chunk > 0) chunk_ = smaller(p.chunk, kUnbounded);
+    if (p.prefix_lengths != nullptr) {
+      prefix_ = larger<int64_t>(0, smaller(keys_.end, p.prefix_lengths[sequence.batch]));
+    }
+    if (p.query_documents.data != nullptr) {
+      of_queries_ = DocumentIds(p.query_documents, sequence.batch, sequence.first_q);
+      of_keys_ = DocumentIds(p.key_documents, sequence.batch, sequence.first_k);
+    }
     if (p.key_lengths != nullptr) {
       keys_.end = larger<int64_t>(0, smaller(keys_.end, p.key_lengths[sequence.batch]));
     }
@@ -78,19 +87,26 @@ class Visibility {
 
   // The keys that may be visible to some of the queries [begin, end); exact but for `has_holes`.
   KeyRange keys(int64_t begin, int64_t end) const {
-    KeyRange range{larger(keys_.begin, begin + shift_ - left_),
-                   smaller(keys_.end, end + shift_ + right_)};
+    KeyRange range{begin + shift_ - left_, end + shift_ + right_};
+    if (prefix_ > 0) range = {0, larger(range.end, prefix_)};
+    if (chunk_ > 0) {
+      range.begin = larger(range.begin, chunk_of(begin + shift_) * chunk_);
+      range.end = smaller(range.end, (chunk_of(end - 1 + shift_) + 1) * chunk_);
+    }
+    range = {larger(keys_.begin, range.begin), smaller(keys_.end, range.end)};
     if (begin >= end || range.end < range.begin) range.end = range.begin = keys_.begin;
     return range;
   }
   KeyRange keys() const { return keys_; }
 
   // May a key inside keys() be hidden from all queries?
-  bool has_holes() const { return holes_ || mask_ != nullptr; }
+  bool has_holes() const { return holes_ || mask_ != nullptr || of_queries_ || prefix_ > 0; }
 
   bool visible(int64_t i, int64_t j) const {
     const int64_t d = i + shift_ - j;
-    return j >= keys_.begin && j < keys_.end && d <= left_ && -d <= right_ &&
+    return j >= keys_.begin && j < keys_.end && (j < prefix_ || (d <= left_ && -d <= right_)) &&
+           (chunk_ == 0 || chunk_of(i + shift_) == chunk_of(j)) &&
+           (!of_queries_ || of_queries_[i] == of_keys_[j]) &&
            (!holes_ || padding_[j * stride_padding_] != 0) &&
            (mask_ == nullptr || mask_[i * stride_mask_[0] + j * stride_mask_[1]] != 0);
   }
@@ -102,19 +118,55 @@ class Visibility {
     map.num_segments = 1;
     map.segments[0] = {0, columns, 0, static_cast<int>(ceil_div(rows, kLanes))};
     map.seen = Seen::kAll;
-    const bool inside = j >= keys_.begin && i + shift_ - (j + columns - 1) >= -right_ &&
-                        i + rows - 1 + shift_ - j <= left_;
-    if (inside && !has_holes()) return;
+    const bool in_band =
+        (i + shift_ - (j + columns - 1) >= -right_ && i + rows - 1 + shift_ - j <= left_) ||
+        j + columns <= prefix_;
+    const bool inside = j >= keys_.begin && in_band && in_one_chunk(i, rows, j, columns) &&
+                        !holes_ && mask_ == nullptr;
+    if (!of_queries_) {
+      if (!inside) hide(i, rows, j, columns, nullptr, map);
+      return;
+    }
+    const DocumentTile documents(of_queries_, i, rows, of_keys_, j, columns);
+    switch (documents.meets()) {
+      case DocumentTile::Meets::kNever:
+        map.seen = Seen::kNone;
+        map.num_segments = 0;
+        return;
+      case DocumentTile::Meets::kAlways:
+        if (!inside) hide(i, rows, j, columns, nullptr, map);
+        return;
+      case DocumentTile::Meets::kSometimes:
+        hide(i, rows, j, columns, &documents, map);
+    }
+  }
 
+ private:
+  static constexpr int64_t kUnbounded = int64_t{1} << 60;
+
+  // Fills in the map of a tile of which something may be hidden.
+  void hide(int64_t i, int rows, int64_t j, int columns, const DocumentTile* documents,
+            TileMap& map) const {
     const uint64_t valid = rows >= 64 ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
     fill_band(i, j, columns, valid, map.visible);
+    if (chunk_ > 0) hide_chunks(i, j, columns, map.visible);
+    if (documents != nullptr) documents->hide(map.visible);
     if (holes_) hide_padding(j, columns, map.visible);
     if (mask_ != nullptr) apply_mask(i, rows, j, columns, map.visible);
     classify(valid, map);
   }
 
- private:
-  static constexpr int64_t kUnbounded = int64_t{1} << 60;
+  // floor(position / chunk); positions of queries may be below 0.
+  int64_t chunk_of(int64_t position) const {
+    return position >= 0 ? position / chunk_ : -ceil_div(-position, chunk_);
+  }
+
+  bool in_one_chunk(int64_t i, int rows, int64_t j, int columns) const {
+    if (chunk_ == 0) return true;
+    const int64_t chunk = chunk_of(j);
+    return chunk_of(j + columns - 1) == chunk && chunk_of(i + shift_) == chunk &&
+           chunk_of(i + rows - 1 + shift_) == chunk;
+  }
 
   static FUSED_ATTN_INLINE uint64_t bits_from(int64_t lane) {
     return lane <= 0 ? ~uint64_t{0} : lane >= 64 ? 0 : ~uint64_t{0} << lane;
@@ -131,7 +183,15 @@ class Visibility {
     for (int c = 0; c < columns; ++c) {
       const int64_t diagonal = j + c - shift_ - i;  // the lane with d = 0
       visible[c] = valid & bits_from(diagonal - right_) & ~bits_from(diagonal + left_ + 1);
+      if (j + c < prefix_) visible[c] = valid;
       if (j + c < keys_.begin) visible[c] = 0;
+    }
+  }
+
+  void hide_chunks(int64_t i, int64_t j, int columns, uint64_t* visible) const {
+    for (int c = 0; c < columns; ++c) {
+      const int64_t lane = chunk_of(j + c) * chunk_ - shift_ - i;  // of the chunk's first query
+      visible[c] &= bits_from(lane) & ~bits_from(lane + chunk_);
     }
   }
 
@@ -203,6 +263,10 @@ class Visibility {
   int64_t left_;
   int64_t right_;
   int64_t shift_;
+  int64_t chunk_ = 0;   // 0: none
+  int64_t prefix_ = 0;  // keys before it are exempt from the band
+  DocumentIds of_queries_;
+  DocumentIds of_keys_;
   KeyRange keys_;
   const uint8_t* padding_ = nullptr;
   int64_t stride_padding_ = 0;

@@ -10,16 +10,14 @@ from .problem import AttentionProblem, Operands, Options
 
 NAME = "cpu"
 OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "dropout_rng")) | {
-    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k"),
+    *("query_documents", "key_documents", "prefix_lengths"),
 }
 GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
 
 def why_not(problem: AttentionProblem) -> list[str]:
-    reasons = native.why_not_on(problem.device)
-    if problem.options.chunk:
-        reasons.append("has no kernels for `chunk`")
-    return reasons
+    return native.why_not_on(problem.device)
 
 
 def computes_again(problem: AttentionProblem) -> bool:

@@ -312,8 +312,11 @@ def make_options(
         scale=max(head_dim, 1) ** -0.5 if scale is None else checks.expect_finite("scale", scale),
         softcap=_softcap(softcap),
         dropout_p=checks.expect_probability("dropout_p", dropout_p),
-        chunk=0 if chunk is None else checks.expect_integer("chunk", chunk, least=1),
+        chunk=0 if chunk is None else min(checks.expect_integer("chunk", chunk, least=1), _MOST),
     )
+
+
+_MOST = 1 << 60  # of what fits the kernels' integers
 
 
 def _softcap(softcap: float | None) -> float:

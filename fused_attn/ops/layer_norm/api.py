@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...runtime import hints
+from ...runtime import checks, hints
 from . import call
 from .call import Scalars
 from .problem import Operands
@@ -20,6 +21,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    weight_offset: float = 0.0,
     out: Tensor | None = None,
     backend: str | None = None,
     **unknown: Any,
@@ -29,12 +31,15 @@ def layer_norm(
     In plain PyTorch, with statistics and arithmetic in float32 (float64 for float64)::
 
         centred = x - x.mean(dims, keepdim=True)    # dims: the last len(normalized_shape)
-        y = centred * rsqrt((centred**2).mean(dims, keepdim=True) + eps) * weight + bias
+        y = centred * rsqrt((centred**2).mean(dims, keepdim=True) + eps) * w + bias
+        # w = weight + weight_offset
 
     Args:
         x: (*, *normalized_shape), float32, float16, bfloat16 or float64; any strides.
         normalized_shape: sizes of the last dimensions of x; an integer stands for one of them.
         weight, bias: normalized_shape; x's dtype, or float32 with a 16-bit x.
+        weight_offset: finite; added to the weight, which must be there then. 1 where a checkpoint
+            holds what the weight differs from 1 by (Gemma).
         out: write y here instead of into a new tensor, x itself allowed; no gradient may be wanted.
         backend: name of the backend that must run the call; chosen if None.
 
@@ -47,6 +52,8 @@ def layer_norm(
     """
     if unknown:
         hints.refuse_unknown("layer_norm", unknown, layer_norm.__annotations__)
+    if weight_offset != 0.0:
+        weight = _raised(weight, weight_offset, x)
     scalars = Scalars(_hashable(normalized_shape), eps, False, 0.0, backend)
     return call.run(Operands(x, None, weight, bias), scalars, out=out)[0]
 
@@ -57,6 +64,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
+    weight_offset: float = 0.0,
     out: Tensor | None = None,
     backend: str | None = None,
     **unknown: Any,
@@ -65,12 +73,12 @@ def rms_norm(
 
     In plain PyTorch, with statistics and arithmetic in float32 (float64 for float64)::
 
-        y = x * rsqrt((x**2).mean(dims, keepdim=True) + eps) * weight
+        y = x * rsqrt((x**2).mean(dims, keepdim=True) + eps) * (weight + weight_offset)
 
     Args:
         weight: normalized_shape, any floating dtype.
         eps: the machine epsilon of the arithmetic if None.
-        x, normalized_shape, out, backend: as in `layer_norm`.
+        x, normalized_shape, weight_offset, out, backend: as in `layer_norm`.
 
     Returns:
         y, x's shape and dtype, new and contiguous.
@@ -80,6 +88,8 @@ def rms_norm(
     """
     if unknown:
         hints.refuse_unknown("rms_norm", unknown, rms_norm.__annotations__)
+    if weight_offset != 0.0:
+        weight = _raised(weight, weight_offset, x)
     scalars = Scalars(_hashable(normalized_shape), eps, True, 0.0, backend)
     return call.run(Operands(x, None, weight), scalars, out=out)[0]
 
@@ -92,6 +102,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    weight_offset: float = 0.0,
     dropout_p: float = 0.0,
     dropout_rng: Tensor | None = None,
     return_sum: bool = False,
@@ -118,7 +129,7 @@ def add_layer_norm(
         return_sum: return h as well.
         out, sum_out: write y or h here instead of into new tensors; no gradient may be wanted.
             `sum_out=residual` updates the residual stream in place.
-        x, normalized_shape, weight, bias, backend: as in `layer_norm`.
+        x, normalized_shape, weight, bias, weight_offset, backend: as in `layer_norm`.
 
     Returns:
         y, or (y, h).
@@ -128,6 +139,8 @@ def add_layer_norm(
     """
     if unknown:
         hints.refuse_unknown("add_layer_norm", unknown, add_layer_norm.__annotations__)
+    if weight_offset != 0.0:
+        weight = _raised(weight, weight_offset, x)
     scalars = Scalars(
         _hashable(normalized_shape),
         eps,
@@ -148,6 +161,7 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
+    weight_offset: float = 0.0,
     dropout_p: float = 0.0,
     dropout_rng: Tensor | None = None,
     return_sum: bool = False,
@@ -167,6 +181,8 @@ def add_rms_norm(
     """
     if unknown:
         hints.refuse_unknown("add_rms_norm", unknown, add_rms_norm.__annotations__)
+    if weight_offset != 0.0:
+        weight = _raised(weight, weight_offset, x)
     scalars = Scalars(
         _hashable(normalized_shape),
         eps,
@@ -178,6 +194,17 @@ def add_rms_norm(
     operands = Operands(x, residual, weight, None, dropout_rng if dropout_p else None)
     y, h = call.run(operands, scalars, out, sum_out)
     return (y, h) if return_sum else y
+
+
+def _raised(weight: Any, weight_offset: Any, x: Any) -> Any:
+    """weight + weight_offset as the kernels compute: in float32 or, for float64, in float64."""
+    offset = checks.expect_finite("weight_offset", weight_offset)
+    if weight is None:
+        raise ValueError(f"`weight_offset` must be 0 where `weight` is None, got {offset:g}")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return weight  # for the checks to refuse
+    wide = torch.float64 in (weight.dtype, getattr(x, "dtype", None))
+    return weight.to(torch.float64 if wide else torch.float32) + offset
 
 
 def _hashable(normalized_shape: Any) -> Any:

@@ -14,7 +14,8 @@ from . import config
 
 NAME = "triton"
 OPERANDS = frozenset(("bias", "mask", "alibi_slopes", "dropout_rng")) | {
-    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+    *("key_padding_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k"),
+    *("query_documents", "key_documents", "prefix_lengths"),
 }
 GRADIENTS = frozenset(("q", "k", "v", "bias"))
 
@@ -24,14 +25,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def why_not(problem: AttentionProblem) -> list[str]:
     reasons = triton_device.why_not(problem.device)
-    if problem.options.chunk:
-        reasons.append("has no kernels for `chunk`")
-    if problem.packed:
-        reasons += [
-            f"has no kernels for `{name}` of packed batches"
-            for name in ("bias", "mask")
-            if name in problem.operands
-        ]
     if problem.dtype not in _DTYPES:
         reasons.append(f"has no kernels for {problem.dtype}")
     if problem.dtype == torch.bfloat16 and triton_device.interpreted():
@@ -47,7 +40,7 @@ def why_not(problem: AttentionProblem) -> list[str]:
 
 def _wanted(problem: AttentionProblem) -> tuple[config.ProblemClass, tuple[str, ...], int]:
     """What decides the tiles of a call, the kernels that it runs, and the rows of decoding."""
-    heavy = ("bias", "mask", "key_padding_mask", "dropout_rng")
+    heavy = ("bias", "mask", "key_padding_mask", "dropout_rng", "query_documents")
     kind = config.ProblemClass(
         max(problem.head_dim, problem.head_dim_v),
         problem.dtype.itemsize,

@@ -78,7 +78,7 @@ def _accumulate_queries(
 ):  # fmt: skip
     """Add what the queries along a `walk` of one head give to a tile of keys."""
     visited, a, b, c, d = path
-    HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
+    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
     index = sequence.index
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
     last = sequence.start_q + sequence.len_q - 1
@@ -138,8 +138,8 @@ def _keys_in_order(q, k, v, dout, statistics, dk, dv, dweights, n0, sequence, he
                    params, KEYS: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """Gradients of KEYS keys and values anew, in order, in tiles that take few registers."""
     unlisted = Terms(terms.bias, terms.mask, terms.padding, terms.key_ranges, terms.key_lengths,
-                     terms.alibi_slopes, terms.cu_seqlens_q, terms.cu_seqlens_k,
-                     terms.rng)  # fmt: skip
+                     terms.alibi_slopes, terms.cu_seqlens_q, terms.cu_seqlens_k, terms.rng,
+                     terms.query_ids, terms.key_ids, terms.prefix_lengths)  # fmt: skip
     last = sequence.start_k + sequence.len_k - 1
     for part in tl.range(0, tl.cdiv(tl.minimum(KEYS, sequence.len_k - n0), CONFIG.BLOCK_N)):
         n = n0 + part * CONFIG.BLOCK_N
@@ -160,12 +160,12 @@ def _keys_in_order(q, k, v, dout, statistics, dk, dv, dweights, n0, sequence, he
 @triton.jit(do_not_specialize=[*SCALARS, "num_tiles"])
 def _attention_backward_dkdv_kernel(
     q, k, v, dout, statistics, dk, dv, dweights, terms, num_heads, group, seqlen_q, seqlen_k,
-    scale, softcap, left, right, lower_right, threshold, keep_scale, num_tiles,
+    scale, softcap, left, right, lower_right, threshold, keep_scale, chunk, num_tiles,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one key head, from all queries of its group."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     # Under a causal band the first keys are seen most: they start first, of all heads.
     program = tl.program_id(0)
     if CONFIG.BAND:
@@ -225,7 +225,7 @@ def score_gradient(
     """
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
-    HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
+    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
     dw = load_dweights(dweights, m0, n0, row, col, sequence, head, not MASKED, CONFIG)
     p, slope = probabilities(
         query, key, from_q, from_k, m0, n0, row, col, bounds, statistics, sequence, head, terms,
@@ -264,7 +264,7 @@ def _accumulate_keys(
     """Add what the keys along a `walk` give to a tile of queries."""
     low, high, first, end = keys
     visited, a, b, c, d = path
-    HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
+    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
     index, head_kv = sequence.index, head // sizes.group
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     bounds = keys_of_query(row, sequence, first, end, params, CONFIG)
@@ -286,7 +286,7 @@ def _accumulate_keys(
             key = load_rows(k, None, index, head_kv, first_key, last, CONFIG.BLOCK_N,
                             CONFIG.HEAD_DIM, CONFIG.BLOCK_D, not MASKED)  # fmt: skip
         if HIDING:
-            key = only_seen(key, p, n0 + tl.arange(0, CONFIG.BLOCK_N), low, high, terms)
+            key = only_seen(key, p, n0 + tl.arange(0, CONFIG.BLOCK_N), low, high, terms, CONFIG)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=CONFIG.PRECISION)
     return dq
 
@@ -296,8 +296,8 @@ def _queries_in_order(q, k, v, dout, statistics, dq, dweights, m0, sequence, hea
                       params, ROWS: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """Gradients of ROWS queries anew, in order, in tiles that take few registers."""
     unlisted = Terms(terms.bias, terms.mask, terms.padding, terms.key_ranges, terms.key_lengths,
-                     terms.alibi_slopes, terms.cu_seqlens_q, terms.cu_seqlens_k,
-                     terms.rng)  # fmt: skip
+                     terms.alibi_slopes, terms.cu_seqlens_q, terms.cu_seqlens_k, terms.rng,
+                     terms.query_ids, terms.key_ids, terms.prefix_lengths)  # fmt: skip
     last = sequence.start_q + sequence.len_q - 1
     for part in tl.range(0, tl.cdiv(tl.minimum(ROWS, sequence.len_q - m0), CONFIG.BLOCK_M)):
         m = m0 + part * CONFIG.BLOCK_M
@@ -318,11 +318,12 @@ def _queries_in_order(q, k, v, dout, statistics, dq, dweights, m0, sequence, hea
 @triton.jit(do_not_specialize=[*SCALARS, "num_tiles"])
 def _attention_backward_dq_kernel(
     q, k, v, dout, statistics, dq, dweights, terms, num_heads, group, seqlen_q, seqlen_k, scale,
-    softcap, left, right, lower_right, threshold, keep_scale, num_tiles, CONFIG: tl.constexpr,
+    softcap, left, right, lower_right, threshold, keep_scale, chunk, num_tiles,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     program = tl.program_id(0)
     if CONFIG.BAND:  # the last tiles are the longest: they start first, of all heads
         planes = tl.num_programs(0) // num_tiles

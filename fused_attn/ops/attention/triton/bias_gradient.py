@@ -22,22 +22,23 @@ def _gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, hea
     first, end, _holes = present_keys(terms, sequence.batch, sequence.len_k)
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     index, head_kv = sequence.index, head // sizes.group
-    last_q, last_k = sequence.len_q - 1, sequence.len_k - 1
-    query = load_rows(q, None, index, head, m0, last_q, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
+    first_q, last_q = sequence.start_q + m0, sequence.start_q + sequence.len_q - 1
+    first_k, last_k = sequence.start_k + n0, sequence.start_k + sequence.len_k - 1
+    query = load_rows(q, None, index, head, first_q, last_q, CONFIG.BLOCK_M, CONFIG.HEAD_DIM,
                       CONFIG.BLOCK_D)  # fmt: skip
-    key = load_rows(k, None, index, head_kv, n0, last_k, CONFIG.BLOCK_N, CONFIG.HEAD_DIM,
+    key = load_rows(k, None, index, head_kv, first_k, last_k, CONFIG.BLOCK_N, CONFIG.HEAD_DIM,
                     CONFIG.BLOCK_D)  # fmt: skip
-    doutput = load_rows(dout, None, index, head, m0, last_q, CONFIG.BLOCK_M, CONFIG.HEAD_DIM_V,
-                        CONFIG.BLOCK_DV)  # fmt: skip
-    value = load_rows(v, None, index, head_kv, n0, last_k, CONFIG.BLOCK_N, CONFIG.HEAD_DIM_V,
-                      CONFIG.BLOCK_DV)  # fmt: skip
+    doutput = load_rows(dout, None, index, head, first_q, last_q, CONFIG.BLOCK_M,
+                        CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
+    value = load_rows(v, None, index, head_kv, first_k, last_k, CONFIG.BLOCK_N,
+                      CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
     bounds = keys_of_query(row[:, None], sequence, first, end, params, CONFIG)
     delta = load_delta(statistics, row[:, None], sequence, head, sizes)
     noisy = is_noisy(statistics, m0, sequence, head, sizes, CONFIG)
     ds, _p = score_gradient(
-        query, key, doutput, value, (q, head, m0, last_q), (k, head_kv, n0, last_k),
-        (dout, head, m0, last_q), (v, head_kv, n0, last_k), m0, n0, bounds, statistics, delta,
-        dweights, sequence, head, terms, sizes, params, noisy, True, False, False, CONFIG,
+        query, key, doutput, value, (q, head, first_q, last_q), (k, head_kv, first_k, last_k),
+        (dout, head, first_q, last_q), (v, head_kv, first_k, last_k), m0, n0, bounds, statistics,
+        delta, dweights, sequence, head, terms, sizes, params, noisy, True, False, False, CONFIG,
     )  # fmt: skip
     return ds
 
@@ -52,7 +53,7 @@ def _gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, hea
 def _attention_bias_gradient_kernel(
     q, k, v, dout, statistics, dweights, partial, bias_batch, bias_heads, bias_rows, bias_cols,
     walk_b, walk_h, walk_m, walk_n, splits, terms, num_heads, group, seqlen_q, seqlen_k, scale,
-    softcap, left, right, lower_right, threshold, keep_scale, CONFIG: tl.constexpr,
+    softcap, left, right, lower_right, threshold, keep_scale, chunk, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Sum of the score gradients over a share of the dimensions that the bias is broadcast over.
 
@@ -60,7 +61,7 @@ def _attention_bias_gradient_kernel(
     stands for.
     """
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     tiles_m = tl.cdiv(bias_rows, CONFIG.BLOCK_M)
     tiles_n = tl.cdiv(bias_cols, CONFIG.BLOCK_N)
     program = tl.program_id(0)
@@ -77,7 +78,8 @@ def _attention_bias_gradient_kernel(
         h, b = rest % walk_h, rest // walk_h
         sequence, head = locate(terms, sizes, params, bias_b + b, CONFIG), bias_h + h
         m0, n0 = (tile_m + m) * CONFIG.BLOCK_M, (tile_n + n) * CONFIG.BLOCK_N
-        if is_visited(m0, n0, head, sequence, terms, params, CONFIG):
+        inside = (m0 < sequence.len_q) & (n0 < sequence.len_k)  # of a shorter packed sequence
+        if inside & is_visited(m0, n0, head, sequence, terms, params, CONFIG):
             acc += _gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, head,
                                      terms, sizes, params, CONFIG)  # fmt: skip
     row = tile_m * CONFIG.BLOCK_M + tl.arange(0, CONFIG.BLOCK_M)[:, None]

@@ -30,11 +30,12 @@ from .visibility import keys_of_query, tile_at, visible_keys, walk
 @triton.jit(do_not_specialize=[*SCALARS, "splits", "max_seqlen_q"])
 def _attention_decode_kernel(
     q, k, v, partial, peaks, totals, terms, num_heads, group, seqlen_q, seqlen_k, scale, softcap,
-    left, right, lower_right, threshold, keep_scale, splits, max_seqlen_q, CONFIG: tl.constexpr,
+    left, right, lower_right, threshold, keep_scale, chunk, splits, max_seqlen_q,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for all queries of one key head; unnormalised."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     split, plane = tl.program_id(0) % splits, tl.program_id(0) // splits
     num_heads_kv = num_heads // group
     batch, head_kv = plane // num_heads_kv, plane % num_heads_kv
@@ -76,7 +77,7 @@ def _attention_decode_kernel(
             kept = tl.where(keep != 0, p, 0.0)
         value = load_rows(v, None, sequence.index, head_kv, first_key, last, CONFIG.BLOCK_N,
                           CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV)  # fmt: skip
-        value = only_seen(value, p, col, low, high, terms)
+        value = only_seen(value, p, col, low, high, terms, CONFIG)
         acc = tl.dot(kept.to(value.dtype), value, acc * shrink[:, None],
                      input_precision=CONFIG.PRECISION)  # fmt: skip
 
@@ -92,11 +93,12 @@ def _attention_decode_kernel(
 @triton.jit(do_not_specialize=[*SCALARS, "splits", "max_seqlen_q"])
 def _attention_combine_kernel(
     partial, peaks, totals, out, lse, terms, num_heads, group, seqlen_q, seqlen_k, scale, softcap,
-    left, right, lower_right, threshold, keep_scale, splits, max_seqlen_q, CONFIG: tl.constexpr,
+    left, right, lower_right, threshold, keep_scale, chunk, splits, max_seqlen_q,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One row of the output from its splits."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     row, plane = tl.program_id(0) % max_seqlen_q, tl.program_id(0) // max_seqlen_q
     sequence = locate(terms, sizes, params, plane // num_heads, CONFIG)
     head = plane % num_heads

@@ -36,7 +36,7 @@ def attend(
     """
     low, high, first, end = keys
     visited, a, b, c, d = path
-    HIDING: tl.constexpr = MASKED or (terms.mask is not None) or (terms.bias is not None)
+    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
     index, head_kv = sequence.index, head // sizes.group
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     bounds = keys_of_query(row[:, None], sequence, first, end, params, CONFIG)
@@ -62,7 +62,7 @@ def attend(
         value = load_rows(v, v_desc, index, head_kv, first_key, last, CONFIG.BLOCK_N,
                           CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
         if HIDING:
-            value = only_seen(value, p, col, low, high, terms)
+            value = only_seen(value, p, col, low, high, terms, CONFIG)
         acc = tl.dot(kept.to(value.dtype), value, acc * shrink[:, None],
                      input_precision=CONFIG.PRECISION)  # fmt: skip
     return acc, peak, total, extreme
@@ -115,11 +115,11 @@ def _attend_exactly(q, k, v, out, lse, m0, sequence, head, terms, sizes, params,
 @triton.jit(do_not_specialize=[*SCALARS, "num_tiles"])
 def _attention_forward_kernel(
     q, k, v, out, lse, q_desc, k_desc, v_desc, terms, num_heads, group, seqlen_q, seqlen_k,
-    scale, softcap, left, right, lower_right, threshold, keep_scale, num_tiles,
+    scale, softcap, left, right, lower_right, threshold, keep_scale, chunk, num_tiles,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     program = tl.program_id(0)
     if CONFIG.BAND:  # the last tiles are the longest: they start first, of all heads
         planes = tl.num_programs(0) // num_tiles

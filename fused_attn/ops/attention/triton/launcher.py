@@ -21,7 +21,7 @@ from . import config
 from .padding import padding_of
 from .primitives import STRIDE_SHIFT, ScoreParams, ScoreView, Sizes, Terms, View, Visits
 from .tiles import AttentionTile
-from .visits import MaskCells, mask_cells, own_sizes, visits
+from .visits import GRAIN, Cells, document_cells, mask_cells, meet, own_sizes, visits
 
 # Matrix products that a pass makes of each score.
 FORWARD_PRODUCTS, WEIGHTS_PRODUCTS, BACKWARD_PRODUCTS = 2, 1, 7
@@ -118,6 +118,9 @@ def _terms(operands: Operands) -> Terms:
         cu_seqlens_q=_dense(operands.cu_seqlens_q),
         cu_seqlens_k=_dense(operands.cu_seqlens_k),
         rng=operands.dropout_rng,
+        query_ids=_dense(operands.query_documents),
+        key_ids=_dense(operands.key_documents),
+        prefix_lengths=view_of(operands.prefix_lengths),
     )
 
 
@@ -136,12 +139,12 @@ class LaunchPlan:
         arch: int,
     ) -> None:
         (batch, num_heads, seqlen_q, head_dim), (_, num_heads_kv, seqlen_k, _), v_shape = shapes
-        bias, mask, padding, alibi, rng, dweights = given
+        bias, mask, padding, alibi, rng, dweights, documents = given
         self.problem = config.ProblemClass(
             max(head_dim, v_shape[3]),
             dtype.itemsize,
             arch,
-            bias + mask + padding + rng + dweights + (options.softcap > 0),
+            bias + mask + padding + rng + dweights + documents + (options.softcap > 0),
             triton_device.shared_memory(device),
         )
         self.packed = sequences is not None
@@ -162,7 +165,14 @@ class LaunchPlan:
             "BAND": self.band,
             "SOFTCAP": options.softcap > 0,
             # The short path scales after the maximum, which takes a positive scale.
-            "MODIFIED": options.softcap > 0 or options.scale <= 0 or bias or mask or alibi,
+            "MODIFIED": options.softcap > 0
+            or options.scale <= 0
+            or bias
+            or mask
+            or alibi
+            or documents,
+            "HIDES": bias or mask or documents,  # in every tile
+            "CHUNKED": options.chunk > 0,
             "PRECISION": precision,
         }
         multiprocessors = triton_device.multiprocessors(device)
@@ -202,7 +212,7 @@ class Launcher:
         self.operands = operands
         given = (
             bias is not None, mask is not None, padding is not None, alibi is not None,
-            rng is not None, dweights is not None,
+            rng is not None, dweights is not None, operands.query_documents is not None,
         )  # fmt: skip
         self.plan = _plan(
             options,
@@ -217,7 +227,7 @@ class Launcher:
         self.terms = _terms(operands)
         self._products = products
         self.align(bias, mask, dweights)
-        self._mask_cells: MaskCells | None = None
+        self._cells: Cells | None = None
         self._visits: dict[tuple[int, int, bool], Visits] = {}
 
     def align(self, *tensors: Tensor | None) -> None:
@@ -227,7 +237,7 @@ class Launcher:
         knows of lengths is another one.
         """
         given = [tensor for tensor in tensors if tensor is not None]
-        whole = self.plan.seqlen_k % 16 == 0
+        whole = self.plan.seqlen_k % 16 == 0 and not self.plan.packed
         self._aligned = bool(given) and whole and all(map(_is_aligned, given))
         self.problem = self.plan.problem
         if given and not self._aligned:
@@ -279,20 +289,30 @@ class Launcher:
         return self._terms_with_lists(tile, products, False)
 
     def _terms_with_lists(self, tile: AttentionTile, products: float, of_keys: bool) -> Terms:
-        mask, plan = self.operands.mask, self.plan
-        if mask is None:
+        if self._cells is None:
+            self._cells = self._map(products)
+        if self._cells is None:
             return self.terms
-        scores = plan.batch * plan.num_heads * plan.seqlen_q * plan.seqlen_k
-        if not config.lists_pay(plan.problem, math.prod(own_sizes(mask)), scores, products):
-            return self.terms
-        if self._mask_cells is None:
-            self._mask_cells = mask_cells(
-                mask, self.terms.mask, plan.seqlen_q, plan.seqlen_k, _is_aligned(mask)
-            )
         key = (tile.block_m, tile.block_n, of_keys)
         if key not in self._visits:
-            self._visits[key] = visits(self._mask_cells, *key)
+            self._visits[key] = visits(self._cells, *key)
         return self.terms._replace(visits=self._visits[key])
+
+    def _map(self, products: float) -> Cells | None:
+        """What is hidden of the scores, as far as it pays to know."""
+        mask, ids, plan = self.operands.mask, self.terms.query_ids, self.plan
+        pairs = plan.batch * plan.seqlen_q * plan.seqlen_k
+        scores = pairs * plan.num_heads
+        found = []
+        if mask is not None and config.lists_pay(
+            plan.problem, math.prod(own_sizes(mask)), scores, products
+        ):
+            sizes = (plan.seqlen_q, plan.seqlen_k)
+            found.append(mask_cells(mask, self.terms.mask, *sizes, _is_aligned(mask)))
+        listed = ids is not None and not plan.packed  # whose sequences start within a cell
+        if listed and config.lists_pay(plan.problem, pairs // GRAIN**2, scores, products):
+            found.append(document_cells(ids, self.terms.key_ids))
+        return functools.reduce(meet, found) if found else None
 
     def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:
         """Tensor descriptors of (tensor, rows of a tile), all of them or none."""
@@ -333,6 +353,7 @@ def _score_params(options: Options) -> ScoreParams:
         lower_right=int(options.causal in (NONE, LOWER_RIGHT)),
         threshold=threshold - (1 << 32 if threshold >= 1 << 31 else 0),
         keep_scale=0.0 if drop_all else 1.0 / (1.0 - options.dropout_p),
+        chunk=min(options.chunk, _UNLIMITED),
     )
 
 

@@ -51,12 +51,15 @@ class Terms(NamedTuple):
     cu_seqlens_q: Any  # (B + 1,) int32
     cu_seqlens_k: Any
     rng: Any  # (2,) int64
+    query_ids: Any  # (B, Lq) int32 or int64, dense: which document
+    key_ids: Any  # (B, Lk)
+    prefix_lengths: Any  # View (B,) int64
     visits: Any = None  # Visits by the tiles of the kernel
     last: Any = None  # as that of View
 
 
 class Visits(NamedTuple):
-    """Of each own tile, the tiles of the other side that the bool mask shows anything of.
+    """Of each own tile, the tiles of the other side that mask and documents show anything of.
 
     A row holds their numbers, ascending, and from `half` on how many come before each tile.
     """
@@ -97,6 +100,7 @@ class ScoreParams(NamedTuple):
     lower_right: Any  # 1: the diagonal ends in the last query and the last key; 0: starts in first
     threshold: Any  # dropout: a word is kept iff it is at least this (uint32 as int32)
     keep_scale: Any  # what a kept probability is multiplied by
+    chunk: Any  # length of the chunks; 0 where CONFIG.CHUNKED is false
 
 
 # Arguments of the kernels that none is specialised on. They come one by one: in a tuple Triton

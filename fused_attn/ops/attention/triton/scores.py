@@ -17,7 +17,7 @@ from .primitives import (
     products,
     products_in_order,
 )
-from .visibility import load_padding
+from .visibility import load_padding, present_keys, queries_of_key
 
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
 # Scores beyond this are so coarse that the rounding of an lse or of a scaled maximum shows in
@@ -39,9 +39,20 @@ def tanh(x):
 
 
 @triton.jit
-def load_terms(m0, n0, row, col, sequence, head, terms, INSIDE: tl.constexpr,
+def same_document(row, col, sequence, terms, sizes):
+    """Where query and key have one id, on a tile; what is past the last row counts as the last."""
+    row = sequence.start_q + tl.minimum(row, sequence.len_q - 1)
+    col = sequence.start_k + tl.minimum(col, sequence.len_k - 1)
+    of_query = tl.load(terms.query_ids + sequence.index * sizes.seqlen_q + row)
+    return of_query == tl.load(terms.key_ids + sequence.index * sizes.seqlen_k + col)
+
+
+@triton.jit
+def load_terms(m0, n0, row, col, sequence, head, terms, sizes, INSIDE: tl.constexpr,
                CONFIG: tl.constexpr):  # fmt: skip
-    """A tile of bias and bool mask; 0 for what is absent. INSIDE: all keys of the tile exist.
+    """A tile of bias, and of bool mask and documents in one; 0 for what is absent.
+
+    INSIDE: all keys of the tile exist.
 
     To be called before the tile's q k^T. The compiler's choice of layouts depends on that order:
     loaded after it, these tiles pull the whole softmax out of the matrix unit's layout.
@@ -52,6 +63,9 @@ def load_terms(m0, n0, row, col, sequence, head, terms, INSIDE: tl.constexpr,
         bias = load_scores(terms.bias, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
     if terms.mask is not None:
         keep = load_scores(terms.mask, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
+    if terms.query_ids is not None:
+        same = same_document(row, col, sequence, terms, sizes)
+        keep = same if terms.mask is None else same & (keep != 0)
     return bias, keep
 
 
@@ -60,7 +74,7 @@ def load_scores(view, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr,
                 CONFIG: tl.constexpr):  # fmt: skip
     """A tile of a tensor that has an element for each score; as `load_terms`."""
     row = tl.minimum(row, sequence.len_q - 1)
-    pointers = elements_of(view, sequence.index, head, (m0, n0), row, col, CONFIG.ALIGNED)
+    pointers = elements_of(view, sequence.batch, head, (m0, n0), row, col, CONFIG.ALIGNED)
     if INSIDE:
         return tl.load(pointers)
     return tl.load(pointers, mask=col < sequence.len_k, other=0)
@@ -70,7 +84,8 @@ def load_scores(view, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr,
 def score(qk, loaded, row, col, sequence, head, terms, params, CONFIG: tl.constexpr):
     """Score of `fused_attn.attention` from q k^T: (s, scale, slope of the softcap).
 
-    The score is `s * scale`, scale > 0. A bias of -inf and the bool mask (`loaded`) hide already.
+    The score is `s * scale`, scale > 0. What is `loaded` hides already: a bias of -inf, the bool
+    mask, documents.
     """
     slope = 1.0
     if not CONFIG.MODIFIED:
@@ -89,21 +104,27 @@ def score(qk, loaded, row, col, sequence, head, terms, params, CONFIG: tl.conste
         # What is finite does not hide.
         total = tl.maximum(s + bias, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
         s = tl.where(bias == -INFINITY, bias, total)
-    if terms.mask is not None:
+    if (terms.mask is not None) or (terms.query_ids is not None):
         s = tl.where(keep != 0, s, -INFINITY)
     return s, 1.0, slope
 
 
 @triton.jit
-def hide(s, row, col, bounds, sequence, terms, sizes, TRANSPOSED: tl.constexpr):
+def hide(s, row, col, bounds, sequence, terms, sizes, params, TRANSPOSED: tl.constexpr,
+         CONFIG: tl.constexpr):  # fmt: skip
     """`s`, -inf outside the bounds, of keys or, TRANSPOSED, of queries, and where keys are padding.
 
-    (The bounds of queries are empty where a key is padding.)
+    (The bounds of queries are empty where a key is padding.) With a prefix the keys of a query may
+    lie apart, the queries of a key do not: then their bounds serve both.
     """
     low, high = bounds
-    position = row if TRANSPOSED else col
+    BY_QUERY: tl.constexpr = TRANSPOSED or (terms.prefix_lengths is not None)
+    if BY_QUERY and not TRANSPOSED:
+        first, end, _holes = present_keys(terms, sequence.batch, sequence.len_k)
+        low, high = queries_of_key(col, sequence, first, end, terms, sizes, params, CONFIG)
+    position = row if BY_QUERY else col
     s = tl.where((position >= low) & (position < high), s, -INFINITY)
-    if not TRANSPOSED and terms.padding is not None:
+    if not BY_QUERY and terms.padding is not None:
         present = load_padding(col, col < sequence.len_k, sequence.index, terms, sizes)
         s = tl.where(present != 0, s, -INFINITY)
     return s
@@ -122,7 +143,7 @@ def scores(left, right, from_left, from_right, m0, n0, row, col, bounds, sequenc
     """
     LEFT: tl.constexpr = CONFIG.BLOCK_N if TRANSPOSED else CONFIG.BLOCK_M
     RIGHT: tl.constexpr = CONFIG.BLOCK_M if TRANSPOSED else CONFIG.BLOCK_N
-    loaded = load_terms(m0, n0, row, col, sequence, head, terms, not MASKED, CONFIG)
+    loaded = load_terms(m0, n0, row, col, sequence, head, terms, sizes, not MASKED, CONFIG)
     if IN_ORDER:
         qk = products_in_order(from_left, from_right, sequence.index, LEFT, RIGHT, CONFIG.HEAD_DIM)
     else:
@@ -134,7 +155,7 @@ def scores(left, right, from_left, from_right, m0, n0, row, col, bounds, sequenc
                                        CONFIG.HEAD_DIM)  # fmt: skip
     s, scale, slope = score(qk, loaded, row, col, sequence, head, terms, params, CONFIG)
     if MASKED:
-        s = hide(s, row, col, bounds, sequence, terms, sizes, TRANSPOSED)
+        s = hide(s, row, col, bounds, sequence, terms, sizes, params, TRANSPOSED, CONFIG)
     return s, scale, slope, qk
 
 
@@ -186,13 +207,14 @@ def softmax_update(s, scale, peak, total, EMPTY: tl.constexpr, EXACT: tl.constex
 
 
 @triton.jit
-def only_seen(tile, p, col, low, high, terms):
+def only_seen(tile, p, col, low, high, terms, CONFIG: tl.constexpr):
     """`tile` of K or V, zero where no query sees the key: it may hold NaN, and 0 * NaN is NaN.
 
     `p` are the probabilities, (queries, keys); keys outside [low, high) are not seen.
     """
     seen = (col >= low) & (col < high)
-    if (terms.mask is not None) or (terms.bias is not None) or (terms.padding is not None):
+    # Keys between a prefix and a window are hidden within the bounds.
+    if CONFIG.HIDES or (terms.padding is not None) or (terms.prefix_lengths is not None):
         seen = seen & (tl.max(p, 0) > 0.0)
     return tl.where(seen[:, None], tile, tl.zeros_like(tile))
 

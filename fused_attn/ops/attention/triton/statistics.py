@@ -111,11 +111,12 @@ def _delta(out, dout, dlse, m0, noisy, sequence, head, CONFIG: tl.constexpr):
 @triton.jit(do_not_specialize=[*SCALARS, "num_tiles"])
 def _attention_statistics_kernel(
     q, k, out, dout, dlse, lse, statistics, terms, num_heads, group, seqlen_q, seqlen_k, scale,
-    softcap, left, right, lower_right, threshold, keep_scale, num_tiles, CONFIG: tl.constexpr,
+    softcap, left, right, lower_right, threshold, keep_scale, chunk, num_tiles,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
     """The `RowStatistics` of BLOCK_M queries of one head; delta where there is `out`."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     sequence = locate(terms, sizes, params, plane // num_heads, CONFIG)
     head = plane % num_heads

@@ -24,6 +24,24 @@ def present_keys(terms, batch, len_k):
 
 
 @triton.jit
+def chunk_of(position, params):
+    """floor(position / chunk); positions of queries may be below 0."""
+    below = (params.chunk - 1 - position) // params.chunk
+    return tl.where(position >= 0, position // params.chunk, -below)
+
+
+@triton.jit
+def prefix_of(sequence, terms):
+    """How many keys are exempt from the band: 0 without a prefix."""
+    prefix = sequence.len_k * 0
+    if terms.prefix_lengths is not None:
+        stride = terms.prefix_lengths.strides[0]
+        length = tl.load(terms.prefix_lengths.ptr + sequence.batch.to(tl.int64) * stride)
+        prefix = tl.minimum(tl.maximum(length, 0), sequence.len_k.to(tl.int64)).to(tl.int32)
+    return prefix
+
+
+@triton.jit
 def split_tiles(low, high, full_low, full_high, BLOCK: tl.constexpr):
     """Tiles of [low, high): (first, first full, past the last full, past the last).
 
@@ -45,12 +63,32 @@ def visible_keys(m0, sequence, terms, params, CONFIG: tl.constexpr):
     """
     first, end, holes = present_keys(terms, sequence.batch, sequence.len_k)
     low, high, full_low, full_high = first, end, first, tl.where(holes != 0, 0, end)
+    first_p = m0 + sequence.shift
+    last_p = tl.minimum(m0 + CONFIG.BLOCK_M, sequence.len_q) - 1 + sequence.shift
     if CONFIG.BAND:
-        end_m = tl.minimum(m0 + CONFIG.BLOCK_M, sequence.len_q)
-        low = tl.maximum(low, m0 + sequence.shift - params.left)
-        high = tl.minimum(high, end_m + sequence.shift + params.right)
-        full_low = tl.maximum(full_low, end_m - 1 + sequence.shift - params.left)
-        full_high = tl.minimum(full_high, m0 + sequence.shift + params.right + 1)
+        band_low, band_high = first_p - params.left, last_p + params.right + 1
+        band_full_low, band_full_high = last_p - params.left, first_p + params.right + 1
+        if terms.prefix_lengths is not None:
+            prefix = prefix_of(sequence, terms)
+            band_low = tl.where(prefix > 0, 0, band_low)
+            band_high = tl.maximum(band_high, prefix)
+            # What all see in the prefix and what all see in the band may lie apart: then one of it.
+            joined = (band_full_low <= prefix) | (band_full_high <= band_full_low)
+            band_full_high = tl.where(
+                joined & (prefix > 0),
+                tl.maximum(prefix, tl.where(band_full_low <= prefix, band_full_high, 0)),
+                band_full_high,
+            )
+            band_full_low = tl.where(joined & (prefix > 0), 0, band_full_low)
+        low, high = tl.maximum(low, band_low), tl.minimum(high, band_high)
+        full_low = tl.maximum(full_low, band_full_low)
+        full_high = tl.minimum(full_high, band_full_high)
+    if CONFIG.CHUNKED:
+        first_chunk, last_chunk = chunk_of(first_p, params), chunk_of(last_p, params)
+        low = tl.maximum(low, first_chunk * params.chunk)
+        high = tl.minimum(high, (last_chunk + 1) * params.chunk)
+        full_low = tl.maximum(full_low, last_chunk * params.chunk)
+        full_high = tl.minimum(full_high, (first_chunk + 1) * params.chunk)
     high = tl.maximum(high, low)
     tiles = split_tiles(low, high, full_low, full_high, CONFIG.BLOCK_N)
     return (low, high, first, end), tiles
@@ -75,10 +113,25 @@ def visible_queries(n0, sequence, terms, sizes, params, BOUNDED: tl.constexpr,
     low, high = sequence.len_q * 0, sequence.len_q
     full_low, full_high = low, tl.where(whole, high, 0)
     if CONFIG.BAND:
-        low = tl.maximum(low, low_n - sequence.shift - params.right)
-        high = tl.minimum(high, end_n - sequence.shift + params.left)
-        full_low = tl.maximum(full_low, end_n - 1 - sequence.shift - params.right)
-        full_high = tl.minimum(full_high, low_n - sequence.shift + params.left + 1)
+        band_low = low_n - sequence.shift - params.right
+        band_high = end_n - sequence.shift + params.left
+        band_full_low = end_n - 1 - sequence.shift - params.right
+        band_full_high = low_n - sequence.shift + params.left + 1
+        if terms.prefix_lengths is not None:
+            prefix = prefix_of(sequence, terms)
+            band_low = tl.where(low_n < prefix, 0, band_low)
+            band_high = tl.where(low_n < prefix, high, band_high)
+            band_full_low = tl.where(end_n <= prefix, 0, band_full_low)
+            band_full_high = tl.where(end_n <= prefix, high, band_full_high)
+        low, high = tl.maximum(low, band_low), tl.minimum(high, band_high)
+        full_low = tl.maximum(full_low, band_full_low)
+        full_high = tl.minimum(full_high, band_full_high)
+    if CONFIG.CHUNKED:
+        first_chunk, last_chunk = low_n // params.chunk, (end_n - 1) // params.chunk
+        low = tl.maximum(low, first_chunk * params.chunk - sequence.shift)
+        high = tl.minimum(high, (last_chunk + 1) * params.chunk - sequence.shift)
+        full_low = tl.maximum(full_low, last_chunk * params.chunk - sequence.shift)
+        full_high = tl.minimum(full_high, (first_chunk + 1) * params.chunk - sequence.shift)
     high = tl.where(end_n > low_n, tl.maximum(high, low), low)
     tiles = split_tiles(low, high, full_low, full_high, CONFIG.BLOCK_M)
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
@@ -87,12 +140,18 @@ def visible_queries(n0, sequence, terms, sizes, params, BOUNDED: tl.constexpr,
 
 @triton.jit
 def keys_of_query(row, sequence, first, end, params, CONFIG: tl.constexpr):
-    """Keys [low, high) that a query may see by position; none for a row past the last."""
+    """Keys [low, high) that a query may see by position; none for a row past the last.
+
+    But for a prefix, see `scores.hide`.
+    """
     low = row * 0 + first
     high = tl.where(row < sequence.len_q, end, 0)
     if CONFIG.BAND:
         low = tl.maximum(low, row + sequence.shift - params.left)
         high = tl.minimum(high, row + sequence.shift + params.right + 1)
+    if CONFIG.CHUNKED:
+        start = chunk_of(row + sequence.shift, params) * params.chunk
+        low, high = tl.maximum(low, start), tl.minimum(high, start + params.chunk)
     return low, high
 
 
@@ -105,8 +164,16 @@ def queries_of_key(col, sequence, first, end, terms, sizes, params, CONFIG: tl.c
     low = col * 0
     high = tl.where(present, sequence.len_q, 0)
     if CONFIG.BAND:
-        low = tl.maximum(low, col - sequence.shift - params.right)
-        high = tl.minimum(high, col - sequence.shift + params.left + 1)
+        banded_low = tl.maximum(low, col - sequence.shift - params.right)
+        banded_high = tl.minimum(high, col - sequence.shift + params.left + 1)
+        if terms.prefix_lengths is not None:
+            prefix = prefix_of(sequence, terms)
+            banded_low = tl.where(col < prefix, low, banded_low)
+            banded_high = tl.where(col < prefix, high, banded_high)
+        low, high = banded_low, banded_high
+    if CONFIG.CHUNKED:
+        start = col // params.chunk * params.chunk - sequence.shift
+        low, high = tl.maximum(low, start), tl.minimum(high, start + params.chunk)
     return low, high
 
 

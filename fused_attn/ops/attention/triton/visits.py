@@ -1,6 +1,7 @@
-"""Which tiles a bool mask lets anybody see anything of: listed beforehand, others are not visited.
+"""Which tiles mask and documents show anything of: listed beforehand, others are not visited.
 
-The mask is read once, into a map of its cells of GRAIN x GRAIN. From the map, which is 1/256 of it,
+A mask is read once, into a map of its cells of GRAIN x GRAIN; that of documents comes from the ids
+of so many queries and keys. From the map, which is 1/256 of the scores,
 each kernel gets lists for the tiles that it walks through: (mask's batch, mask's heads, own tiles)
 rows of `2 * half` numbers, in the first half the tiles to visit in ascending order, in the second
 how many of them come before each tile. So a walk over the tiles [a, b) is one over the places
@@ -82,8 +83,8 @@ def _mask_visits_kernel(
         count += tl.sum(shown, 0)
 
 
-class MaskCells(NamedTuple):
-    """The map of a mask."""
+class Cells(NamedTuple):
+    """The map of a mask, of documents or of both."""
 
     cells: Tensor  # (batch, heads, rows of cells, columns of cells) uint8
     whole: tuple[int, int]  # rows and columns of cells of the scores; 1 above if broadcast
@@ -95,9 +96,7 @@ def own_sizes(mask: Tensor) -> tuple[int, ...]:
     return tuple([1 if stride == 0 else size for size, stride in strides])
 
 
-def mask_cells(
-    mask: Tensor, view: ScoreView, seqlen_q: int, seqlen_k: int, aligned: bool
-) -> MaskCells:
+def mask_cells(mask: Tensor, view: ScoreView, seqlen_q: int, seqlen_k: int, aligned: bool) -> Cells:
     """Read a mask once.
 
     Args:
@@ -115,10 +114,30 @@ def mask_cells(
         warps=4,
         stages=1,
     )
-    return MaskCells(cells, whole)
+    return Cells(cells, whole)
 
 
-def visits(known: MaskCells, block_m: int, block_n: int, of_keys: bool) -> Visits:
+def document_cells(query_ids: Tensor, key_ids: Tensor) -> Cells:
+    """Cells in which the spans of the ids meet: where ids ascend, no more than must be visited."""
+    (low_q, high_q), (low_k, high_k) = _spans(query_ids), _spans(key_ids)
+    shown = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
+    return Cells(shown[:, None].to(torch.uint8), (shown.shape[1], shown.shape[2]))
+
+
+def _spans(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest of each GRAIN ids of a row."""
+    missing = -ids.shape[1] % GRAIN
+    if missing:
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], dim=1)
+    return ids.reshape(ids.shape[0], ids.shape[1] // GRAIN, GRAIN).aminmax(dim=2)
+
+
+def meet(known: Cells, others: Cells) -> Cells:
+    """Cells that both show."""
+    return Cells((known.cells & others.cells).contiguous(), known.whole)
+
+
+def visits(known: Cells, block_m: int, block_n: int, of_keys: bool) -> Visits:
     """Lists of key tiles for each tile of queries; `of_keys`: of query tiles for each of keys."""
     batch, num_heads, *held = known.cells.shape
     blocks, axes = (block_m, block_n), (2, 3)

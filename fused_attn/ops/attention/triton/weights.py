@@ -50,11 +50,11 @@ def dropped_probabilities(q, k, statistics, m0, n0, sequence, head, terms, sizes
 @triton.jit(do_not_specialize=[*SCALARS, "tiles_m", "tiles_n"])
 def _attention_weights_kernel(
     q, k, statistics, weights, terms, num_heads, group, seqlen_q, seqlen_k, scale, softcap, left,
-    right, lower_right, threshold, keep_scale, tiles_m, tiles_n, CONFIG: tl.constexpr,
+    right, lower_right, threshold, keep_scale, chunk, tiles_m, tiles_n, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One tile of the weights of one head or, summed on the fly, of the average over heads."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     program = tl.program_id(0)
     tile_n, program = program % tiles_n, program // tiles_n
     tile_m, plane = program % tiles_m, program // tiles_m
@@ -81,11 +81,11 @@ def _attention_weights_kernel(
 @triton.jit(do_not_specialize=[*SCALARS, "num_tiles"])
 def _attention_weights_delta_kernel(
     q, k, statistics, dweights, terms, num_heads, group, seqlen_q, seqlen_k, scale, softcap, left,
-    right, lower_right, threshold, keep_scale, num_tiles, CONFIG: tl.constexpr,
+    right, lower_right, threshold, keep_scale, chunk, num_tiles, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """delta += rowsum(dweights * weights) of BLOCK_M queries of one head."""
     sizes = Sizes(num_heads, group, seqlen_q, seqlen_k)
-    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale)
+    params = ScoreParams(scale, softcap, left, right, lower_right, threshold, keep_scale, chunk)
     tile, plane = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     sequence = locate(terms, sizes, params, plane // num_heads, CONFIG)
     head = plane % num_heads
