@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..ops import dispatch
 from ..ops.bias_activation import call
-from ..ops.bias_activation.api import Activation, bias_activation
+from ..ops.bias_activation.api import bias_activation
 from ..runtime import autocast, checks, higher_order, hints
+from ..runtime.activations import Activation
 from . import token_wise
 from .linear import call_linear, is_plain, project
 from .residual import has_hooks, is_plain_tensor

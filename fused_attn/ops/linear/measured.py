@@ -32,6 +32,8 @@ def is_never_ours(x: Tensor) -> bool:
 
 def why_torch(problem: LinearProblem) -> str | None:
     """Why torch's product is taken for `problem`; None if ours is the faster one."""
+    if "dropout_rng" in problem.operands:
+        return None  # torch has no such dropout, and the formula's takes longer than the product
     if problem.dtype not in _DOT_PRODUCTS:
         return f"torch's product of {problem.dtype} is at the limit of the processor already"
     if processor.vendor() not in ("amd", "intel"):
