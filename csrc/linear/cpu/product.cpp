@@ -1,6 +1,7 @@
 // y = x W^T + bias, what an epilogue makes of it, and gradients.
 #include "linear/cpu/product.h"
 
+#include "linear/cpu/few_rows.h"
 #include "linear/params.h"
 
 namespace fused_attn::linear::FUSED_ATTN_LEVEL {
@@ -76,7 +77,7 @@ void forward(const Params& p) {
   if (p.rows == 0 || p.out == 0) return;
   with_sixteen_or_thirty_two_bits(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Product<T>(p).run(p.threads);
+    FewRows<T>::serves(p) ? FewRows<T>(p).run() : Product<T>(p).run(p.threads);
   });
 }
 

@@ -17,9 +17,7 @@ _DOT_PRODUCTS = {
     torch.bfloat16: ("avx512_bf16", "amx_tile", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
-# Rows of x from which on packing the weight is worth it, and the smallest product.
-_FEWEST_ROWS = 4
-_SMALLEST = 1 << 16
+_SMALLEST = 1 << 16  # multiply-adds
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -40,8 +38,6 @@ def why_torch(problem: LinearProblem) -> str | None:
         return "nobody has measured on this processor"
     if processor.has(*_DOT_PRODUCTS[problem.dtype]):
         return f"torch's product has this processor's instructions for {problem.dtype}"
-    if problem.rows < _FEWEST_ROWS:
-        return f"torch's product is the faster one for fewer than {_FEWEST_ROWS} rows"
     if problem.rows * problem.width_in * problem.width_out < _SMALLEST:
         return "the product is too small to gain from ours"
     return None
