@@ -53,6 +53,11 @@ class LinearProblem(dispatch.Described):
     operands: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """The class of its rows in records of `selftest`: up to 64, or 0 for more."""
+        return 64 if self.rows <= 64 else 0
+
     def __str__(self) -> str:
         parts = [
             f"linear on {self.device}, {self.dtype}: rows={self.rows}",
