@@ -155,10 +155,9 @@ def test_the_table_fits_a_screen() -> None:
     assert any("more" in line for line in lines)
 
 
-def test_a_record_is_kept_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_record_keeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(verified, "machine", lambda index: {"capability": "9.0"})
-    assert run.record([finding("passed")], "cpu") is None
     told = [finding("passed"), finding("timed", ratio=1.5), finding("failed", 256)]
     path = run.record(told, "cuda")
     kept = json.loads(path.read_text())

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_attn.ops.bias_activation.problem import ACTIVATIONS, Operands, make_options
+from fused_attn.ops.bias_activation.problem import Operands, make_options
 from fused_attn.ops.bias_activation.triton import launch
+from fused_attn.runtime.activations import ACTIVATIONS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -10,7 +10,6 @@
 namespace py = pybind11;
 
 namespace fused_attn::bias_activation {
-namespace {
 
 Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::kRelu;
@@ -19,6 +18,8 @@ Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   fail_check("activation", "be relu, gelu, gelu_tanh or silu", name);
 }
+
+namespace {
 
 // What both directions share. `result` is y or dy.
 void fill(Problem& problem, const TensorView& result, const TensorView& x, const TensorView& bias,

@@ -25,16 +25,20 @@ class Dropout {
   static int64_t masks(int64_t width) { return (width + 63) / 64 * 4; }
 
   // Bit b of keep[m] tells whether column 16 * m + b stays; writes masks(width) of them.
-  void draw(int64_t row, int64_t width, Mask* keep) const {
+  void draw(int64_t row, int64_t width, Mask* keep) const { draw(row, 0, width, keep); }
+
+  // The same for the `width` columns from `begin`, a multiple of 64, on.
+  void draw(int64_t row, int64_t begin, int64_t width, Mask* keep) const {
     alignas(64) uint32_t first[kLanes];
     for (uint32_t lane = 0; lane < kLanes; ++lane) first[lane] = lane;
     const VecU lanes = VecU::load(first), threshold = VecU::set1(threshold_);
     const uint64_t index = static_cast<uint64_t>(row);
     const VecU row_low = VecU::set1(static_cast<uint32_t>(index));
     const VecU row_high = VecU::set1(static_cast<uint32_t>(index >> 32));
+    const uint32_t first_quad = static_cast<uint32_t>(begin / 4);
     for (int64_t m = 0; m < masks(width); m += 4) {
-      VecU word[4] = {lanes + VecU::set1(static_cast<uint32_t>(m) * 4), row_low, row_high,
-                      VecU::set1(offset_)};
+      VecU word[4] = {lanes + VecU::set1(first_quad + static_cast<uint32_t>(m) * 4), row_low,
+                      row_high, VecU::set1(offset_)};
       philox_rounds(key_[0], key_[1], word);
       uint64_t bits = 0;
       FUSED_ATTN_UNROLL

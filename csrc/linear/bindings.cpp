@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "bias_activation/bindings.h"
 #include "common/row_bindings.h"
 #include "common/tensor.h"
 #include "cpu/threads.h"
@@ -14,7 +15,7 @@ namespace {
 
 // What both directions share. `result` is y or dy.
 void fill(Problem& problem, const TensorView& x, const TensorView& weight, const TensorView& result,
-          int threads) {
+          const TensorView& rng, bool gated, double dropout_p, int threads) {
   for (const TensorView* tensor : {&x, &weight, &result}) check_present(*tensor);
   problem.dtype = result.dtype;
   check_dtype(result, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
@@ -28,7 +29,9 @@ void fill(Problem& problem, const TensorView& x, const TensorView& weight, const
   if (problem.rows != size(result, 0, result.ndim - 1)) {
     fail_check("x", "have as many rows as the result", std::to_string(problem.rows));
   }
-  check_shape(weight, {problem.out, problem.in});
+  check_shape(weight, {gated ? 2 * problem.out : problem.out, problem.in});
+  problem.rng = dropout_rng(rng);
+  problem.dropout_p = dropout_p;
   problem.threads = usable_threads(threads);
 }
 
@@ -38,29 +41,37 @@ Rows dense_rows(const TensorView& tensor, const Problem& problem) {
   return rows(tensor, 1);
 }
 
-void forward_binding(py::handle x_, py::handle weight_, py::handle bias_, py::handle y_,
-                     int threads) {
+void forward_binding(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_,
+                     py::handle rng, py::handle y_, const std::string& activation, bool gated,
+                     double dropout_p, int threads) {
   const TensorView x = tensor_view(x_, "x"), weight = tensor_view(weight_, "weight");
-  const TensorView bias = tensor_view(bias_, "bias"), y = tensor_view(y_, "y");
+  const TensorView bias = tensor_view(bias_, "bias"), residual = tensor_view(residual_, "residual");
+  const TensorView y = tensor_view(y_, "y");
   Params params;
-  fill(params, x, weight, y, threads);
-  check_dtype(bias, {params.dtype});
-  check_shape(bias, {params.out});
+  fill(params, x, weight, y, tensor_view(rng, "dropout_rng"), gated, dropout_p, threads);
+  for (const TensorView* tensor : {&bias, &residual}) check_dtype(*tensor, {params.dtype});
+  check_shape(bias, {weight.shape[0]});
+  check_same_shape(residual, y);
+  params.activates = !activation.empty();
+  if (params.activates) params.activation = bias_activation::activation_of(activation);
+  params.gated = gated;
   params.x = rows(x, 1);
   params.weight = rows(weight, 1);
   params.bias = rows(bias, 1);
+  params.residual = rows(residual, 1);
   params.y = dense_rows(y, params);
   const py::gil_scoped_release release;
   forward_cpu(params);
 }
 
-void backward_binding(py::handle x_, py::handle weight_, py::handle dy_, py::handle dx_,
-                      py::handle dweight_, py::handle dbias_, int threads) {
+void backward_binding(py::handle x_, py::handle weight_, py::handle rng, py::handle dy_,
+                      py::handle dx_, py::handle dweight_, py::handle dbias_, double dropout_p,
+                      int threads) {
   const TensorView x = tensor_view(x_, "x"), weight = tensor_view(weight_, "weight");
   const TensorView dy = tensor_view(dy_, "dy"), dx = tensor_view(dx_, "dx");
   const TensorView dweight = tensor_view(dweight_, "dweight"), dbias = tensor_view(dbias_, "dbias");
   BackwardParams params;
-  fill(params, x, weight, dy, threads);
+  fill(params, x, weight, dy, tensor_view(rng, "dropout_rng"), false, dropout_p, threads);
   check_same_shape(dx, x);
   check_same_shape(dweight, weight);
   check_shape(dbias, {params.out});

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import platform
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,19 @@ from . import native
 def vendor() -> str:
     """Who made it: "amd", "intel", or "" for any other and where there is no compiled part."""
     return native.module().cpu_vendor() if native.why_not() is None else ""
+
+
+@functools.cache
+def name() -> str:
+    """Its maker's name for it, with the numbers of its kind where the system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in told.items()}
+    wanted = (facts.get(key, "") for key in ("model name", "cpu family", "model"))
+    return " ".join(word for word in wanted if word) or platform.machine()
 
 
 @functools.cache

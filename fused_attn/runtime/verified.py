@@ -1,12 +1,13 @@
-"""Which GPU kernels passed their tests on this kind of GPU, and how fast: records, as data.
+"""Which kernels passed their tests on this kind of machine, and how fast: records, as data.
 
-A kernel that never ran on a kind of GPU is not what a user gets there by default: a fault on a
-GPU comes late and stays, and a hang has no end. So a call is served by a GPU backend only where a
-record says that this build's kernels passed, on a GPU of this compute capability, with a driver
-of this major version, this torch and this Triton; for each operation, dtype and class of head
-sizes. Where a record says that torch's own functions were faster there, they serve what they can
-express. Records lie in the package (`fused_attn/verified/*.json`) and in the user's cache, and are
-data: nothing in them is run.
+A kernel that never ran on a kind of GPU is not what a user gets there by default: a fault on a GPU
+comes late and stays, and a hang has no end. So a call is served by a GPU backend only where a
+record says that this build's kernels passed, on a GPU of this compute capability, with a driver of
+this major version, this torch and this Triton; for each operation, dtype and class of head sizes.
+Where a record says that torch's own functions were faster there, they serve what they can express.
+On a CPU everything may run, and a record says how fast products are here. Records lie in the
+package (`fused_attn/verified/*.json`) and in the user's cache, and are data: nothing in them is
+run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._version import __version__
-from . import user_files, versions
+from . import native, processor, user_files, versions
 
 FORMAT = 2  # 1 had no speed: what it says was measured by an older self-test
 PACKAGE = Path(__file__).parents[1]
@@ -76,6 +77,16 @@ def slower(
     return _slower(operation, backend, device.index or 0, dtype, size)
 
 
+def speed_here(operation: str, backend: str, dtype: torch.dtype, size: int = 0) -> float | None:
+    """torch's seconds over a CPU backend's in `selftest` on this processor; None if unknown."""
+    return _speed_here(operation, backend, dtype, size)
+
+
+@functools.lru_cache(maxsize=256)
+def _speed_here(operation: str, backend: str, dtype: torch.dtype, size: int) -> float | None:
+    return records(None).speed.get(key(operation, backend, dtype, size))
+
+
 def key(operation: str, backend: str, dtype: torch.dtype, size: int) -> str:
     """What a record lists: "attention cuda bfloat16 128"."""
     kind = next((most for most in CLASSES if size <= most), size) if size else 0
@@ -93,6 +104,7 @@ def _slower(operation: str, backend: str, index: int, dtype: torch.dtype, size: 
 # The compiler cannot trace files. It looks through a cache's wrapper: the mark is on functions.
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _slower._dynamo_marked_constant = True  # type: ignore[attr-defined]
+speed_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,7 +120,7 @@ def _verdicts(
 
 def forget() -> None:
     """Read the records anew at the next call."""
-    for cached in (_verdicts, records):
+    for cached in (_verdicts, _speed_here, records):
         cached.cache_clear()
 
 
@@ -129,13 +141,17 @@ def warn_once() -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def records(index: int) -> Record:
-    """Everything that records say of a GPU like this."""
+def records(index: int | None) -> Record:
+    """Everything that records say of a GPU like this, or of the processor if None."""
     return found(machine(index))
 
 
-def machine(index: int) -> dict[str, str]:
-    """What a record holds for."""
+def machine(index: int | None) -> dict[str, str]:
+    """What a record holds for: a GPU, or the processor if `index` is None."""
+    if index is None:
+        level = native.level() if native.why_not() is None else "none"
+        found = {"build": build(), "processor": processor.name(), "kernels": level}
+        return {**found, "torch": torch.__version__}
     major, minor = torch.cuda.get_device_capability(index)
     return {
         "build": build(),

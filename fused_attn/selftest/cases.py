@@ -60,6 +60,8 @@ def _check(call: Callable[[], Call], backend: str, device: str) -> None:
 
 
 def _sizes(operation: str, how: str) -> tuple[int, ...]:
+    if operation == "linear":
+        return (0, 64)  # many rows, few rows
     if operation != "attention":
         return (0,)
     return (64,) if how == SAMPLE else (64, 128, 256)
@@ -114,7 +116,9 @@ def _embedding(dtype: str, quick: bool) -> Calls:
 
 def _linear(dtype: str, quick: bool) -> Calls:
     for width in (64, 513) if quick else (1, 64, 513, 1024):
-        yield f"rows of {width}", 0, functools.partial(calls.linear, dtype, 37, width, 130)
+        for rows, size in ((137, 0), (9, 64)):
+            call = functools.partial(calls.linear, dtype, rows, width, 130)
+            yield f"{rows} rows of {width}", size, call
 
 
 _CALLS = {

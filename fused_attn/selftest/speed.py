@@ -53,7 +53,7 @@ def _call(operation: str, dtype: str, size: int, kind: str) -> Call:
     if operation == "bias_activation":
         return calls.bias_activation(dtype, rows, 4096, "gelu", False)
     if operation == "linear":
-        return calls.linear(dtype, rows, 512, 2048)
+        return calls.linear(dtype, 16 if size else rows, 512, 2048)
     return calls.embedding(dtype, rows // 4, 1000, 512)
 
 

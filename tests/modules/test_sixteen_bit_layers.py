@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused_attn
 from fused_attn import FusedFeedForward, fuse
 from fused_attn.ops import dispatch
 from fused_attn.ops.linear import measured
+from fused_attn.runtime import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,3 +147,22 @@ def test_units_at_0_stay_on_the_side_of_the_sum_rounded_once() -> None:
     ours(x).sum().backward()
     assert ours.linear1.bias.grad.item() == 2.0  # both outputs see the unit
     assert x.grad[0, 0].item() == 2.0
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no compiled part")
+def test_inference_is_one_pass_where_ours_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Product, activation and gate are one call; with a gradient they are two."""
+    monkeypatch.setattr(measured, "why_torch", lambda problem: None)
+    module = FusedFeedForward(E, FF, dropout=0.0, activation="swiglu").bfloat16()
+    x = torch.randn(N, L, E).bfloat16()
+    dispatch.forget_plans()
+    names = ("linear", "bias_activation", "linear")
+    told = fused_attn.explain(module, x)
+    assert tuple(str(call.problem).split(" ")[0] for call in told.calls) == names
+    expected = module(x)
+    with torch.no_grad():
+        told = fused_attn.explain(module, x)
+        assert [str(call.problem).split(" ")[0] for call in told.calls] == ["linear", "linear"]
+        assert "activation='silu', gated" in str(told)
+        torch.testing.assert_close(module(x), expected, rtol=3e-2, atol=3e-2)
+    dispatch.forget_plans()

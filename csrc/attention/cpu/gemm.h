@@ -197,13 +197,16 @@ FUSED_ATTN_INLINE void multiply_tile(const Product<E>& x, int64_t row, int group
   epilogue(x.c + row * x.stride_c + group * kLanes, x.stride_c, group * kLanes, acc);
 }
 
-// Tiles of R rows while they fit, then of half as many.
+// Tiles of R rows while they fit, then of half as many. After six come four: two tiles of them take
+// the place of one of six and one of two, which has too few accumulators.
 template <class E, Form kForm, int R, int G, class Epilogue>
 FUSED_ATTN_INLINE void multiply_rows(const Product<E>& x, int64_t row, int group,
                                      const Epilogue& epilogue) {
-  for (; row + R <= x.rows; row += R) multiply_tile<E, kForm, R, G>(x, row, group, epilogue);
+  constexpr int kNext = R == 6 ? 4 : R / 2;
+  const int64_t end = R == 6 && x.rows % R == 2 ? x.rows - (R + 2) : x.rows;
+  for (; row + R <= end; row += R) multiply_tile<E, kForm, R, G>(x, row, group, epilogue);
   if constexpr (R > 1) {
-    if (row < x.rows) multiply_rows<E, kForm, R / 2, G>(x, row, group, epilogue);
+    if (row < x.rows) multiply_rows<E, kForm, kNext, G>(x, row, group, epilogue);
   }
 }
 
@@ -214,7 +217,7 @@ struct RegisterTile {
   static constexpr int kVectors = kRegisterVectors<Real>;
   static constexpr int kMaxGroups = kVectors >= 32 ? 4 : kVectors >= 16 ? 2 : 1;
   static constexpr int rows(int groups) {
-    if (kVectors < 16) return kVectors / 2;
+    if (kVectors < 16) return kVectors >= 8 ? 6 : kVectors / 2;
     return kVectors < 32 || groups > 2 ? 4 : 8;
   }
 };

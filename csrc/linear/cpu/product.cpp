@@ -1,6 +1,7 @@
-// y = x W^T + bias and its gradients.
+// y = x W^T + bias, what an epilogue makes of it, and gradients.
 #include "linear/cpu/product.h"
 
+#include "linear/cpu/few_rows.h"
 #include "linear/params.h"
 
 namespace fused_attn::linear::FUSED_ATTN_LEVEL {
@@ -43,18 +44,45 @@ void sum_depth(const Operand<T>& x, int64_t count, int64_t depth, T* to, int thr
   });
 }
 
+// The same call with dy after the dropout.
+BackwardParams with_dropped(BackwardParams p) {
+  with_sixteen_or_thirty_two_bits(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    static thread_local Buffer buffer;
+    T* dropped = buffer.get<T>(p.rows * p.out);
+    const Reader<T> dy(p.dy, p.out);
+    const Dropout dropout(p.rng, p.dropout_p);
+    const VecF factor = VecF::set1(static_cast<float>(dropout.scale()));
+    parallel_for(threads_for(p.rows, p.out, p.threads), p.rows, [&](int64_t row) {
+      static thread_local Buffer buffers[2];
+      const T* from = dy.get(row, buffers[0].get<T>(dy.scratch_size()));
+      Mask* keep = buffers[1].get<Mask>(Dropout::masks(p.out));
+      dropout.draw(row, p.out, keep);
+      T* to = dropped + row * p.out;
+      for_columns(p.out, [=](int64_t j, auto lanes) FUSED_ATTN_BODY {
+        put(to + j, select(keep[j / kLanes], load(from + j, lanes) * factor, VecF::zero()), lanes,
+            false);
+      });
+    });
+    p.dy.data = dropped;
+    p.dy.outer = {1, {p.rows}, {p.out}};
+    p.dy.inner = {1, {p.out}, {1}};
+  });
+  return p;
+}
+
 }  // namespace
 
 void forward(const Params& p) {
   if (p.rows == 0 || p.out == 0) return;
   with_sixteen_or_thirty_two_bits(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Product<T>(by_rows<T>(p.x), by_rows<T>(p.weight), p.bias, p.y, p.rows, p.out, p.in)
-        .run(p.threads);
+    FewRows<T>::serves(p) ? FewRows<T>(p).run() : Product<T>(p).run(p.threads);
   });
 }
 
-void backward(const BackwardParams& p) {
+void backward(const BackwardParams& given) {
+  const BackwardParams p = given.rng == nullptr ? given : with_dropped(given);
   with_sixteen_or_thirty_two_bits(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (p.dx.data != nullptr && p.rows > 0 && p.in > 0) {

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ...runtime import hints
+from ...runtime.activations import Activation
 from . import call
 from .call import Scalars
 from .problem import Operands
-
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
 
 def bias_activation(

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, higher_order, hints
+from ...runtime import checks, higher_order
+from ...runtime.activations import expect_activation
 from .. import dispatch
-
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
 class Operands(NamedTuple):
@@ -88,13 +87,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def make_options(*, activation: object, gated: object, dropout_p: float) -> Options:
     """Check the scalars of a call as a user gives them and put them in the kernels' form."""
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        message = f"`activation` must be one of {known}, got {activation!r}"
-        raise ValueError(hints.with_hint(message, hints.for_activation(activation)))
+    name = expect_activation(activation)
     if not isinstance(gated, bool):
         raise TypeError(f"`gated` must be a bool, got {checks.type_name(gated)}")
-    return Options(activation, gated, checks.expect_probability("dropout_p", dropout_p))
+    return Options(name, gated, checks.expect_probability("dropout_p", dropout_p))
 
 
 def describe(operands: Operands, options: Options) -> BiasActivationProblem:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...runtime import higher_order
-from . import reference
+from ...runtime.activations import activate
 from .problem import BiasActivationProblem, Operands, Options
 
 NAME = "torch"
@@ -33,6 +33,6 @@ def forward(operands: Operands, options: Options) -> Tensor:
     x, bias, _ = operands
     h = x if bias is None else x + bias
     if not options.gated:
-        return reference.activate(h, options.activation).contiguous()
+        return activate(h, options.activation).contiguous()
     gate, up = h.chunk(2, dim=-1)
-    return (reference.activate(gate, options.activation) * up).contiguous()
+    return (activate(gate, options.activation) * up).contiguous()

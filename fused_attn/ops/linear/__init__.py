@@ -1,4 +1,4 @@
-"""x Wᵀ + bias: the products around attention."""
+"""x Wᵀ + bias and what comes after it: the products around attention."""
 
 from . import cpu, reference, torch_linear
 

@@ -6,16 +6,16 @@ out once per signature and remembered, so that a repeated call costs one diction
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...runtime import autocast, profiling
+from ...runtime import autocast, philox, profiling
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused
-from .problem import LinearProblem, Operands, Options, describe
+from .problem import LinearProblem, Operands, describe, make_options
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -24,6 +24,9 @@ class Scalars(NamedTuple):
     """The scalars of a call as the user gave them."""
 
     backend: str | None = None
+    activation: Any = None
+    gated: Any = False
+    dropout_p: Any = 0.0
 
 
 plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
@@ -31,6 +34,9 @@ plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 def run(operands: Operands, scalars: Scalars) -> Tensor:
     """y, new."""
+    if scalars.dropout_p:
+        rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.x, "x")
+        operands = operands._replace(dropout_rng=rng)
     if _autocast_enabled():
         operands = _autocast(operands)
     plan = plans.get(_make_plan, operands, scalars)
@@ -50,16 +56,21 @@ def _autocast(operands: Operands) -> Operands:
     dtype = autocast.dtype_for(operands.x)
     if dtype is None:
         return operands
-    return Operands(*(t.to(dtype) if isinstance(t, Tensor) else t for t in operands))  # type: ignore[arg-type]
+    converted = (t.to(dtype) if isinstance(t, Tensor) else t for t in operands[:4])
+    x, weight, bias, residual = converted
+    return Operands(x, weight, bias, residual, operands.dropout_rng)  # type: ignore[arg-type]
 
 
 def problem_of(operands: Operands, scalars: Scalars) -> LinearProblem:
     """The checked description of a call.
 
     Raises:
-        TypeError, RuntimeError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError: naming the argument, what was expected, what came.
     """
-    return describe(operands)
+    options = make_options(
+        activation=scalars.activation, gated=scalars.gated, dropout_p=scalars.dropout_p
+    )
+    return describe(operands, options)
 
 
 def smallest(device: torch.device, dtype: torch.dtype) -> LinearProblem:
@@ -72,4 +83,4 @@ def _make_plan(operands: Operands, scalars: Scalars) -> Plan:
     problem = problem_of(operands, scalars)
     backend = dispatch.select(BACKENDS, problem, scalars.backend)
     route = dispatch.route(operands, backend)
-    return Plan(Options(), backend, problem.requires_grad, route)
+    return Plan(problem.options, backend, problem.requires_grad, route)

@@ -12,7 +12,7 @@ from .problem import Operands, Options, result_shape
 
 def _empty_result(operands: Operands, options: Options) -> Tensor:
     x = operands.x
-    return torch.empty(result_shape(operands), dtype=x.dtype, device=x.device)
+    return torch.empty(result_shape(operands, options), dtype=x.dtype, device=x.device)
 
 
 linear = operators.recomputing(
@@ -20,7 +20,7 @@ linear = operators.recomputing(
     __package__,
     Operands,
     Options,
-    ("x", "weight", "bias"),
+    ("x", "weight", "bias", "residual"),
     _empty_result,
     reference.forward,
 )

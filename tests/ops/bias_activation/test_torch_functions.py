@@ -13,7 +13,8 @@ from torch import Tensor
 import fused_attn
 from fused_attn.ops import dispatch
 from fused_attn.ops.bias_activation import BACKENDS, call, torch_functions
-from fused_attn.ops.bias_activation.problem import ACTIVATIONS, Operands
+from fused_attn.ops.bias_activation.problem import Operands
+from fused_attn.runtime.activations import ACTIVATIONS
 from tests.cases.bias_activation import Case
 
 NAME = torch_functions.NAME

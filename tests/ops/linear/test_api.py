@@ -168,13 +168,9 @@ def test_the_faster_product_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         x, weight = torch.randn(64, 64).to(dtype), torch.randn(64, 64).to(dtype)
         told = fused_attn.explain(fused_attn.linear, x, weight)
         assert told.chosen == chosen, str(told)
-        few = fused_attn.explain(fused_attn.linear, x[:2], weight)
-        assert few.chosen == "torch"
-    assert (
-        "torch's product is the faster one for fewer than 4 rows"
-        in str(fused_attn.explain(fused_attn.linear, x[:2].bfloat16(), weight.bfloat16()))
-        or expected[torch.bfloat16] == "torch"
-    )
+        small = fused_attn.explain(fused_attn.linear, x[:2], weight)
+        assert small.chosen == "torch"
+        assert chosen == "torch" or "too small to gain from ours" in str(small)
 
 
 def test_autocast_converts_as_torch_does() -> None:
