@@ -1,0 +1,134 @@
+"""What runs in each attention layer of a transformers model, as far as its code tells."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_NAMED = re.compile(r"Attention|Attn")
+_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|flex_attention\(")
+_LOOKED_UP = re.compile(r"ALL_ATTENTION_FUNCTIONS\b|\.get_interface\(")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer.
+
+    Attributes:
+        name: qualified name in the model; "" for the model itself.
+        kind: name of its class.
+        runs: the `attn_implementation` that it looks up, or "its own code".
+        ours: True if that is an implementation of fused_attn.
+    """
+
+    name: str
+    kind: str
+    runs: str
+    ours: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. Print it, or read its fields; true if every layer runs ours.
+
+    Attributes:
+        warnings: what should be known beside, one line each.
+    """
+
+    layers: tuple[Attention, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.layers) and all(layer.ours for layer in self.layers)
+
+    def __str__(self) -> str:
+        ours = sum(layer.ours for layer in self.layers)
+        lines = [f"{ours} of {len(self.layers)} attention layers run fused_attn"]
+        lines += [f"  {x.name or '(model)'}: {x.kind} runs {x.runs}" for x in self.layers]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def check(model: nn.Module) -> Report:
+    """Which attention runs in each layer of a transformers model; nothing is run.
+
+    A layer is a module whose class is named for attention and whose code looks up transformers'
+    AttentionInterface, or has a softmax of its own.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    layers, warnings = [], []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        cls: Any = type(module)
+        how = _how(cls) if _NAMED.search(kind) else None
+        if how == "looked up":
+            asked, function = _implementation(module)
+            ours = function is not None and function.__module__.startswith("fused_attn.")
+            layers.append(Attention(name, kind, repr(asked), ours))
+        elif how == "computed":
+            layers.append(Attention(name, kind, "its own code", False))
+    own = sorted({layer.kind for layer in layers if layer.runs == "its own code"})
+    if own:
+        warnings.append(
+            f"{', '.join(own)}: computes attention itself and ignores `attn_implementation`"
+        )
+    others = sorted({x.runs for x in layers if not x.ours and x.runs != "its own code"})
+    if others:
+        warnings.append(
+            f"{', '.join(others)} runs where fused_attn could: "
+            'register() and then model.set_attn_implementation("fused_attn")'
+        )
+    if not layers:
+        warnings.append(f"no attention layer found in {type(model).__name__}")
+    return Report(tuple(layers), tuple(warnings))
+
+
+@functools.cache
+def implementation_is_looked_up(model_class: Any) -> bool:
+    """False if the attention layers in a model class's file never look up an implementation.
+
+    A file without attention layers leaves that to the models that it is made of.
+    """
+    module = sys.modules.get(model_class.__module__)
+    try:
+        source = inspect.getsource(module) if module is not None else ""
+    except (OSError, TypeError):
+        return True  # nobody can tell
+    has_layers = re.search(r"^class \w*(Attention|Attn)\w*\(.*Module", source, re.MULTILINE)
+    return not has_layers or _LOOKED_UP.search(source) is not None
+
+
+@functools.cache
+def _how(layer_class: Any) -> str | None:
+    """How a class comes to its attention; None if around another layer, or without source."""
+    found = None
+    for cls in layer_class.__mro__:
+        if cls is nn.Module:
+            break
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):
+            continue
+        if _LOOKED_UP.search(source):
+            return "looked up"
+        if _COMPUTES.search(source):
+            found = found or "computed"
+    return found
+
+
+def _implementation(module: nn.Module) -> tuple[Any, Any]:
+    """The name that a layer asks for, and the function behind it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    asked = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return asked, ALL_ATTENTION_FUNCTIONS.get(asked) if asked else None
