@@ -47,6 +47,19 @@ _LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 _GATED = ("swiglu", "geglu", "reglu")
 
+# Modules of others that compute one of ours, whatever their settings; by name, so that nothing need
+# be imported.
+FOREIGN_ACTIVATIONS: dict[str, Activation] = {
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
+
 _has_kernel = functools.cache(call.has_kernel)
 
 
@@ -59,8 +72,8 @@ def feed_forward(
     gated: bool = False,
 ) -> Tensor:
     """The position-wise network of a Transformer layer (Vaswani et al. 2017, section 3.3)."""
-    name = _name_of(activation)
-    if name is None or not is_plain(linear1) or not _runs_fused(x, linear1, name):
+    name = name_of(activation)
+    if name is None or not is_plain(linear1) or not runs_fused(x, linear1, name):
         _note_modules(name, linear1)
         h = call_linear(linear1, x)
         if gated:
@@ -68,7 +81,7 @@ def feed_forward(
             return call_linear(linear2, dropout(activation(gate) * up))
         return call_linear(linear2, dropout(activation(h)))
     bias: Tensor | None = linear1.bias
-    if bias is not None and _product_dtype(x).itemsize < 4:
+    if bias is not None and product_dtype(x).itemsize < 4:
         h, bias = project(x, linear1.weight, bias), None
     else:
         # Without its bias: torch would write the bias to memory first and add to it.
@@ -81,7 +94,7 @@ def feed_forward(
     if type(dropout) is nn.Dropout and not has_hooks(dropout):
         dropout_p, rest = dropout.p if dropout.training else 0.0, None
     # Half of a row of gates and products would be a strided operand of linear2.
-    out = h if not gated and _may_be_overwritten(h, bias) else None
+    out = h if not gated and may_be_overwritten(h, bias) else None
     y = bias_activation(h, bias, activation=name, gated=gated, dropout_p=dropout_p, out=out)
     return call_linear(linear2, y if rest is None else rest(y))
 
@@ -142,12 +155,12 @@ class FusedFeedForward(NotScriptable, nn.Module):
         return "gated=True" if self.gated else ""
 
 
-def _runs_fused(x: Tensor, linear: nn.Linear, name: Activation) -> bool:
+def runs_fused(x: Tensor, linear: nn.Linear, name: Activation) -> bool:
     ask = call.has_kernel if torch.compiler.is_compiling() else _has_kernel
-    return ask(x.device, _product_dtype(x), linear.out_features, name)
+    return ask(x.device, product_dtype(x), linear.out_features, name)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Of what a linear makes of x."""
     return autocast.dtype_for(x) or x.dtype
 
@@ -172,7 +185,7 @@ def _note_fused(name: Activation, bias: Tensor | None) -> None:
         dispatch.note(f"feed-forward: {where}; {name} and dropout in one pass")
 
 
-def _may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:
+def may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:
     """True if nobody but the activation will look at `h`."""
     return (
         not higher_order.derivative_wanted((h, bias))
@@ -182,7 +195,7 @@ def _may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _name_of(activation: Callable[[Tensor], Tensor]) -> Activation | None:
+def name_of(activation: Callable[[Tensor], Tensor]) -> Activation | None:
     """What `bias_activation` calls `activation`; None if it does not know it."""
     if not isinstance(activation, nn.Module):
         return next((name for function, name in _FUNCTIONS if activation is function), None)
@@ -192,4 +205,7 @@ def _name_of(activation: Callable[[Tensor], Tensor]) -> Activation | None:
         return "relu"
     if type(activation) is nn.SiLU:
         return "silu"
-    return _GELUS.get(activation.approximate) if type(activation) is nn.GELU else None
+    if type(activation) is nn.GELU:
+        return _GELUS.get(activation.approximate)
+    cls = type(activation)
+    return FOREIGN_ACTIVATIONS.get(f"{cls.__module__}.{cls.__name__}")
