@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import fused_attn
+
 VOCABULARY, WIDTH, HEADS, LENGTH, BATCH = 64, 32, 4, 9, 3
 PAD, BOS, EOS = 0, 1, 2
 LIMIT = 2e-5  # of differences, in parts of the largest value: float32 through two layers and a head
@@ -255,6 +257,16 @@ def _beam_left(name: str) -> float:
 @_check("static cache", "decoder")
 def _static(name: str) -> float:
     return _same_tokens(name, "left", cache_implementation="static", disable_compile=True)
+
+
+@_check("fuse", "encoder", "decoder", "encoder-decoder", "speech", "vision", "image and text")
+def _fuse(name: str) -> float:
+    """Logits and gradients with our norms and feed-forwards as well."""
+    mine, _ = models(name)
+    fused_attn.fuse(mine)
+    found = max(_both(name, "right"))
+    fused_attn.unfuse(mine)
+    return found
 
 
 @_check("compile", "encoder", "decoder", "encoder-decoder", "speech", "vision", "image and text")
