@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.attention.api import attention
-from .transformers_check import Attention, Report, check
-from .transformers_check import implementation_is_looked_up as looked_up
+from .transformers_check import Attention, Report, check, why_not
 
 __all__ = ["Attention", "Report", "attention_forward", "check", "register", "unregister"]
 
 _REPLACED: dict[str, Any] = {}  # what stood in transformers before `register`, by name
 _NAMES: set[str] = set()
 _METHODS = ("get_correct_attn_implementation", "set_attn_implementation")
+_SPARSE = ("indices", "block_indices")
 # transformers reads meaning into names that contain these.
 _RESERVED = ("flash", "flex", "sdpa", "eager", "paged", "|", "/")
 
@@ -115,10 +115,12 @@ def attention_forward(
         key, value = cache.update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
-    q_length, kv_length = query.shape[2], key.shape[2]
-    arguments = _visibility(module, q_length, kv_length, attention_mask, is_causal)
+    _refuse_sparse(module, kwargs)
+    keys, arguments = _visibility(module, query.shape[2], key.shape[2], attention_mask, is_causal)
+    if keys < key.shape[2]:
+        key, value = key[:, :, :keys], value[:, :, :keys]
     if position_bias is not None:
-        dense = arguments.get("bias")
+        dense, position_bias = arguments.get("bias"), position_bias[..., :keys]
         arguments["bias"] = position_bias if dense is None else position_bias + dense
     bias = arguments.get("bias")
     if bias is not None and bias.dtype not in (torch.float32, query.dtype):
@@ -141,13 +143,13 @@ def attention_forward(
 
 def _visibility(
     module: nn.Module, q_length: int, kv_length: int, mask: Tensor | None, is_causal: bool | None
-) -> dict[str, Any]:
-    """Which keys a query may see, as arguments of `fused_attn.attention`."""
+) -> tuple[int, dict[str, Any]]:
+    """How many of the keys count, and which a query may see, as arguments of `attention`."""
     if mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         # The first query stands at the first key: the rest of a static cache is still empty.
-        return {"causal": "upper_left" if q_length > 1 and is_causal else False}
+        return kv_length, {"causal": "upper_left" if q_length > 1 and is_causal else False}
     from . import transformers_masks as masks
 
     if masks.is_encoded(mask):
@@ -158,7 +160,18 @@ def _visibility(
             "`attention_mask` must be bool (True = visible) or of floating point (added to the "
             f"scores), got {mask.dtype}\nhint: `attention_mask.bool()`"
         )
-    return {"mask" if mask.dtype == torch.bool else "bias": mask}
+    return kv_length, {"mask" if mask.dtype == torch.bool else "bias": mask}
+
+
+def _refuse_sparse(module: nn.Module, given: dict[str, Any]) -> None:
+    """Keys chosen by number come to kernels that know them, and as a mask to eager and sdpa."""
+    for name in _SPARSE:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} hands on `{name}=`, sparse attention that "
+                "fused_attn does not have\nhint: `register(replace_sdpa=True)` and "
+                'attn_implementation="sdpa", under which it is a mask'
+            )
 
 
 def _transformers() -> tuple[Any, Any, Callable[..., Any]]:
@@ -200,17 +213,12 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(model: Any, requested: Any, *args: Any, **kwargs: Any) -> Any:
         asked = requested.get("", None) if isinstance(requested, dict) else requested
         cls: Any = type(model)
-        if asked in _NAMES and not looked_up(cls):
-            message = (
-                f"{cls.__name__} cannot run attn_implementation={asked!r}: the attention "
-                f"layers of {cls.__module__} compute attention themselves and never ask "
-                "transformers' AttentionInterface, so that nothing would change\n"
-                "hint: leave `attn_implementation` out; `fused_attn.fuse(model)` still swaps norms "
-                "and feed-forwards"
-            )
+        reason = why_not(cls) if asked in _NAMES else None
+        if reason is not None:
+            message = f"{cls.__name__} cannot run attn_implementation={asked!r}: {reason}"
             if cls.__module__.startswith("transformers."):
                 raise ValueError(message)
-            warnings.warn(message, UserWarning, stacklevel=2)  # its parts may well ask
+            warnings.warn(message, UserWarning, stacklevel=2)  # its parts may well be able to
         return method(model, requested, *args, **kwargs)
 
     return guarded

@@ -13,6 +13,7 @@ from torch import nn
 
 _NAMED = re.compile(r"Attention|Attn")
 _COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|flex_attention\(")
+_SPARSE = re.compile(r"_attn_implementation in \(\"eager\", \"sdpa\"\)")
 _LOOKED_UP = re.compile(r"ALL_ATTENTION_FUNCTIONS\b|\.get_interface\(")
 
 
@@ -94,18 +95,32 @@ def check(model: nn.Module) -> Report:
 
 
 @functools.cache
-def implementation_is_looked_up(model_class: Any) -> bool:
-    """False if the attention layers in a model class's file never look up an implementation.
+def why_not(model_class: Any) -> str | None:
+    """Why models of this class cannot run an attention of ours, with the way out; None if they can.
 
-    A file without attention layers leaves that to the models that it is made of.
+    Told from the file of the class. One without attention layers leaves it to the models that it is
+    made of.
     """
-    module = sys.modules.get(model_class.__module__)
+    name = model_class.__module__
     try:
-        source = inspect.getsource(module) if module is not None else ""
-    except (OSError, TypeError):
-        return True  # nobody can tell
-    has_layers = re.search(r"^class \w*(Attention|Attn)\w*\(.*Module", source, re.MULTILINE)
-    return not has_layers or _LOOKED_UP.search(source) is not None
+        source = inspect.getsource(sys.modules[name])
+    except (KeyError, OSError, TypeError):
+        return None  # nobody can tell
+    layers = re.search(r"^class \w*(Attention|Attn)\w*\(.*Module", source, re.MULTILINE)
+    if layers and not _LOOKED_UP.search(source):
+        return (
+            f"the attention layers of {name} compute attention themselves and never "
+            "ask transformers' AttentionInterface, so that nothing would change\n"
+            "hint: leave `attn_implementation` out; `fused_attn.fuse(model)` still swaps norms and "
+            "feed-forwards"
+        )
+    if _SPARSE.search(source):
+        return (
+            f"{name} chooses keys by an indexer, and hands them on as a mask under "
+            'the names "eager" and "sdpa" alone\n'
+            'hint: `register(replace_sdpa=True)`, and attn_implementation="sdpa"'
+        )
+    return None
 
 
 @functools.cache

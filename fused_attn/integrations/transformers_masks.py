@@ -26,6 +26,9 @@ from ..ops.attention.api import attention
 
 HAS_DOCUMENTS = "document_ids" in attention.__annotations__
 FIRST_CODE = 4099  # the codes of PATTERNS begin here: more than any number of heads
+EAGER = (
+    "nllb-moe",
+)  # models that compute with their mask, and know the one of eager attention only
 NO_DOCUMENT = -1  # of a key that is padding
 
 
@@ -33,16 +36,16 @@ class Pattern(NamedTuple):
     """Which keys a query may see, beside what the values of a mask say.
 
     Attributes:
-        causal: none after it.
+        causal: none after it. The last query stands at the last key that the mask knows of.
         window: (left, right), as `fused_attn.attention` has it.
-        upper_left: the first query stands at the first key; else the last at the last.
+        cut: the mask knows of the first keys only; those behind, of a static cache, are hidden.
         padded: the values are bool, as int8.
         documents: the values are numbers of documents, as int32.
     """
 
     causal: bool = False
     window: tuple[int, int] | None = None
-    upper_left: bool = False
+    cut: bool = False
     padded: bool = False
     documents: bool = False
 
@@ -69,9 +72,8 @@ def mask(
     """transformers' mask function: arguments as its `sdpa_mask`.
 
     Returns:
-        None where all keys are visible, or where is_causal says it all; else an encoded mask, or a
-        dense one where the pattern is none that can be encoded. A single query's is always dense:
-        it is a vector.
+        None where all keys are visible; else an encoded mask, or a dense one where the pattern is
+        none that can be encoded. A single query's is transformers' own: that is a vector already.
     """
     dense: dict[str, Any] = {
         **rest, "config": config, "batch_size": batch_size, "q_length": q_length,
@@ -81,6 +83,8 @@ def mask(
         "allow_is_bidirectional_skip": allow_is_bidirectional_skip, "use_vmap": use_vmap,
         "device": device,
     }  # fmt: skip
+    if getattr(config, "model_type", None) in EAGER:
+        return masking_utils.eager_mask(**dense)
     tracing = torch.compiler.is_compiling()
     known: Known | None = None
     if not use_vmap and q_length != 1 and not (tracing and _is_tensor(q_offset, kv_offset)):
@@ -95,30 +99,31 @@ def mask(
         return masking_utils.sdpa_mask(**dense)
     may_skip = allow_is_causal_skip if known.causal else allow_is_bidirectional_skip
     start = q_offset - kv_offset  # of the first query, among the keys
-    aligned_left, aligned_right = start == 0, start + q_length == kv_length
-    upper_left = known.causal and aligned_left
-    if not (may_skip or known.ids is not None) or not (aligned_right or upper_left):
+    cut = known.causal and start == 0 and q_length != kv_length
+    if not (may_skip or known.ids is not None) or not (cut or start + q_length == kv_length):
         return masking_utils.sdpa_mask(**dense)  # the first is for those who compute with the mask
+    keys = q_length if cut else kv_length
     visible = None
     if attention_mask is not None:
         padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        visible = padding[:, kv_offset : kv_offset + kv_length]
-        looked_at = visible[:, :q_length] if upper_left else visible
-        if not tracing and bool(looked_at.all()):
+        visible = padding[:, kv_offset : kv_offset + keys]
+        if not tracing and bool(visible.all()):
             visible = None
     if known.chunk or known.ids is not None:
         if not HAS_DOCUMENTS:
             return masking_utils.sdpa_mask(**dense)
-        ids = _documents(known, batch_size, kv_length, kv_offset, visible, device)
-        return _encode(ids, Pattern(known.causal, known.window, upper_left, documents=True))
+        ids = _documents(known, batch_size, keys, kv_offset, visible, device)
+        return _encode(ids, Pattern(known.causal, known.window, cut, documents=True))
     window = known.window
-    if window is not None and not tracing and kv_length <= window[0]:
+    if window is not None and not tracing and keys <= window[0]:
         window = None
-    if visible is None and window is None and not tracing and (upper_left or not known.causal):
+    if visible is None and window is None and not known.causal:
         return None
-    pattern = Pattern(known.causal, window, upper_left, padded=visible is not None)
+    # Also where causal is all there is, and transformers would return None: then a layer's own
+    # `is_causal` would have to be right, and nobody may leave out queries afterwards.
+    pattern = Pattern(known.causal, window, cut, padded=visible is not None)
     if visible is None:
-        visible = torch.ones((1, 1), dtype=torch.bool, device=device).expand(batch_size, kv_length)
+        visible = torch.ones((1, 1), dtype=torch.bool, device=device).expand(batch_size, keys)
     return _encode(visible.to(torch.int8), pattern)
 
 
@@ -127,11 +132,12 @@ def is_encoded(mask: Tensor) -> bool:
     return mask.dim() == 4 and mask.shape[1] >= FIRST_CODE
 
 
-def read(mask: Tensor, q_length: int, kv_length: int) -> dict[str, Any]:
-    """What an encoded mask says, as arguments of `fused_attn.attention`.
+def read(mask: Tensor, q_length: int, kv_length: int) -> tuple[int, dict[str, Any]]:
+    """How many of the keys count, and what the mask says as arguments of `fused_attn.attention`.
 
     Raises:
-        ValueError: a model has changed the mask; it may only cut its last dimension.
+        ValueError: a model has changed the mask. It may cut the last dimension, and drop queries
+            from the front.
     """
     pattern = PATTERNS[mask.shape[1] - FIRST_CODE]
     wanted = torch.int32 if pattern.documents else torch.int8
@@ -139,23 +145,24 @@ def read(mask: Tensor, q_length: int, kv_length: int) -> dict[str, Any]:
         raise ValueError(
             f"the model changed the attention mask of fused_attn: expected {wanted} of shape (B, "
             f"{mask.shape[1]}, 1, S), got {mask.dtype} of {tuple(mask.shape)}\n"
-            'hint: this model computes with its mask; give it attn_implementation="sdpa"'
+            "hint: this model computes with its mask; `register(replace_sdpa=True)` and "
+            'attn_implementation="sdpa" give it a dense one'
         )
+    keys = mask.shape[3]
+    if kv_length < keys or (kv_length > keys and not pattern.cut):
+        raise ValueError(f"the attention mask is of {keys} keys, got {kv_length}")
     arguments: dict[str, Any] = {"window": pattern.window}
     if pattern.causal:
-        arguments["causal"] = "upper_left" if pattern.upper_left else "lower_right"
-    if mask.shape[3] != kv_length and not (pattern.upper_left and mask.shape[3] > kv_length):
-        raise ValueError(f"the attention mask is of {mask.shape[3]} keys, got {kv_length}")
-    values = mask[:, 0, 0, :kv_length]
+        arguments["causal"] = "lower_right"
+    values = mask[:, 0, 0]
     if pattern.documents:
-        start = 0 if pattern.upper_left else kv_length - q_length
-        mine = values[:, start : start + q_length]
+        mine = values[:, keys - q_length :]
         # A query that is padding is in no document, not even in one with other padding.
         mine = torch.where(mine == NO_DOCUMENT, NO_DOCUMENT - 1, mine)
         arguments["document_ids"] = (mine, values)
     elif pattern.padded:
         arguments["key_padding_mask"] = values.bool()
-    return arguments
+    return keys, arguments
 
 
 class Known(NamedTuple):

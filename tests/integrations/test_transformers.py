@@ -241,6 +241,40 @@ def test_a_model_that_changes_its_mask_is_told() -> None:
     for changed in (mask.bool(), mask.expand(-1, -1, 6, -1), mask[..., :4]):
         with pytest.raises(ValueError, match="mask"):
             door.attention_forward(torch.nn.Module(), q, q, q, changed)
+    # Gemma 4 leaves out queries whose answers nobody wants.
+    whole, _ = door.attention_forward(torch.nn.Module(), q, q, q, mask)
+    last, _ = door.attention_forward(torch.nn.Module(), q[:, :, -2:], q, q, mask[:, :, -2:])
+    torch.testing.assert_close(last, whole[:, -2:])
+
+
+def test_a_layer_of_transformers_need_not_know_whether_it_is_causal() -> None:
+    """Pegasus-X says that its decoder is not; only its mask knows."""
+    mask = masks.mask(1, 6, 6)
+    q = torch.randn(1, 2, 6, 8)
+    layer = torch.nn.Module()
+    layer.is_causal = False
+    found, _ = door.attention_forward(layer, q, q, q, mask)
+    torch.testing.assert_close(found, fused_attn.attention(q, q, q, causal=True).transpose(1, 2))
+
+
+def test_sparse_attention_is_refused_and_runs_as_sdpa() -> None:
+    settings = {
+        **zoo.CASES["DeepSeek-V3"].settings, "index_n_heads": 2, "index_head_dim": 8,
+        "index_topk": 4,
+    }  # fmt: skip
+    config = transformers.DeepseekV32Config(**settings)
+    make = transformers.DeepseekV32ForCausalLM._from_config
+    with pytest.raises(ValueError, match=r"chooses keys by an indexer.*\nhint: .*replace_sdpa"):
+        make(copy.deepcopy(config), attn_implementation="fused_attn")
+    model = make(copy.deepcopy(config), attn_implementation="sdpa").eval()
+    x = torch.randint(3, zoo.VOCABULARY, (2, 9))
+    expected = model(x).logits
+    door.register(replace_sdpa=True)
+    assert door.check(model)
+    assert zoo.difference(model(x).logits, expected) <= zoo.LIMIT
+    q = torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"`indices=`"):
+        door.attention_forward(torch.nn.Module(), q, q, q, None, indices=torch.zeros(1))
 
 
 IGNORING = {
