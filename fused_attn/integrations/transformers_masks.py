@@ -29,7 +29,7 @@ FIRST_CODE = 4099  # the codes of PATTERNS begin here: more than any number of h
 EAGER = (
     "nllb-moe",
 )  # models that compute with their mask, and know the one of eager attention only
-NO_DOCUMENT = -1  # of a key that is padding
+NO_DOCUMENT = -(1 << 30)  # of a key that is padding
 
 
 class Pattern(NamedTuple):
@@ -264,7 +264,6 @@ def _documents(
     if known.chunk:
         position = torch.arange(kv_length, device=device) + kv_offset
         ids = (position - ids.to(device)[:, None]) // known.chunk
-        ids = ids.clamp(min=NO_DOCUMENT)  # left of the first chunk there is padding only
     ids = ids.to(torch.int32).expand(batch_size, kv_length)
     return ids if visible is None else torch.where(visible, ids, NO_DOCUMENT)
 

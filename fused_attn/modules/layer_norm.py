@@ -18,7 +18,7 @@ class FusedLayerNorm(NotScriptable, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on fused kernels: same arguments, parameters, results and errors."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if wants_torch(input, self.weight, self.bias):
+        if _wants_torch(input, self.weight, self.bias):
             return super().forward(input)
         return _as_torch_raises(
             norms.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps
@@ -29,7 +29,7 @@ class FusedRMSNorm(NotScriptable, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on fused kernels: same arguments, parameters, results and errors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if wants_torch(x, self.weight):
+        if _wants_torch(x, self.weight):
             return super().forward(x)
         return _as_torch_raises(norms.rms_norm, x, self.normalized_shape, self.weight, self.eps)
 
@@ -151,7 +151,7 @@ class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
         return f"{super().extra_repr()}, dropout={self.dropout}, return_sum={self.return_sum}"
 
 
-def wants_torch(x: object, *parameters: Tensor | None) -> bool:
+def _wants_torch(x: object, *parameters: Tensor | None) -> bool:
     """True for NestedTensors, and for tensors that want to see torch's own function.
 
     Such are those of `torch.nn.utils._per_sample_grad`, and torch.fx's proxies.

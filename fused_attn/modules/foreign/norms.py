@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...ops.layer_norm import api as norms
-from ..layer_norm import wants_torch
+from ..layer_norm import _wants_torch as wants_theirs
 from .formula import Form, Formula, Fused
 
 Attributes = tuple[str, ...]
@@ -35,7 +35,7 @@ def _rms(weight: int | None, eps: int, *, offset: float = 0.0, flag: int | None 
             scale = None if weight is None else getattr(module, names[weight], None)
             if flag is not None and not getattr(module, names[flag]):
                 scale = None
-            if wants_torch(x, scale):
+            if wants_theirs(x, scale):
                 return None
             if scale is not None and offset:
                 scale = scale.float() + offset
@@ -52,7 +52,7 @@ def _rms_of_one_dtype(weight: int, eps: int) -> Any:
     def make(names: Attributes) -> Fused:
         def run(module: Any, x: Tensor) -> Tensor | None:
             scale = getattr(module, names[weight])
-            if wants_torch(x, scale) or (scale is not None and scale.dtype != x.dtype):
+            if wants_theirs(x, scale) or (scale is not None and scale.dtype != x.dtype):
                 return None
             return norms.rms_norm(x, x.shape[-1], scale, getattr(module, names[eps]))
 
@@ -66,7 +66,7 @@ def _layer(*, channels_first: bool = False, widens: bool = False) -> Any:
 
     def make(names: Attributes) -> Fused:
         def run(module: Any, x: Tensor) -> Tensor | None:
-            if wants_torch(x, module.weight, module.bias) or not x.is_floating_point():
+            if wants_theirs(x, module.weight, module.bias) or not x.is_floating_point():
                 return None
             if (
                 channels_first
@@ -94,7 +94,7 @@ def _layer_norm(module: Any, x: Tensor, widens: bool) -> Tensor | None:
 def _centred(names: Attributes) -> Fused:
     def run(module: Any, x: Tensor) -> Tensor | None:
         weight = getattr(module, names[0])
-        if wants_torch(x, weight) or weight.dim() != 1:
+        if wants_theirs(x, weight) or weight.dim() != 1:
             return None
         return norms.layer_norm(x, x.shape[-1], weight.to(x.dtype), None, getattr(module, names[1]))
 
