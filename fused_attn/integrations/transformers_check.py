@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 _NAMED = re.compile(r"Attention|Attn")
+_OWN, _TORCH = "its own code", "torch.nn's code"
 _COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(|flex_attention\(")
 _SPARSE = re.compile(r"_attn_implementation in \(\"eager\", \"sdpa\"\)")
 _LOOKED_UP = re.compile(r"ALL_ATTENTION_FUNCTIONS\b|\.get_interface\(")
@@ -24,7 +25,7 @@ class Attention:
     Attributes:
         name: qualified name in the model; "" for the model itself.
         kind: name of its class.
-        runs: the `attn_implementation` that it looks up, or "its own code".
+        runs: the `attn_implementation` that it looks up, in quotes, or whose code it runs.
         ours: True if that is an implementation of fused_attn.
     """
 
@@ -67,31 +68,43 @@ def check(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-    layers, warnings = [], []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        cls: Any = type(module)
-        how = _how(cls) if _NAMED.search(kind) else None
-        if how == "looked up":
-            asked, function = _implementation(module)
-            ours = function is not None and function.__module__.startswith("fused_attn.")
-            layers.append(Attention(name, kind, repr(asked), ours))
-        elif how == "computed":
-            layers.append(Attention(name, kind, "its own code", False))
-    own = sorted({layer.kind for layer in layers if layer.runs == "its own code"})
+    layers = [layer for name, module in model.named_modules() for layer in _layer(name, module)]
+    return Report(tuple(layers), tuple(_warnings(layers, type(model).__name__)))
+
+
+def _layer(name: str, module: nn.Module) -> list[Attention]:
+    """The module as an attention layer; none if it is no such thing."""
+    cls: Any = type(module)
+    kind = cls.__name__
+    if isinstance(module, nn.MultiheadAttention):
+        ours = cls.__module__.startswith("fused_attn.")
+        return [Attention(name, kind, "the module of fused_attn" if ours else _TORCH, ours)]
+    how = _how(cls) if _NAMED.search(kind) else None
+    if how == "looked up":
+        asked, function = _implementation(module)
+        ours = function is not None and function.__module__.startswith("fused_attn.")
+        return [Attention(name, kind, repr(asked), ours)]
+    return [Attention(name, kind, _OWN, False)] if how == "computed" else []
+
+
+def _warnings(layers: list[Attention], model: str) -> list[str]:
+    if not layers:
+        return [f"no attention layer found in {model}"]
+    found = []
+    own = sorted({layer.kind for layer in layers if layer.runs == _OWN})
     if own:
-        warnings.append(
+        found.append(
             f"{', '.join(own)}: computes attention itself and ignores `attn_implementation`"
         )
-    others = sorted({x.runs for x in layers if not x.ours and x.runs != "its own code"})
+    if any(layer.runs == _TORCH for layer in layers):
+        found.append("`fused_attn.fuse(model)` swaps the attention of torch.nn")
+    others = sorted({x.runs for x in layers if not x.ours and x.runs not in (_OWN, _TORCH)})
     if others:
-        warnings.append(
+        found.append(
             f"{', '.join(others)} runs where fused_attn could: "
             'register() and then model.set_attn_implementation("fused_attn")'
         )
-    if not layers:
-        warnings.append(f"no attention layer found in {type(model).__name__}")
-    return Report(tuple(layers), tuple(warnings))
+    return found
 
 
 @functools.cache

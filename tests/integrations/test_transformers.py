@@ -316,6 +316,10 @@ def test_check_tells_what_runs() -> None:
     assert 'set_attn_implementation("fused_attn")' in report.warnings[0]
     model.set_attn_implementation("fused_attn")
     assert door.check(model)
+    both = torch.nn.ModuleList([model, torch.nn.MultiheadAttention(8, 2)])
+    assert "`fused_attn.fuse(model)`" in door.check(both).warnings[0]
+    fused_attn.fuse(both)
+    assert door.check(both)
     assert "no attention layer found" in str(door.check(torch.nn.Linear(2, 2)))
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module, got str"):
         door.check("llama")
