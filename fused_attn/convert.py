@@ -1,7 +1,8 @@
 """`fuse(model)` and `unfuse(model)`: change the classes of modules in place, and nothing else.
 
-Our modules have no state beside torch.nn's, so a module changes sides by its `__class__` alone:
-parameters, buffers, hooks, optimizers, tied weights and parametrizations never notice.
+Our modules have no state beside those whose place they take, so a module changes sides by its
+`__class__` alone: parameters, buffers, hooks, optimizers, tied weights and parametrizations never
+notice.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .modules import DROP_INS, LINEAR_DROP_INS
+from .modules import DROP_INS, LINEAR_DROP_INS, foreign
 
 _EVERY = {**DROP_INS, **LINEAR_DROP_INS}
 _STOCK = {fused: stock for stock, fused in _EVERY.items()}
 DropIns = Mapping[type[nn.Module], type[nn.Module]]
+Known = type[nn.Module] | str | None
+Candidate = tuple[nn.Module, Known]
 
 _KEPT = "_fused_attn_kept"  # attribute that holds what `fuse` switched off in a module left alone
 
@@ -63,9 +67,13 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} modules swapped, {len(self.left_alone)} left alone"]
         lines += [f"  {s.name or '(model)'}: {s.before} -> {s.after}" for s in self.swapped]
-        lines += [
-            f"  {m.name or '(model)'}: {m.kind} left alone: {m.reason}" for m in self.left_alone
-        ]
+        groups: dict[tuple[str, str], list[str]] = {}
+        for m in self.left_alone:
+            groups.setdefault((m.kind, m.reason), []).append(m.name or "(model)")
+        for (kind, reason), names in groups.items():
+            many = f" and {len(names) - 1} more" if len(names) > 3 else ""
+            for name in names[:1] if many else names:
+                lines.append(f"  {name}{many}: {kind} left alone: {reason}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -73,11 +81,14 @@ class Report:
 def fuse(
     model: nn.Module, *, skip: Iterable[str | type[nn.Module]] = (), linears: bool = False
 ) -> Report:
-    """Put our modules in the place of torch.nn's, in place.
+    """Put our modules in the place of torch.nn's, and of other people's, in place.
 
     Swapped are modules whose class is exactly one of `fused_attn.modules.DROP_INS`, parametrized
-    ones included. Left alone, with a reason, are subclasses (they may rely on torch.nn's
-    internals), scripted and quantized modules, and instances whose `forward` was replaced. If a
+    ones included; norms and feed-forwards whose code is known (those of transformers and timm, and
+    the same code elsewhere); and what `fuse.register(cls, converter)` was told. Left alone, with a
+    reason, are other subclasses (they may rely on torch.nn's internals), scripted and quantized
+    modules, instances whose `forward` was replaced, and whatever is named for attention, a norm or
+    a feed-forward and is not known. If a
     module left alone is an encoder layer or an encoder whose inference fast path would bypass fused
     modules inside it, that path is switched off.
 
@@ -102,18 +113,18 @@ def fuse(
     patterns = _skipped(skip)
     swapped, left_alone = [], []
     names = dict(model.named_modules())
-    candidates = {name: module for name, module in names.items() if _is_candidate(module, drop_ins)}
+    candidates = _candidates(names, drop_ins)
     warnings = [_without_effect(item, names, candidates) for item in patterns]
     if not candidates:
         warnings.append(_nothing_to_fuse(model, drop_ins))
-    for name, module in candidates.items():
+    for name, (module, known) in candidates.items():
         kind = type(module).__name__
         stock = _plain_class(module)
-        reason = _why_not(name, module, stock, patterns, drop_ins)
+        reason = _why_not(name, module, stock, patterns, drop_ins, known)
         if reason is not None:
             left_alone.append((name, module, kind, reason))
             continue
-        _change_class(module, drop_ins[stock])
+        _change_class(module, known if isinstance(known, type) else drop_ins[stock])
         swapped.append(Swap(name, kind, type(module).__name__))
     return Report(
         tuple(swapped),
@@ -126,9 +137,9 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> Report:
-    """Put torch.nn's modules back, in place: the reverse of `fuse`.
+    """Put torch.nn's modules, and other people's, back in place: the reverse of `fuse`.
 
-    Modules that were made as ours become torch.nn's too.
+    Weights are those that they have by now. Modules that were made as ours become torch.nn's too.
 
     Returns:
         What was swapped; what was left alone, since torch.nn has no such thing (attention with a
@@ -140,19 +151,23 @@ def unfuse(model: nn.Module) -> Report:
     _check_model(model)
     swapped, left_alone = [], []
     for name, module in model.named_modules():
-        if _plain_class(module) in _STOCK and any(_is_rotary(m) for m in module.modules()):
+        fused = _plain_class(module)
+        if fused in _STOCK and any(_is_rotary(m) for m in module.modules()):
             reason = "torch.nn has no rotary position embedding"
             left_alone.append(LeftAlone(name, type(module).__name__, reason))
             continue
         for attribute, value in module.__dict__.pop(_KEPT, {}).items():
             setattr(module, attribute, value)
-        fused = _plain_class(module)
-        if fused in _STOCK:
+        stock = _stock_of(fused)
+        if stock is not None:
             before = type(module).__name__
-            _change_class(module, _STOCK[fused])
+            _change_class(module, stock)
             swapped.append(Swap(name, before, type(module).__name__))
     warnings = () if swapped or left_alone else (_nothing_to_unfuse(model),)
     return Report(tuple(swapped), tuple(left_alone), warnings)
+
+
+fuse.register = foreign.register  # type: ignore[attr-defined]
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -176,7 +191,7 @@ def _skipped(skip: Iterable[str | type[nn.Module]]) -> tuple[str | type[nn.Modul
 
 
 def _without_effect(
-    item: str | type[nn.Module], modules: dict[str, nn.Module], candidates: dict[str, nn.Module]
+    item: str | type[nn.Module], modules: dict[str, nn.Module], candidates: dict[str, Candidate]
 ) -> str | None:
     """A warning if `item` of `skip` keeps no module from being swapped."""
     if isinstance(item, type):
@@ -207,14 +222,43 @@ def _close_to(pattern: str, candidates: list[str]) -> str | None:
 
 
 def _nothing_to_fuse(model: nn.Module, drop_ins: DropIns) -> str:
-    if any(_plain_class(module) in _STOCK for module in model.modules()):
+    if any(_fused_within(model)):
         return "the model has nothing more to swap: what could be is fused"
     known = ", ".join(stock.__name__ for stock in drop_ins)
-    return f"the model has no module to swap; known are {known} of torch.nn"
+    return (
+        f"the model has no module to swap; known are {known} of torch.nn, and norms and "
+        "feed-forwards of others by their code"
+    )
 
 
 def _nothing_to_unfuse(model: nn.Module) -> str:
     return f"{type(model).__name__} holds no module of fused_attn"
+
+
+def _stock_of(cls: type) -> type[nn.Module] | None:
+    """In whose place a class of ours stands; None for any other class."""
+    return _STOCK.get(cls) or foreign.STOCK.get(cls)
+
+
+def _candidates(names: dict[str, nn.Module], drop_ins: DropIns) -> dict[str, Candidate]:
+    """What might be swapped, or might be thought to be: the module, and what is known of it.
+
+    That is the class for it, why it stays, or None where `drop_ins` and `_why_not` decide.
+    """
+    found: dict[str, Candidate] = {}
+    for name, module in names.items():
+        cls: Any = _plain_class(module)
+        if _stock_of(cls) is not None:
+            continue
+        known: Known = None
+        if not isinstance(module, torch.jit.ScriptModule):
+            known = foreign.fused_class(module, cls)
+        if known is None and not _is_candidate(module, drop_ins):
+            known = foreign.why_unknown(cls)
+            if known is None:
+                continue
+        found[name] = (module, known)
+    return found
 
 
 def _is_candidate(module: nn.Module, drop_ins: DropIns) -> bool:
@@ -222,7 +266,7 @@ def _is_candidate(module: nn.Module, drop_ins: DropIns) -> bool:
         return module.original_name in {stock.__name__ for stock in drop_ins}
     if isinstance(module, NonDynamicallyQuantizableLinear):  # attention reads its parameters
         return False
-    return isinstance(module, tuple(drop_ins)) and _plain_class(module) not in _STOCK
+    return isinstance(module, tuple(drop_ins))
 
 
 def _why_not(
@@ -231,6 +275,7 @@ def _why_not(
     stock: type,
     skip: tuple[str | type[nn.Module], ...],
     drop_ins: DropIns,
+    known: Known,
 ) -> str | None:
     """Why `fuse` leaves `module` alone; None if it does not."""
     for item in skip:
@@ -241,7 +286,9 @@ def _why_not(
             return f"{item.__name__} is in `skip`"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted; fuse the model before torch.jit.script"
-    if stock not in drop_ins:
+    if isinstance(known, str):
+        return known
+    if known is None and stock not in drop_ins:
         base = next(c for c in stock.__mro__ if c in drop_ins)
         return f"{stock.__module__}.{stock.__qualname__} is a subclass of torch.nn.{base.__name__}"
     if "forward" in module.__dict__:
@@ -285,4 +332,4 @@ def _disarm(module: nn.Module) -> str:
 
 
 def _fused_within(module: nn.Module) -> Iterator[nn.Module]:
-    return (m for m in module.modules() if _plain_class(m) in _STOCK)
+    return (m for m in module.modules() if _stock_of(_plain_class(m)) is not None)

@@ -51,6 +51,19 @@ _LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 _GATED = ("swiglu", "geglu", "reglu")
 
+# Modules of others that compute one of ours, whatever their settings; by name, so that nothing need
+# be imported.
+FOREIGN_ACTIVATIONS: dict[str, Activation] = {
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
+
 _has_kernel = functools.cache(call.has_kernel)
 
 
@@ -63,8 +76,8 @@ def feed_forward(
     gated: bool = False,
 ) -> Tensor:
     """The position-wise network of a Transformer layer (Vaswani et al. 2017, section 3.3)."""
-    name = _name_of(activation)
-    if name is None or not is_plain(linear1) or not _runs_fused(x, linear1, name):
+    name = name_of(activation)
+    if name is None or not is_plain(linear1) or not runs_fused(x, linear1, name):
         _note_modules(name, linear1)
         h = call_linear(linear1, x)
         if gated:
@@ -94,7 +107,7 @@ class _How(TypedDict):
 def _activated(x: Tensor, linear1: nn.Linear, how: _How) -> Tensor:
     """The product, and then what comes after it."""
     bias: Tensor | None = linear1.bias
-    if bias is not None and _product_dtype(x).itemsize < 4:
+    if bias is not None and product_dtype(x).itemsize < 4:
         h, bias = project(x, linear1.weight, bias), None
     else:
         # Without its bias: torch would write the bias to memory first and add to it.
@@ -103,7 +116,7 @@ def _activated(x: Tensor, linear1: nn.Linear, how: _How) -> Tensor:
             bias = bias.to(h.dtype)
     _note_fused(how["activation"], bias)
     # Half of a row of gates and products would be a strided operand of linear2.
-    out = h if not how["gated"] and _may_be_overwritten(h, bias) else None
+    out = h if not how["gated"] and may_be_overwritten(h, bias) else None
     return bias_activation(h, bias, **how, out=out)
 
 
@@ -115,7 +128,7 @@ def _in_one_pass(x: Tensor, linear1: nn.Linear) -> bool:
     """
     operands = (x, linear1.weight, linear1.bias)
     return (
-        _product_dtype(x).itemsize < 4
+        product_dtype(x).itemsize < 4
         and not measured.is_never_ours(x)
         and dispatch.is_plain(operands)
         and not x.is_nested
@@ -179,12 +192,12 @@ class FusedFeedForward(NotScriptable, nn.Module):
         return "gated=True" if self.gated else ""
 
 
-def _runs_fused(x: Tensor, first: nn.Linear, name: Activation) -> bool:
+def runs_fused(x: Tensor, first: nn.Linear, name: Activation) -> bool:
     ask = call.has_kernel if torch.compiler.is_compiling() else _has_kernel
-    return ask(x.device, _product_dtype(x), first.out_features, name)
+    return ask(x.device, product_dtype(x), first.out_features, name)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Of what a linear makes of x."""
     return autocast.dtype_for(x) or x.dtype
 
@@ -209,7 +222,7 @@ def _note_fused(name: Activation, bias: Tensor | None) -> None:
         dispatch.note(f"feed-forward: {where}; {name} and dropout in one pass")
 
 
-def _may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:
+def may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:
     """True if nobody but the activation will look at `h`."""
     return (
         not higher_order.derivative_wanted((h, bias))
@@ -219,7 +232,7 @@ def _may_be_overwritten(h: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _name_of(activation: Callable[[Tensor], Tensor]) -> Activation | None:
+def name_of(activation: Callable[[Tensor], Tensor]) -> Activation | None:
     """What `bias_activation` calls `activation`; None if it does not know it."""
     if not isinstance(activation, nn.Module):
         return next((name for function, name in _FUNCTIONS if activation is function), None)
@@ -229,4 +242,7 @@ def _name_of(activation: Callable[[Tensor], Tensor]) -> Activation | None:
         return "relu"
     if type(activation) is nn.SiLU:
         return "silu"
-    return _GELUS.get(activation.approximate) if type(activation) is nn.GELU else None
+    if type(activation) is nn.GELU:
+        return _GELUS.get(activation.approximate)
+    cls = type(activation)
+    return FOREIGN_ACTIVATIONS.get(f"{cls.__module__}.{cls.__name__}")

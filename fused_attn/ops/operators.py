@@ -110,7 +110,8 @@ def _without_dropout(name: str, formula: Callable[..., Results]) -> Callable[...
         if rng is not None and torch.onnx.is_in_onnx_export():
             raise dispatch.UnsupportedError(
                 f"fused_attn::{name} with dropout has no translation into ONNX; hint: call "
-                "`model.eval()` before the export, or pass dropout_p=0"
+                "`model.eval()` before the export, or pass dropout_p=0, or export the modules of "
+                "torch.nn after `fused_attn.unfuse(model)`"
             )
         return formula(operands, *rest)
 

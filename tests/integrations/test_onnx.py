@@ -117,3 +117,4 @@ def test_dropout_says_what_to_do() -> None:
     with pytest.raises(Exception, match=r"model.eval") as caught:
         torch.onnx.export(layer.train(), (torch.randn(2, 5, 16),), dynamo=True, verbose=False)
     assert "has no translation into ONNX" in str(caught.value)
+    assert "`fused_attn.unfuse(model)`" in str(caught.value)
