@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import fused_attn
-from fused_attn import FusedMultiheadAttention, FusedTransformer, fuse, unfuse
+from fused_attn import FusedTransformer
 from fused_attn.modules import DROP_INS
 from fused_attn.runtime import native
+from tests.cases.contract import FF, MODES, E, H, L, N, S, attention, batch, in_mode, transformer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:enable_nested", "ignore:The PyTorch API of nested"),
 ]
 
-N, S, L, E, H, FF = 3, 7, 5, 16, 4, 24
-MODES = ["train", "eval", "no_grad", "inference_mode", "compiled"]
 ARGUMENTS = {
     nn.MultiheadAttention: (E, H),
     nn.LayerNorm: (E,),
@@ -39,36 +35,6 @@ ARGUMENTS = {
     nn.TransformerDecoderLayer: (E, H, FF),
     nn.Transformer: (E, H, 1, 1, FF),
 }
-
-
-def transformer(**settings) -> FusedTransformer:
-    torch.manual_seed(0)
-    settings = {"dropout": 0.0, "batch_first": True, **settings}
-    return FusedTransformer(E, H, 2, 2, FF, **settings)
-
-
-def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    return torch.randn(N, S, E, dtype=dtype), torch.randn(N, L, E, dtype=dtype)
-
-
-def attention(**settings) -> FusedMultiheadAttention:
-    torch.manual_seed(0)
-    return FusedMultiheadAttention(E, H, batch_first=True, **settings)
-
-
-def in_mode(module: nn.Module, mode: str, *args: Tensor, **kwargs: object) -> object:
-    module.train(mode != "eval")
-    if mode == "compiled":
-        torch._dynamo.reset()
-        return torch.compile(module, backend="eager", fullgraph=True)(*args, **kwargs)
-    if mode == "no_grad":
-        with torch.no_grad():
-            return module.eval()(*args, **kwargs)
-    if mode == "inference_mode":
-        with torch.inference_mode():
-            return module.eval()(*args, **kwargs)
-    return module(*args, **kwargs)
 
 
 @pytest.mark.parametrize("stock", ARGUMENTS)
@@ -379,69 +345,3 @@ def test_script_is_refused_with_a_clear_message() -> None:
     for stock, arguments in ARGUMENTS.items():
         with pytest.raises(NotImplementedError, match=r"torch.compile"):
             torch.jit.script(DROP_INS[stock](*arguments))
-
-
-def test_fuse_reports_and_unfuse_restores_everything() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = nn.Transformer(E, H, 1, 1, FF, 0.0, batch_first=True).eval()
-    model.own = type("Own", (nn.LayerNorm,), {})(E)
-    model.tied = model.encoder.layers[0].linear1
-    parametrizations.weight_norm(model.encoder.layers[0].linear2)
-    optimizer = torch.optim.SGD(model.parameters())
-    seen = []
-    model.encoder.norm.register_forward_hook(lambda *_: seen.append(1))
-    inputs = batch()
-    expected, before = model(*inputs), {n: type(m) for n, m in model.named_modules()}
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    report = fuse(model)
-    assert "subclass of torch.nn.LayerNorm" in str(report)
-    assert {s.name for s in report.swapped} >= {"", "encoder.layers.0.self_attn", "decoder.norm"}
-    torch.testing.assert_close(model(*inputs), expected)
-    assert held == [id(p) for p in model.parameters()]
-    assert model.tied is model.encoder.layers[0].linear1
-    assert len(seen) == 2
-    unfuse(model)
-    assert {n: type(m) for n, m in model.named_modules()} == before
-    torch.testing.assert_close(model(*inputs), expected)
-
-
-def test_last_backend_and_explain_tell_what_ran() -> None:
-    module, (_, x) = attention(), batch()
-    module(x, x, x)
-    q = torch.randn(N, H, L, E // H)
-    assert fused_attn.last_backend() == fused_attn.explain(q, q, q).chosen
-    module.backend = "reference"
-    module(x, x, x)
-    assert fused_attn.last_backend() == "reference"
-
-
-FAULTS = {
-    "rank": (lambda x: {"query": x[None]}, AssertionError),
-    "features": (lambda x: {"query": x[..., 1:]}, AssertionError),
-    "padding size": (lambda x: {"key_padding_mask": torch.zeros(N, L + 1) > 0}, AssertionError),
-    "mask size": (lambda x: {"attn_mask": torch.zeros(L, L + 1)}, RuntimeError),
-    "integer mask": (lambda x: {"attn_mask": torch.zeros(L, L).int()}, AssertionError),
-    "dtype": (lambda x: {n: x.double() for n in ("query", "key", "value")}, RuntimeError),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_raises_torch_s_type_with_one_text_on_every_path(fault: str) -> None:
-    change, kind = FAULTS[fault]
-    x = batch()[1]
-    texts = set()
-    for mode in ("train", "eval", "no_grad"):
-        for need_weights in (True, False):
-            arguments = {
-                "query": x,
-                "key": x,
-                "value": x,
-                "need_weights": need_weights,
-                **change(x),
-            }
-            with pytest.raises(kind) as caught:
-                in_mode(attention(), mode, **arguments)
-            assert caught.type is kind
-            texts.add(str(caught.value))
-    assert len(texts) == 1
