@@ -113,7 +113,8 @@ def _with_sinks(operands: Operands, scalars: Scalars, out: Tensor | None) -> fus
 def _differentiable_alibi(operands: Operands, scalars: Scalars) -> Operands:
     """ALiBi as a bias where its slopes want a gradient, which no kernel computes.
 
-    It takes memory for (H, Lq, Lk). Packed batches know no bias: there the reference runs.
+    It takes memory for (H, Lq, Lk). In packed batches, whose sequences differ in distance, the
+    reference runs.
     """
     slopes, bias = operands.alibi_slopes, operands.bias
     if operands.cu_seqlens_q is not None or "alibi_slopes" not in higher_order.wanted_of(operands):
