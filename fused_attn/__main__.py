@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ._version import __version__
+
 BENCH_MOVED = (
     "`bench` is no part of the installed package any more: in a checkout of the repository, run "
     "`python -m benchmarks` with the same arguments"
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return selftest(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m fused_attn", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fused_attn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends can run here, and why others cannot")
     _add_demo(commands)

@@ -22,9 +22,6 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from ..ops.attention.api import attention
-
-HAS_DOCUMENTS = "document_ids" in attention.__annotations__
 FIRST_CODE = 4099  # the codes of PATTERNS begin here: more than any number of heads
 EAGER = (
     "nllb-moe",
@@ -110,8 +107,6 @@ def mask(
         if not tracing and bool(visible.all()):
             visible = None
     if known.chunk or known.ids is not None:
-        if not HAS_DOCUMENTS:
-            return masking_utils.sdpa_mask(**dense)
         ids = _documents(known, batch_size, keys, kv_offset, visible, device)
         return _encode(ids, Pattern(known.causal, known.window, cut, documents=True))
     window = known.window

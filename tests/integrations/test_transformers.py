@@ -212,7 +212,7 @@ def test_a_mask_is_a_vector_and_means_what_transformers_means(name: str, padded:
     mask = masks.mask(**given)
     given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     dense = masking_utils.sdpa_mask(**given)
-    if mask is not None and (masks.HAS_DOCUMENTS or name not in ("chunks", "packed")):
+    if mask is not None:
         assert mask.untyped_storage().nbytes() <= 2 * 12 * 4
     q, k, v = (torch.randn(2, 2, 12, 8) for _ in range(3))
     layer = torch.nn.Module()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.bias_activation.api import Activation, bias_activation
+from ...ops.bias_activation.api import bias_activation
 from ...ops.linear.torch_linear import torch_linear
 from ...runtime import higher_order
 from .. import feed_forward as ours
@@ -200,7 +200,7 @@ def _of_conv1d(x: Tensor, one: Any, act: Any, drop: nn.Module, two: nn.Module) -
     return call_linear(two, drop(y))
 
 
-def _gates_and_products(x: Tensor, name: Activation, gate: Any, up: Any) -> Tensor | None:
+def _gates_and_products(x: Tensor, name: Any, gate: Any, up: Any) -> Tensor | None:
     """(*, 2 W): gate(x) and up(x) side by side; None where theirs should run."""
     if not is_plain(gate) or not is_plain(up):
         return None

@@ -37,9 +37,9 @@ def _rms(weight: int | None, eps: int, *, offset: float = 0.0, flag: int | None 
                 scale = None
             if wants_theirs(x, scale):
                 return None
-            if scale is not None and offset:
-                scale = scale.float() + offset
-            return norms.rms_norm(x, x.shape[-1], scale, getattr(module, names[eps]))
+            return norms.rms_norm(
+                x, x.shape[-1], scale, getattr(module, names[eps]), weight_offset=offset
+            )
 
         return run
 
