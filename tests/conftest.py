@@ -173,6 +173,9 @@ def fixed_seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=200, help="random cases a backend")
+    parser.addoption(
+        "--every", action="store_true", help="also what Triton's interpreter is slow at"
+    )
 
 
 @pytest.fixture

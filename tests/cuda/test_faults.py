@@ -54,7 +54,7 @@ def test_2_keys_and_values_of_different_number_are_refused(missing: str) -> None
     tensors = {"k": heads(7, 4), "v": heads(7, 4)}
     tensors[missing] = tensors[missing][:, :, :5]
     for function in (attention, scaled_dot_product_attention):
-        with pytest.raises(ValueError, match="`v(alue)?` must"):
+        with pytest.raises(ValueError, match=r"`v(alue)?` must"):
             function(heads(3, 4), tensors["k"], tensors["v"])
 
 
