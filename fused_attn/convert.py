@@ -143,7 +143,8 @@ def unfuse(model: nn.Module) -> Report:
 
     Returns:
         What was swapped; what was left alone, since torch.nn has no such thing (attention with a
-        rotary position embedding, and everything around it); and a warning if there was nothing.
+        rotary position embedding, a norm with a `weight_offset`, and everything around them); and a
+        warning if there was nothing.
 
     Raises:
         TypeError: `model` is no module.
@@ -152,8 +153,8 @@ def unfuse(model: nn.Module) -> Report:
     swapped, left_alone = [], []
     for name, module in model.named_modules():
         fused = _plain_class(module)
-        if fused in _STOCK and any(_is_rotary(m) for m in module.modules()):
-            reason = "torch.nn has no rotary position embedding"
+        reason = _lacking(module) if fused in _STOCK else None
+        if reason is not None:
             left_alone.append(LeftAlone(name, type(module).__name__, reason))
             continue
         for attribute, value in module.__dict__.pop(_KEPT, {}).items():
@@ -170,8 +171,14 @@ def unfuse(model: nn.Module) -> Report:
 fuse.register = foreign.register  # type: ignore[attr-defined]
 
 
-def _is_rotary(module: nn.Module) -> bool:
-    return getattr(module, "rotary_base", None) is not None
+def _lacking(module: nn.Module) -> str | None:
+    """What `module`, or one inside it, has and torch.nn has not."""
+    for each in module.modules():
+        if getattr(each, "rotary_base", None) is not None:
+            return "torch.nn has no rotary position embedding"
+        if getattr(each, "weight_offset", 0.0):
+            return "torch.nn has no norm with a `weight_offset`"
+    return None
 
 
 def _check_model(model: nn.Module) -> None:

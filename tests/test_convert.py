@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fused_attn import FusedMultiheadAttention, fuse, unfuse
+from fused_attn import FusedMultiheadAttention, FusedRMSNorm, fuse, unfuse
 from fused_attn.modules import DROP_INS
 from fused_attn.ops.attention import call
 
@@ -71,8 +71,7 @@ def test_drop_ins_are_subclasses_with_the_same_constructor() -> None:
         assert issubclass(fused, stock)
         theirs = inspect.signature(stock.__init__).parameters.values()
         ours = inspect.signature(fused.__init__).parameters.values()
-        if fused is FusedMultiheadAttention:
-            ours = [p for p in ours if p.name != "rotary_base"]
+        ours = [p for p in ours if p.name not in ("rotary_base", "weight_offset")]
         assert [(p.name, p.default, p.kind) for p in ours] == [
             (p.name, p.default, p.kind) for p in theirs
         ]
@@ -335,3 +334,18 @@ def test_models_with_nothing_to_swap_are_warned_of() -> None:
     assert "nothing more to swap" in fuse(model).warnings[0]
     assert unfuse(model).warnings == ()
     assert len(unfuse(model).warnings) == 1
+
+
+def test_what_torch_lacks_stays_fused() -> None:
+    model = nn.ModuleDict({
+        "offset": FusedRMSNorm(E, weight_offset=1.0),
+        "plain": FusedRMSNorm(E),
+        "rotary": FusedMultiheadAttention(E, H, rotary_base=10000.0),
+    })  # fmt: skip
+    report = unfuse(model)
+    assert [swap.name for swap in report.swapped] == ["plain"]
+    assert {x.name: x.reason for x in report.left_alone} == {
+        "offset": "torch.nn has no norm with a `weight_offset`",
+        "rotary": "torch.nn has no rotary position embedding",
+    }
+    assert type(model["offset"]) is FusedRMSNorm

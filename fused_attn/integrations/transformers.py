@@ -106,7 +106,7 @@ def attention_forward(
         position_bias: added to the scores, broadcastable to (B, H, L, S); has a gradient.
         softcap, s_aux: as `softcap` and `sinks` of `fused_attn.attention`.
         cache: a paged cache, which is brought up to date first.
-        kwargs: `output_attentions`; all others are of no concern to attention.
+        kwargs: `output_attentions`, and what is refused; others are of no concern to attention.
 
     Returns:
         out (B, L, H, Dv), contiguous; and the weights (B, H, L, S) if asked for.
@@ -125,7 +125,7 @@ def attention_forward(
     bias = arguments.get("bias")
     if bias is not None and bias.dtype not in (torch.float32, query.dtype):
         arguments["bias"] = bias.to(query.dtype)
-    wants_weights = bool(kwargs.get("output_attentions"))
+    wants_weights = bool(kwargs.get("output_attentions")) or _weights_are_collected()
     result = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -161,6 +161,16 @@ def _visibility(
             f"scores), got {mask.dtype}\nhint: `attention_mask.bool()`"
         )
     return kv_length, {"mask" if mask.dtype == torch.bool else "bias": mask}
+
+
+def _weights_are_collected() -> bool:
+    """True where the model was asked for them, and does not tell its layers (GPT-2)."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # another version keeps it elsewhere: then those layers give none
+        return False
+    collected = _active_collector.get()
+    return collected is not None and any(["attentions" in key for key in collected])
 
 
 def _refuse_sparse(module: nn.Module, given: dict[str, Any]) -> None:
@@ -210,8 +220,10 @@ def _guard_models() -> None:
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def guarded(model: Any, requested: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = requested.get("", None) if isinstance(requested, dict) else requested
+    def guarded(model: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = next(iter((*args, *kwargs.values())), None)
+        if isinstance(asked, dict):
+            asked = asked.get("")
         cls: Any = type(model)
         reason = why_not(cls) if asked in _NAMES else None
         if reason is not None:
@@ -219,6 +231,6 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             if cls.__module__.startswith("transformers."):
                 raise ValueError(message)
             warnings.warn(message, UserWarning, stacklevel=2)  # its parts may well be able to
-        return method(model, requested, *args, **kwargs)
+        return method(model, *args, **kwargs)
 
     return guarded

@@ -82,44 +82,24 @@ def mask(
     }  # fmt: skip
     if getattr(config, "model_type", None) in EAGER:
         return masking_utils.eager_mask(**dense)
-    tracing = torch.compiler.is_compiling()
-    known: Known | None = None
-    if not use_vmap and q_length != 1 and not (tracing and _is_tensor(q_offset, kv_offset)):
-        if tracing:
-            known = _of_arguments(
-                mask_function, local_size, allow_is_causal_skip, allow_is_bidirectional_skip, config
-            )
-        else:
-            q_offset, kv_offset = int(q_offset), int(kv_offset)
-            known = recognise(mask_function)
+    known, q_offset, kv_offset = _known(**dense)
     if known is None:
         return masking_utils.sdpa_mask(**dense)
-    may_skip = allow_is_causal_skip if known.causal else allow_is_bidirectional_skip
     start = q_offset - kv_offset  # of the first query, among the keys
     cut = known.causal and start == 0 and q_length != kv_length
-    if not (may_skip or known.ids is not None) or not (cut or start + q_length == kv_length):
-        return masking_utils.sdpa_mask(**dense)  # the first is for those who compute with the mask
+    if not (cut or start + q_length == kv_length):
+        return masking_utils.sdpa_mask(**dense)
     keys = q_length if cut else kv_length
     visible = None
     if attention_mask is not None:
         padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         visible = padding[:, kv_offset : kv_offset + keys]
-        if not tracing and bool(visible.all()):
+        if not torch.compiler.is_compiling() and bool(visible.all()):
             visible = None
-    if known.chunk or known.ids is not None:
-        ids = _documents(known, batch_size, keys, kv_offset, visible, device)
-        return _encode(ids, Pattern(known.causal, known.window, cut, documents=True))
-    window = known.window
-    if window is not None and not tracing and keys <= window[0]:
-        window = None
-    if visible is None and window is None and not known.causal:
-        return None
-    # Also where causal is all there is, and transformers would return None: then a layer's own
-    # `is_causal` would have to be right, and nobody may leave out queries afterwards.
-    pattern = Pattern(known.causal, window, cut, padded=visible is not None)
-    if visible is None:
-        visible = torch.ones((1, 1), dtype=torch.bool, device=device).expand(batch_size, keys)
-    return _encode(visible.to(torch.int8), pattern)
+    if known.ids is None:
+        return _band(known, cut, visible, (batch_size, keys), device)
+    ids = _documents(known, (batch_size, keys), kv_offset, visible, device)
+    return _encode(ids, Pattern(known.causal, known.window, cut, documents=True))
 
 
 def is_encoded(mask: Tensor) -> bool:
@@ -245,10 +225,60 @@ def _of_arguments(
     return Known(causal=False, window=(local_size, local_size)) if bidirectional_skip else None
 
 
+def _known(
+    mask_function: Callable[..., Any],
+    q_length: int,
+    q_offset: Any,
+    kv_offset: Any,
+    local_size: int | None,
+    allow_is_causal_skip: bool,
+    allow_is_bidirectional_skip: bool,
+    use_vmap: bool,
+    config: Any,
+    **rest: Any,
+) -> tuple[Known | None, Any, Any]:
+    """The pattern, if it may be encoded, and both offsets as numbers."""
+    tracing = torch.compiler.is_compiling()
+    if use_vmap or q_length == 1 or (tracing and _is_tensor(q_offset, kv_offset)):
+        return None, q_offset, kv_offset
+    skips = (allow_is_causal_skip, allow_is_bidirectional_skip)
+    if tracing:
+        known = _of_arguments(mask_function, local_size, *skips, config)
+    else:
+        q_offset, kv_offset = int(q_offset), int(kv_offset)
+        known = recognise(mask_function)
+    if known is None:
+        return None, q_offset, kv_offset
+    # Who allows no skip computes with the mask, but for packed batches, which allow none.
+    may_skip = skips[0] if known.causal else skips[1]
+    packed = known.ids is not None and not known.chunk
+    return (known if may_skip or packed else None), q_offset, kv_offset
+
+
+def _band(
+    known: Known,
+    cut: bool,
+    visible: Tensor | None,
+    size: tuple[int, int],
+    device: torch.device | str,
+) -> Tensor | None:
+    """The mask of (B, S) keys where only their distance and padding count."""
+    window = known.window
+    if window is not None and not torch.compiler.is_compiling() and size[1] <= window[0]:
+        window = None
+    if visible is None and window is None and not known.causal:
+        return None
+    # Also where causal is all there is, and transformers would return None: then a layer's own
+    # `is_causal` would have to be right, and nobody might leave out queries afterwards.
+    pattern = Pattern(known.causal, window, cut, padded=visible is not None)
+    if visible is None:
+        visible = torch.ones((1, 1), dtype=torch.bool, device=device).expand(size)
+    return _encode(visible.to(torch.int8), pattern)
+
+
 def _documents(
     known: Known,
-    batch_size: int,
-    kv_length: int,
+    size: tuple[int, int],
     kv_offset: int,
     visible: Tensor | None,
     device: torch.device | str,
@@ -257,9 +287,9 @@ def _documents(
     ids = known.ids
     assert ids is not None
     if known.chunk:
-        position = torch.arange(kv_length, device=device) + kv_offset
+        position = torch.arange(size[1], device=device) + kv_offset
         ids = (position - ids.to(device)[:, None]) // known.chunk
-    ids = ids.to(torch.int32).expand(batch_size, kv_length)
+    ids = ids.to(torch.int32).expand(size)
     return ids if visible is None else torch.where(visible, ids, NO_DOCUMENT)
 
 

@@ -98,13 +98,17 @@ def test_masks_of_ones_own() -> None:
         mine(x, attention_mask=torch.ones(2, 1, 12, 12).long())
 
 
-def test_attention_weights_come_when_asked_for() -> None:
+@pytest.mark.parametrize("name", ["Mistral", "GPT-2"])  # which does not tell its layers
+def test_attention_weights_come_when_asked_for(name: str) -> None:
     x = torch.randint(3, zoo.VOCABULARY, (2, 12))
-    found = zoo.models("Mistral")[0](x, output_attentions=True).attentions
-    expected = zoo.make("Mistral", "eager")(x, output_attentions=True).attentions
+    found = zoo.models(name)[0](x, output_attentions=True).attentions
+    expected = zoo.make(name, "eager")(x, output_attentions=True).attentions
     assert len(found) == len(expected) == 2
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    states = zoo.models(name)[0](x, output_hidden_states=True)
+    assert len(states.hidden_states) == 3
+    assert not states.attentions
 
 
 def test_training_with_checkpointing_and_dropout() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -18,26 +17,15 @@ pytest.importorskip("transformers")
 from fused_attn import fuse, unfuse
 from fused_attn.modules import foreign
 from fused_attn.modules.foreign.formula import formula_of
-from fused_attn.ops.bias_activation import call as bias_activation_call
-from fused_attn.ops.layer_norm import call as layer_norm_call
 from tests.cases import transformers_models as zoo
+from tests.cases.calls import counted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for each call of a norm or an activation of ours."""
-    seen: list[str] = []
-    for name, module in (("norm", layer_norm_call), ("activation", bias_activation_call)):
-        plain = module.run
-
-        def run(*args: Any, _plain: Any = plain, _name: str = name, **kwargs: Any) -> Any:
-            seen.append(_name)
-            return _plain(*args, **kwargs)
-
-        monkeypatch.setattr(module, "run", run)
-    return seen
+    return counted(monkeypatch)
 
 
 # Model, and the classes of it that are swapped.
@@ -179,135 +167,6 @@ def test_one_graph_under_the_compiler() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert zoo.difference(zoo.logits(compiled, given), zoo.logits(model, given)) <= zoo.LIMIT
-
-
-def fast_layer_norm(x: Tensor, *rest: Any) -> Tensor:
-    raise AssertionError("only where `_fast_norm` is on")
-
-
-def fast_rms_norm(x: Tensor, *rest: Any) -> Tensor:
-    raise AssertionError("only where `_fast_norm` is on")
-
-
-def rms_norm(x: Tensor, shape: Any, weight: Tensor | None, eps: float) -> Tensor:
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return y if weight is None else y * weight
-
-
-# As timm has them; it cannot be imported without torchvision.
-class LayerNorm(nn.LayerNorm):
-    _fast_norm = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._fast_norm:
-            x = fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        else:
-            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x
-
-
-class LayerNorm2d(nn.LayerNorm):
-    _fast_norm = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        if self._fast_norm:
-            x = fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        else:
-            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        x = x.permute(0, 3, 1, 2)
-        return x
-
-
-class LayerNormFp32(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() if self.weight is not None else None
-        bias = self.bias.float() if self.bias is not None else None
-        x = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-        return x
-
-
-class RmsNorm(nn.Module):
-    _fast_norm = False
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.normalized_shape, self.eps = (width,), 1e-6
-        self.weight = nn.Parameter(torch.randn(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._fast_norm:
-            x = fast_rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        else:
-            x = rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return x
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 24), nn.Linear(24, width)
-        self.act, self.drop1, self.drop2 = nn.GELU(), nn.Dropout(0.0), nn.Dropout(0.0)
-        self.norm = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        x = self.act(x)
-        x = self.drop1(x)
-        x = self.norm(x)
-        x = self.fc2(x)
-        x = self.drop2(x)
-        return x
-
-
-@pytest.fixture
-def of_timm() -> Iterator[None]:
-    for function in (fast_layer_norm, fast_rms_norm, rms_norm):
-        function.__module__ = "timm.layers.fast_norm"
-    yield
-    for function in (fast_layer_norm, fast_rms_norm, rms_norm):
-        function.__module__ = __name__
-
-
-TIMM = {
-    "LayerNorm": (lambda: LayerNorm(16), (2, 5, 16)),
-    "LayerNorm2d": (lambda: LayerNorm2d(16), (2, 16, 3, 4)),
-    "LayerNormFp32": (lambda: LayerNormFp32(16), (2, 5, 16)),
-    "RmsNorm": (lambda: RmsNorm(16), (2, 5, 16)),
-    "Mlp": (lambda: Mlp(16), (2, 5, 16)),
-}
-
-
-@pytest.mark.usefixtures("of_timm")
-@pytest.mark.parametrize("name", TIMM)
-def test_modules_of_timm(name: str, calls: list[str]) -> None:
-    make, shape = TIMM[name]
-    module = make()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(shape, requires_grad=True)
-    expected = module(x)
-    [wanted] = torch.autograd.grad(expected.sin().sum(), x)
-    calls.clear()
-    report = fuse(module)
-    assert [swap.before for swap in report.swapped] == [name]
-    found = module(x)
-    assert len(calls) == 1
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    [gradient] = torch.autograd.grad(found.sin().sum(), x)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
-    unfuse(module)
-    assert type(module).__name__ == name
-
-
-def test_what_timm_does_otherwise_stays(of_timm: None) -> None:
-    fast = LayerNorm(16)
-    fast._fast_norm = True
-    [left] = fuse(fast).left_alone
-    assert "`_fast_norm` is on" in left.reason
-    rms_norm.__module__ = "somewhere"
-    [left] = fuse(RmsNorm(16)).left_alone
-    assert "calls a function of its own" in left.reason
 
 
 class OwnNorm(nn.Module):
