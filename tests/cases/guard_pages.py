@@ -188,6 +188,9 @@ def linear_cases(backend: str) -> Iterator[tuple[str, Callable, dict[str, Tensor
             yield str(case), functools.partial(case.run, backend), case.tensors()
             case = linear.Case((rows,), width_in, width_out, dtype, strides="columns")
             yield str(case), functools.partial(case.run, backend), case.tensors()
+            case = linear.Case((rows,), width_in, width_out, dtype, activation="silu", gated=True,
+                               residual=True, dropout_p=0.3)  # fmt: skip
+            yield str(case), functools.partial(case.run, backend), case.tensors()
 
 
 OPERATIONS = {

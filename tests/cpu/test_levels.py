@@ -25,6 +25,7 @@ FILES = (
     "embedding/test_api.py",
     "layer_norm/test_api.py",
     "layer_norm/test_extreme_rows.py",
+    "linear/test_epilogue.py",
 )
 
 

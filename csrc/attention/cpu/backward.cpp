@@ -66,7 +66,7 @@ class BackwardHead {
         units_v_(units<E>(p.head_dim_v)),
         write_dq_(dq == nullptr && p.dq.data != nullptr) {
     Scratch& s = scratch();
-    constexpr int64_t kTile = kTileKeys * kBlockQ;
+    constexpr int64_t kTile = kTileKeys * kStrideQ;
     range.begin = larger(range.begin, tile_.visibility.keys().begin);
     v_ = prepare_rows<E>(key_view(p, p.v, sequence, head, p.head_dim_v), range, tile_.keep_keys,
                          s.v);
@@ -74,7 +74,7 @@ class BackwardHead {
                              : prepare_pairs<E>(key_view(p, p.k, sequence, head, p.head_dim), range,
                                                 tile_.keep_keys, p.head_dim, s.k_pairs, s.k_rows);
     if (p.softcap > 0) tile_.slope = s.slope.template get<Real>(kTile);
-    dout_ = s.dout.template get<Unit>(units_v_ * kBlockQ);
+    dout_ = s.dout.template get<Unit>(units_v_ * kStrideQ);
     dp_ = s.dp.template get<Real>(kTile);
     if (E::kPair > 1) {
       p_tile_ = s.p.template get<Element>(kTile);
@@ -85,8 +85,9 @@ class BackwardHead {
     if (p.dweights.data != nullptr) dweights_ = s.dweights.template get<Real>(kTile);
     const int64_t blocks = ceil_div(sequence.seqlen_q, kBlockQ);
     one_block_ = dq == nullptr && range.end - range.begin <= kChunk;
-    dq_ = dq != nullptr ? dq
-                        : s.dq.template get<Real>((one_block_ ? 1 : blocks) * p.head_dim * kBlockQ);
+    dq_ = dq != nullptr
+              ? dq
+              : s.dq.template get<Real>((one_block_ ? 1 : blocks) * p.head_dim * kStrideQ);
     rows_ = s.rows.template get<RowStatistics<Real>>(blocks);
     for (int64_t b = 0; b < blocks; ++b) prepare_rows_of(b);
   }
@@ -111,8 +112,8 @@ class BackwardHead {
     sums_ = &sums;
     const int64_t blocks = ceil_div(tile_.sequence.seqlen_q, kBlockQ);
     for (int64_t b = 0; b < blocks; ++b) {
-      Real* dq = dq_ + (one_block_ ? 0 : b * p_.head_dim * kBlockQ);
-      if (first) std::memset(dq, 0, sizeof(Real) * static_cast<size_t>(p_.head_dim * kBlockQ));
+      Real* dq = dq_ + (one_block_ ? 0 : b * p_.head_dim * kStrideQ);
+      if (first) std::memset(dq, 0, sizeof(Real) * static_cast<size_t>(p_.head_dim * kStrideQ));
       const int rows = rows_of(b);
       KeyRange range = tile_.visibility.keys(b * kBlockQ, b * kBlockQ + rows);
       range = {larger(range.begin, keys.begin), smaller(range.end, keys.end)};
@@ -160,7 +161,7 @@ class BackwardHead {
       const bool dropout = tile_.dropout.active();
       if (dropout) tile_.dropout.draw(tile_.tile(), keep);
       for_each_visible(tile_.map, [&](int c, int g) {
-        const int64_t at = c * kBlockQ + g * kLanes;
+        const int64_t at = c * kStrideQ + g * kLanes;
         auto weight = Vec<Real>::load(tile_.scores + at) * factor;
         if (dropout) weight = select(lanes_of(keep, c, g), weight, Vec<Real>::zero());
         Real* delta = row.delta + g * kLanes;
@@ -214,10 +215,11 @@ class BackwardHead {
   void multiply_values() {
     for (int s = 0; s < tile_.map.num_segments; ++s) {
       const Segment& segment = tile_.map.segments[s];
-      multiply<E, Form::kRows>({v_.row(tile_.j + segment.begin), v_.stride, dout_, kBlockQ,
-                                dp_ + segment.begin * kBlockQ, kBlockQ, segment.end - segment.begin,
-                                units_v_, segment.group_begin, segment.group_end},
-                               then_prefetch(Overwrite{}, tile_.prefetcher));
+      multiply<E, Form::kRows>(
+          {v_.row(tile_.j + segment.begin), v_.stride, dout_, kStrideQ,
+           dp_ + segment.begin * kStrideQ, kStrideQ, segment.end - segment.begin, units_v_,
+           segment.group_begin, segment.group_end},
+          then_prefetch(Overwrite{}, tile_.prefetcher));
     }
   }
 
@@ -227,7 +229,7 @@ class BackwardHead {
     if (tile_.dropout.active()) tile_.dropout.draw(tile, keep);
     if (dweights_ != nullptr) load_bias<Real>(tile, p_.dweights, dweights_);
     if (ds_full_ != nullptr) {
-      std::memset(ds_full_, 0, sizeof(Real) * static_cast<size_t>(tile_.map.keys * kBlockQ));
+      std::memset(ds_full_, 0, sizeof(Real) * static_cast<size_t>(tile_.map.keys * kStrideQ));
     }
     if constexpr (E::kPair == 1) {  // in place
       p_tile_ = tile_.scores;
@@ -247,17 +249,17 @@ class BackwardHead {
     const int lane = segment.group_begin * kLanes;
     const int64_t depth =
         units<E>(smaller(segment.group_end * kLanes, tile_.rows)) - lane / E::kPair;
-    const int64_t offset = segment.begin * kBlockQ + lane;
+    const int64_t offset = segment.begin * kStrideQ + lane;
     if (p_.dv.data != nullptr) {
       multiply<E, Form::kRows>(
-          {reinterpret_cast<const Unit*>(p_tile_ + offset), kBlockQ / E::kPair,
+          {reinterpret_cast<const Unit*>(p_tile_ + offset), kStrideQ / E::kPair,
            dout_lanes_.row(lane / E::kPair), dout_lanes_.stride, sums_->dv + key * sums_->stride_v,
            sums_->stride_v, keys, depth, 0, static_cast<int>(sums_->stride_v / kLanes)},
           Accumulate{});
     }
     if (p_.dk.data != nullptr) {
       multiply<E, Form::kRows>(
-          {reinterpret_cast<const Unit*>(ds_tile_ + offset), kBlockQ / E::kPair,
+          {reinterpret_cast<const Unit*>(ds_tile_ + offset), kStrideQ / E::kPair,
            q_lanes_.row(lane / E::kPair), q_lanes_.stride, sums_->dk + key * sums_->stride_k,
            sums_->stride_k, keys, depth, 0, static_cast<int>(sums_->stride_k / kLanes)},
           Accumulate{});
@@ -266,7 +268,7 @@ class BackwardHead {
       const Unit* ds = E::kPair == 1 ? reinterpret_cast<const Unit*>(ds_tile_) : ds_pairs_;
       multiply<E, Form::kColumns>(
           {k_pairs_.row((tile_.j + segment.begin) / E::kPair), k_pairs_.stride,
-           ds + segment.begin / E::kPair * kBlockQ, kBlockQ, dq, kBlockQ, p_.head_dim,
+           ds + segment.begin / E::kPair * kStrideQ, kStrideQ, dq, kStrideQ, p_.head_dim,
            units<E>(keys), segment.group_begin, segment.group_end},
           Accumulate{});
     }
@@ -441,7 +443,7 @@ class Backward {
 
   int64_t group() const { return p_.num_heads / p_.num_heads_kv; }
   int64_t blocks() const { return ceil_div(p_.seqlen_q, kBlockQ); }
-  int64_t head_stride() const { return blocks() * p_.head_dim * kBlockQ; }
+  int64_t head_stride() const { return blocks() * p_.head_dim * kStrideQ; }
   int64_t unit_stride() const { return group() * head_stride(); }
 
   // Unit n of a row.
@@ -469,10 +471,10 @@ class Backward {
     const Sequence sequence(p_, batch_of(row, n));
     const int64_t left = sequence.seqlen_q - b * kBlockQ;
     if (left <= 0) return;
-    Real* sums = dq + h * head_stride() + b * p_.head_dim * kBlockQ;
+    Real* sums = dq + h * head_stride() + b * p_.head_dim * kStrideQ;
     for (int64_t part = 1; part < parts; ++part) {
       const Real* more = sums + part * unit_stride();
-      for (int64_t i = 0; i < p_.head_dim * kBlockQ; i += kLanes) {
+      for (int64_t i = 0; i < p_.head_dim * kStrideQ; i += kLanes) {
         (Vec<Real>::load(sums + i) + Vec<Real>::load(more + i)).store(sums + i);
       }
     }

@@ -66,11 +66,11 @@ class DecodePass {
     // A mask needs no look at the keys: those that nobody sees are left out below.
     if (p.bias.data != nullptr) {
       keep_ = keys_to_keep<Real>(p, task.sequence, task.first_head, visibility_, buffers.keep);
-      bias_ = buffers.bias.get<Real>(kBlockK * kBlockQ);
+      bias_ = buffers.bias.get<Real>(kBlockK * kStrideQ);
     }
     q_ = buffers.q.get<Real>(kDecodeRows * width_);
     if (rows_ >= kPackedRows) columns_ = buffers.columns.get<Real>(width_ * kPackedKeys);
-    scores_ = buffers.scores.get<Real>(kBlockK * kBlockQ);
+    scores_ = buffers.scores.get<Real>(kBlockK * kStrideQ);
     acc_ = buffers.acc.get<Real>(kDecodeRows * width_v_);
     std::memset(acc_, 0, sizeof(Real) * static_cast<size_t>(rows_ * width_v_));
     std::memset(q_, 0, sizeof(Real) * static_cast<size_t>(kDecodeRows * width_));
@@ -329,7 +329,7 @@ class DecodePass {
 
   void scores_to_tile(int h) {
     if (count_ < map_.keys) {
-      for (int c = 0; c < map_.keys; ++c) V::zero().store(scores_ + c * kBlockQ);
+      for (int c = 0; c < map_.keys; ++c) V::zero().store(scores_ + c * kStrideQ);
     }
     for (int begin = 0; begin < count_; begin += kLanes) {
       V block[kLanes];
@@ -338,7 +338,7 @@ class DecodePass {
       }
       transpose(block);
       const int count = smaller(count_ - begin, kLanes);
-      for (int n = 0; n < count; ++n) block[n].store(scores_ + key_[begin + n] * kBlockQ);
+      for (int n = 0; n < count; ++n) block[n].store(scores_ + key_[begin + n] * kStrideQ);
     }
   }
 
@@ -347,7 +347,7 @@ class DecodePass {
       const int count = smaller(count_ - begin, kLanes);
       V block[kLanes];
       for (int n = 0; n < kLanes; ++n) {
-        block[n] = n < count ? V::load(scores_ + key_[begin + n] * kBlockQ) : V::zero();
+        block[n] = n < count ? V::load(scores_ + key_[begin + n] * kStrideQ) : V::zero();
       }
       transpose(block);
       for (int i = 0; i < queries_; ++i) block[i].store(weights_[h * queries_ + i] + begin);

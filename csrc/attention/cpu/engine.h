@@ -10,7 +10,11 @@ using namespace fused_attn::FUSED_ATTN_LEVEL;
 
 constexpr int kGroups = 4;                 // groups of kLanes queries in a block
 constexpr int kBlockQ = kGroups * kLanes;  // queries of a block: one bit each of a uint64_t
-constexpr int kBlockK = 128;               // keys of a tile
-constexpr int kSegment = 16;               // keys that share one range of visible groups
+// Numbers from a row of a tile, [key][query] or [column][query], to the next. Products of few
+// registers read 16 queries of many rows after each other: an odd number of cache lines apart,
+// these lie in all sets of a cache, where 64 numbers apart they would share a quarter of them.
+constexpr int kStrideQ = kRegisterVectors<float> >= 32 ? kBlockQ : kBlockQ + kLanes;
+constexpr int kBlockK = 128;  // keys of a tile
+constexpr int kSegment = 16;  // keys that share one range of visible groups
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

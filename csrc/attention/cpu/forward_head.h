@@ -22,7 +22,7 @@ class ForwardHead {
     if (!wants_out()) return;
     v_ = prepare_pairs<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
                           tile_.keep_keys, p.head_dim_v, buffers.v, buffers.v_rows);
-    acc_ = buffers.acc.get<Real>(p.head_dim_v * kBlockQ);
+    acc_ = buffers.acc.get<Real>(p.head_dim_v * kStrideQ);
   }
 
   // Queries [begin, end). `next` is the head that probably follows, or null.
@@ -95,10 +95,10 @@ class ForwardHead {
       const Segment& segment = map.segments[s];
       const Product<E> product{v_.row((tile_.j + segment.begin) / E::kPair),
                                v_.stride,
-                               probabilities() + segment.begin / E::kPair * kBlockQ,
-                               kBlockQ,
+                               probabilities() + segment.begin / E::kPair * kStrideQ,
+                               kStrideQ,
                                acc_,
-                               kBlockQ,
+                               kStrideQ,
                                p_.head_dim_v,
                                units<E>(segment.end - segment.begin),
                                segment.group_begin,
@@ -118,7 +118,7 @@ class ForwardHead {
     using V = Vec<Real>;
     for (int64_t d = 0; d < p_.head_dim_v; ++d) {
       for (int q = 0; q < tile_.groups * kLanes; q += kLanes) {
-        Real* acc = acc_ + d * kBlockQ + q;
+        Real* acc = acc_ + d * kStrideQ + q;
         (fresh_ ? V::zero() : V::load(acc) * V::load(state_.correction + q)).store(acc);
       }
     }

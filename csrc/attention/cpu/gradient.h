@@ -48,7 +48,7 @@ class GradientTile {
     const V base = kExtras ? V::load(row_.base + g * kLanes) : V::zero();
     Real *const scores = t_.scores, *const dps = t_.dp;
     auto gradient = [&](int c) {
-      const int64_t at = c * kBlockQ + g * kLanes;
+      const int64_t at = c * kStrideQ + g * kLanes;
       V score = V::load(scores + at);
       if (kExtras && row_.exact) score = score - base;
       V p = probability<E, kPlain>(score, scale, shift);
@@ -88,7 +88,7 @@ class GradientTile {
       for (int c = segment.begin; c < segment.end; c += 2) {
         const V even = gradient(c);
         const V odd = c + 1 < segment.end ? gradient(c + 1) : V::zero();
-        pack_pairs(even, odd).store(t_.ds_pairs + c / 2 * kBlockQ + g * kLanes);
+        pack_pairs(even, odd).store(t_.ds_pairs + c / 2 * kStrideQ + g * kLanes);
       }
     }
   }
@@ -128,7 +128,7 @@ inline void add_to_bias_gradient(const ScoreTile& t, const View4& view, const Re
     for (V& x : total) x = V::zero();
     for (int c = 0; c < t.map.keys; ++c) {
       for (int g = 0; g < groups; ++g) {
-        total[g] = total[g] + V::load(ds + c * kBlockQ + g * kLanes);
+        total[g] = total[g] + V::load(ds + c * kStrideQ + g * kLanes);
       }
     }
     *corner += sum((total[0] + total[1]) + (total[2] + total[3]));
@@ -136,8 +136,8 @@ inline void add_to_bias_gradient(const ScoreTile& t, const View4& view, const Re
   }
   if (stride_q == 0) {
     for (int c = 0; c < t.map.keys; ++c) {
-      V total = V::load(ds + c * kBlockQ);
-      for (int g = 1; g < groups; ++g) total = total + V::load(ds + c * kBlockQ + g * kLanes);
+      V total = V::load(ds + c * kStrideQ);
+      for (int g = 1; g < groups; ++g) total = total + V::load(ds + c * kStrideQ + g * kLanes);
       corner[c * stride_k] += sum(total);
     }
     return;
@@ -146,7 +146,7 @@ inline void add_to_bias_gradient(const ScoreTile& t, const View4& view, const Re
     const int count = smaller(t.rows - q, kLanes);
     if (stride_k == 0) {
       V total = V::zero();
-      for (int c = 0; c < t.map.keys; ++c) total = total + V::load(ds + c * kBlockQ + q);
+      for (int c = 0; c < t.map.keys; ++c) total = total + V::load(ds + c * kStrideQ + q);
       alignas(64) Real lanes[kLanes];
       total.store(lanes);
       for (int r = 0; r < count; ++r) corner[(q + r) * stride_q] += lanes[r];
@@ -156,7 +156,7 @@ inline void add_to_bias_gradient(const ScoreTile& t, const View4& view, const Re
       const int width = smaller(t.map.keys - c, kLanes);
       V block[kLanes];
       for (int k = 0; k < kLanes; ++k) {
-        block[k] = k < width ? V::load(ds + (c + k) * kBlockQ + q) : V::zero();
+        block[k] = k < width ? V::load(ds + (c + k) * kStrideQ + q) : V::zero();
       }
       transpose(block);
       for (int r = 0; r < count; ++r) {

@@ -38,10 +38,10 @@ class HeadScores {
         keep_keys(keys_to_keep<Real>(params, sequence_of, head_index, visibility, buffers.keep)),
         buffers_(buffers),
         units_(units<E>(params.head_dim)) {
-    constexpr int64_t kTile = int64_t{kBlockK} * kBlockQ;
+    constexpr int64_t kTile = int64_t{kBlockK} * kStrideQ;
     k = prepare_rows<E>(key_view(p, p.k, sequence, head, p.head_dim), visibility.keys(), keep_keys,
                         buffers.k);
-    q = buffers.q.get<Unit>(units_ * kBlockQ);
+    q = buffers.q.get<Unit>(units_ * kStrideQ);
     scores = buffers.scores.get<Real>(kTile);
     if (p.bias.data != nullptr) bias_ = buffers.bias.get<Real>(kTile);
   }
@@ -107,8 +107,8 @@ class HeadScores {
     for (int s = 0; s < map.num_segments; ++s) {
       const Segment& segment = map.segments[s];
       multiply<E, Form::kRows>(
-          {k.row(j + segment.begin), k.stride, q, kBlockQ, scores + segment.begin * kBlockQ,
-           kBlockQ, segment.end - segment.begin, units_, segment.group_begin, segment.group_end},
+          {k.row(j + segment.begin), k.stride, q, kStrideQ, scores + segment.begin * kStrideQ,
+           kStrideQ, segment.end - segment.begin, units_, segment.group_begin, segment.group_end},
           epilogue);
     }
   }

@@ -15,13 +15,13 @@ class KeptProbabilities {
  public:
   // Before a block that sees at most these keys.
   void reset(KeyRange keys) {
-    values_ = value_buffer_.get<Unit>((units<E>(keys.end) + 1) * kBlockQ);
+    values_ = value_buffer_.get<Unit>((units<E>(keys.end) + 1) * kStrideQ);
     tiles_ = tile_buffer_.template get<KeptTile>(ceil_div(keys.end, kBlockK) + 1);
     count_ = 0;
   }
 
   // Where the probabilities of the tile of keys from j on go, [key unit][query].
-  Unit* tile(int64_t j) { return values_ + j / E::kPair * kBlockQ; }
+  Unit* tile(int64_t j) { return values_ + j / E::kPair * kStrideQ; }
 
   // They are there, relative to `shift`.
   void keep(int64_t j, const TileMap& map, const Shift<Real>& shift) {
@@ -59,21 +59,21 @@ class KeptProbabilities {
 
   void add_segment(const KeptTile& tile, const Segment& segment, const Real* scale,
                    Real* sums) const {
-    const Unit* from = values_ + tile.j / E::kPair * kBlockQ;
-    sums += tile.j * kBlockQ;
+    const Unit* from = values_ + tile.j / E::kPair * kStrideQ;
+    sums += tile.j * kStrideQ;
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
       const int lane = g * kLanes;
       const V factor = V::load(scale + lane);
       const auto add = [&](int c, V p) {
-        Real* sum = sums + c * kBlockQ + lane;
+        Real* sum = sums + c * kStrideQ + lane;
         fma(p, factor, V::load(sum)).store(sum);
       };
       if constexpr (E::kPair == 1) {
         for (int c = segment.begin; c < segment.end; ++c)
-          add(c, V::load(from + c * kBlockQ + lane));
+          add(c, V::load(from + c * kStrideQ + lane));
       } else {
         for (int c = segment.begin; c < segment.end; c += 2) {
-          const auto pair = Vec<Unit>::load(from + c / 2 * kBlockQ + lane);
+          const auto pair = Vec<Unit>::load(from + c / 2 * kStrideQ + lane);
           add(c, even_of_pairs(pair));
           if (c + 1 < segment.end) add(c + 1, odd_of_pairs(pair));
         }

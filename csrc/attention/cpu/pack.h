@@ -178,8 +178,8 @@ inline void pack_columns(UnitRows<E> rows, int n, int64_t columns, typename E::U
                                      : Vec<Real>::load(row, width);
       }
       transpose(block);
-      auto* column = reinterpret_cast<Real*>(to) + u * kBlockQ + q;
-      for (int c = 0; c < width; ++c) block[c].store(column + c * kBlockQ);
+      auto* column = reinterpret_cast<Real*>(to) + u * kStrideQ + q;
+      for (int c = 0; c < width; ++c) block[c].store(column + c * kStrideQ);
     }
   }
 }
@@ -197,8 +197,8 @@ inline void write_columns(const Real* from, const Real* factor, int n, const Hea
         const int width = static_cast<int>(smaller<int64_t>(x.columns - d, kLanes));
         Vec<Real> block[kLanes];
         for (int c = 0; c < kLanes; ++c) {
-          block[c] =
-              c < width ? Vec<Real>::load(from + (d + c) * kBlockQ + q) * scale : Vec<Real>::zero();
+          block[c] = c < width ? Vec<Real>::load(from + (d + c) * kStrideQ + q) * scale
+                               : Vec<Real>::zero();
         }
         transpose(block);
         for (int r = 0; r < count; ++r) {

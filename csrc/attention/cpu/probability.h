@@ -61,7 +61,7 @@ inline void probability_tile(const TileMap& map, const ScoreFormula<typename E::
   using V = Vec<Real>;
   const V scale = V::set1(formula.scale);
   for_each_visible(map, [&](int c, int g) {
-    Real* at = scores + c * kBlockQ + g * kLanes;
+    Real* at = scores + c * kStrideQ + g * kLanes;
     const V score = V::load(at) - V::load(row.base + g * kLanes);
     const V shift = V::load(row.shift + g * kLanes);
     V p = formula.plain ? probability<E, true>(score, scale, shift)
@@ -91,7 +91,7 @@ inline void recompute_statistics(HeadScores<E>& tile, KeyRange keys,
     tile.compute(largest);
     probability_tile<E>(tile.map, tile.formula, row, tile.scores);
     for_each_visible(tile.map, [&](int c, int g) {
-      const auto p = Vec<Real>::load(tile.scores + c * kBlockQ + g * kLanes);
+      const auto p = Vec<Real>::load(tile.scores + c * kStrideQ + g * kLanes);
       (Vec<Real>::load(total + g * kLanes) + p).store(total + g * kLanes);
     });
   });

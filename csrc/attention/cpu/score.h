@@ -83,12 +83,12 @@ inline void shape_scores(const ScoreTile& t, const ScoreFormula<Real>& formula, 
   alignas(64) Real distance[kBlockQ];  // of each query to key 0
   for (int q = 0; q < kBlockQ; ++q) distance[q] = static_cast<Real>(t.i + q + shift);
   for_each_visible(t.map, [&](int c, int g) {
-    Real* score = scores + c * kBlockQ + g * kLanes;
+    Real* score = scores + c * kStrideQ + g * kLanes;
     V s = V::load(score) * scale;
     if (formula.softcap > 0) {
       const V bounded = tanh(s);
       if (slope != nullptr) {
-        (one - bounded * bounded).store(slope + c * kBlockQ + g * kLanes);
+        (one - bounded * bounded).store(slope + c * kStrideQ + g * kLanes);
       }
       s = softcap * bounded;
     }
@@ -111,14 +111,14 @@ inline void load_bias(const ScoreTile& t, const View4& view, Real* to) {
     if (stride_q == 0) {
       for (int c = 0; c < t.map.keys; ++c) {
         const auto value = Vec<Real>::set1(to_real<Real>(corner[c * stride_k]));
-        for (int g = 0; g < groups; ++g) value.store(to + c * kBlockQ + g * kLanes);
+        for (int g = 0; g < groups; ++g) value.store(to + c * kStrideQ + g * kLanes);
       }
       return;
     }
     if (stride_k != 1) {
       for (int c = 0; c < t.map.keys; ++c) {
         for (int q = 0; q < groups * kLanes; ++q) {
-          to[c * kBlockQ + q] =
+          to[c * kStrideQ + q] =
               q < t.rows ? to_real<Real>(corner[q * stride_q + c * stride_k]) : Real(0);
         }
       }
@@ -133,7 +133,7 @@ inline void load_bias(const ScoreTile& t, const View4& view, Real* to) {
                                     : Vec<Real>::zero();
         }
         transpose(block);
-        for (int k = 0; k < width; ++k) block[k].store(to + (c + k) * kBlockQ + q);
+        for (int k = 0; k < width; ++k) block[k].store(to + (c + k) * kStrideQ + q);
       }
     }
   });
@@ -151,7 +151,7 @@ inline void finish_scores(const TileMap& map, Real scale, const Real* bias, Real
     for (int g = segment.group_begin; g < segment.group_end; ++g) {
       V most = V::load(largest + g * kLanes);
       for (int c = segment.begin; c < segment.end; ++c) {
-        const int64_t offset = c * kBlockQ + g * kLanes;
+        const int64_t offset = c * kStrideQ + g * kLanes;
         V score = V::load(scores + offset);
         if constexpr (!kPlain && kBias) score = fma(score, factor, V::load(bias + offset));
         if constexpr (!kPlain && !kBias) score = score * factor;

@@ -76,7 +76,7 @@ inline bool overflows(const Segment& segment, int group, Real scale, const Real*
   using V = Vec<Real>;
   V least = V::zero();
   for (int c = segment.begin; c < segment.end; ++c) {
-    least = min(least, V::load(scores + c * kBlockQ + group * kLanes));
+    least = min(least, V::load(scores + c * kStrideQ + group * kLanes));
   }
   return greater(V::set1(kLowest<Real> / 2 / scale), least) != 0;
 }
@@ -94,7 +94,7 @@ FUSED_ATTN_NOINLINE void subtract_base(const TileMap& map, const bool (&has_base
       if (!has_base[g] && !(scale > 1 && overflows(segment, g, scale, scores))) continue;
       const V from = V::load(base + g * kLanes);
       for (int c = segment.begin; c < segment.end; ++c) {
-        Real* at = scores + c * kBlockQ + g * kLanes;
+        Real* at = scores + c * kStrideQ + g * kLanes;
         max(floor, V::load(at) - from).store(at);
       }
     }
@@ -128,7 +128,7 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
       // Of this segment alone: one running sum over all keys would lose twice as many bits.
       V sum = V::zero();
       auto exponential = [&](int c) {
-        const V score = V::load(scores + c * kBlockQ + g * kLanes);
+        const V score = V::load(scores + c * kStrideQ + g * kLanes);
         const V p = kPlain ? exp2<E::kPrecision>(fma(score, scale, offset))
                            : exp<E::kPrecision>(clamp_exponent(score - base));
         sum = sum + p;
@@ -136,13 +136,13 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
       };
       if constexpr (E::kPair == 1) {
         for (int c = segment.begin; c < segment.end; ++c) {
-          exponential(c).store(probabilities + c * kBlockQ + g * kLanes);
+          exponential(c).store(probabilities + c * kStrideQ + g * kLanes);
         }
       } else {
         for (int c = segment.begin; c < segment.end; c += 2) {
           const V even = exponential(c);
           const V odd = c + 1 < segment.end ? exponential(c + 1) : V::zero();
-          pack_pairs(even, odd).store(probabilities + c / 2 * kBlockQ + g * kLanes);
+          pack_pairs(even, odd).store(probabilities + c / 2 * kStrideQ + g * kLanes);
         }
       }
       (V::load(state.sum + g * kLanes) + sum).store(state.sum + g * kLanes);

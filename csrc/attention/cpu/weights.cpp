@@ -29,7 +29,7 @@ template <class E>
 void weights_block(const WeightsParams& p, const Sequence& sequence, int64_t head, int64_t i,
                    int rows) {
   using Real = typename E::Real;
-  const int64_t count = sequence.seqlen_k * kBlockQ;
+  const int64_t count = sequence.seqlen_k * kStrideQ;
   Real* sums = scratch().sums.get<Real>(count);
   std::memset(sums, 0, sizeof(Real) * static_cast<size_t>(count));
   const int64_t heads = p.average ? p.num_heads : 1;
