@@ -11,7 +11,7 @@ EMULATOR := $(VENV)/emulator
 .PHONY: test demo style format bench readme gates gpu triton-3.6 sanitize venv clean
 
 test: style $(EMULATOR)
-	python -m pytest -n 2 --dist worksteal
+	python -m pytest -n 2 --dist worksteal --durations 20
 
 demo: $(INSTALLED)
 	python -m fused_attn demo
@@ -52,7 +52,7 @@ OTHER_TRITON := build/triton-3.6
 OTHER_PYTHON := $(OTHER_TRITON)/bin/python
 triton-3.6: $(OTHER_TRITON)/installed
 	$(if $(MATCH),$(OTHER_PYTHON) -m benchmarks.compiler.triton_report --arch 90 --match "$(MATCH)",\
-	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider tests/triton/test_compile.py tests/triton/test_compilations.py)
+	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider --every tests/triton/test_compile.py tests/triton/test_compilations.py)
 
 $(OTHER_TRITON)/installed: $(INSTALLED)
 	python -m venv $(OTHER_TRITON)

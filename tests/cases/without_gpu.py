@@ -46,6 +46,8 @@ def is_left_out(item: pytest.Item, interpreted: set[str]) -> bool:
     """
     if item.config.getoption("every"):
         return False
+    if item.get_closest_marker("every") is not None:
+        return True
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if not interpreted.intersection(x for x in params.values() if isinstance(x, str)):
         return False
