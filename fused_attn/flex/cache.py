@@ -72,7 +72,13 @@ def _key_of(value: Any, tensors: list[Tensor], depth: int) -> Hashable:
 def _key_of_function(function: types.FunctionType, tensors: list[Tensor], depth: int) -> Hashable:
     around: list[Any] = [cell.cell_contents for cell in function.__closure__ or ()]
     around.append(list(function.__defaults__ or ()))
-    names = function.__code__.co_names
+    names = _names_in(function.__code__)
     if function.__module__ is None or not function.__module__.startswith("torch."):
         around += [function.__globals__[name] for name in names if name in function.__globals__]
     return (function.__code__, *(_key_of(each, tensors, depth + 1) for each in around))
+
+
+def _names_in(code: types.CodeType) -> list[str]:
+    """Names that code reads, and the functions that it defines."""
+    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return [*code.co_names, *(name for each in inner for name in _names_in(each))]

@@ -145,7 +145,7 @@ class _Sums:
         else:
             total[:, :, place] += gradient
 
-    def captured(self, captured: Sequence[Tensor], number: int) -> list[int]:
+    def wanted(self, number: int) -> list[int]:
         """Which of the first `number` captured tensors want a gradient."""
         return [n for n in range(number) if self.needs[3 + n]]
 
@@ -192,7 +192,7 @@ def _kernel_gradients(
     q, k, v = qkv
     out, lse, dout, dlse = given
     mine, masks = call.split(captured)
-    wanted = sums.captured(captured, len(mine))
+    wanted = sums.wanted(len(mine))
     points = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(mine)]
     with torch.enable_grad():
         options = _options(call, row, q, [*points, *masks])
@@ -262,7 +262,7 @@ def _formula_gradients(
     out, lse, dout, dlse = given
     wide = _wide(q)
     mine, masks = call.split(captured)
-    wanted = sums.captured(captured, len(mine))
+    wanted = sums.wanted(len(mine))
     points = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(mine)]
     raw = _raw(call, row, q, k).requires_grad_()
     with torch.enable_grad():

@@ -286,6 +286,11 @@ def test_a_function_is_read_once_and_again_when_bound_anew(monkeypatch):
     limit = 5.0
     wanted, _ = oracle(q, q, q, rebound)
     torch.testing.assert_close(flex_attention(q, q, q, rebound), wanted.float())
+    global GLOBAL
+    nested = lambda s, b, h, q, kv: (lambda x: x * GLOBAL)(s)  # noqa: E731
+    for GLOBAL in (1.0, 3.0):  # noqa: B007
+        wanted, _ = oracle(q, q, q, nested)
+        torch.testing.assert_close(flex_attention(q, q, q, nested), wanted.float())
     with torch.no_grad():
         table += 100.0 * torch.arange(H)  # in place: the same tensor, other numbers
     scaled = lambda s, b, h, q, kv: s * table[h]  # noqa: E731
