@@ -204,9 +204,11 @@ OPERATIONS = {
 
 
 def run_all(side: str, backend: str, operations: list[str]) -> int:
-    """How many cases ran."""
+    """How many cases ran; each operation has some."""
     torch.manual_seed(0)
-    cases = [case for name in operations for case in OPERATIONS[name](backend)]
+    of_each = [list(OPERATIONS[name](backend)) for name in operations]
+    assert all(of_each), "an operation without cases"
+    cases = [case for cases in of_each for case in cases]
     guard_allocations(side)
     for name, run, tensors in cases:
         print(name, flush=True)
@@ -220,9 +222,9 @@ def run_all(side: str, backend: str, operations: list[str]) -> int:
     return len(cases)
 
 
-def run_against_guards(side: str, backend: str, operation: str, **environment: str) -> None:
+def run_against_guards(side: str, backend: str, *operations: str, **environment: str) -> None:
     """Run the cases in a process of their own; fails with the case that ended it."""
-    command = [sys.executable, "-m", "tests.cases.guard_pages", side, backend, operation]
+    command = [sys.executable, "-m", "tests.cases.guard_pages", side, backend, *operations]
     done = _run(command, environment)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     assert int(done.stdout.splitlines()[-1].split()[0]) > 0

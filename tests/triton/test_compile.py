@@ -69,9 +69,8 @@ SAMPLE = [
     (90, "attention bf16 128 everything odd"),
     (90, "attention bf16 128 decode 4"),
     (90, "attention fp32 64 causal"),
-    (80, "attention bf16 128 causal"),
     (100, "attention bf16 128 causal"),
-    (120, "attention bf16 128 causal"),
+    (80, "attention bf16 128 causal"),
     (90, "layer norm"),
     (80, "bias activation"),
 ]

@@ -37,6 +37,8 @@ def test_against_oracle(linear_backend: str, dtype: torch.dtype, variant: str) -
 
 
 def test_fuzz(linear_backend: str, fuzz_seed: int) -> None:
+    if linear_backend != "cpu" and fuzz_seed % 10:
+        pytest.skip("torch's own products: every tenth case")
     random_case(fuzz_seed).check(linear_backend)
 
 
