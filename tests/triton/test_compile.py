@@ -66,7 +66,7 @@ PARTS = [
 SAMPLE = [
     (90, "attention bf16 64 causal"),
     (90, "attention bf16 128 positions"),
-    (90, "attention bf16 128 everything odd"),
+    (90, "attention bf16 128 bias odd"),
     (90, "attention bf16 128 decode 4"),
     (90, "attention fp32 64 causal"),
     (100, "attention bf16 128 causal"),
@@ -99,6 +99,7 @@ def test_amd() -> None:
     assert names == {f"_attention_{name}_kernel" for name in products}
 
 
+@pytest.mark.every
 def test_a_sample_of_the_tiles_for_trials() -> None:
     """All of them are compiled by `python -m benchmarks.compiler.triton_report --all`."""
     kernels = compiled(90, "attention bf16 128 causal", candidates=4)
