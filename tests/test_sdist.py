@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Without the compiled part, which takes minutes; tests/test_setup.py is about how it is built.
-QUICK = {**os.environ, "FUSED_ATTN_NATIVE": "off"}
+QUICK = {**os.environ, "FUSED_ATTN_NATIVE": "off", "PYTEST_ADDOPTS": ""}
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:

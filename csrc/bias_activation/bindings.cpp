@@ -11,14 +11,6 @@ namespace py = pybind11;
 
 namespace fused_attn::bias_activation {
 
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  fail_check("activation", "be relu, gelu, gelu_tanh or silu", name);
-}
-
 namespace {
 
 // What both directions share. `result` is y or dy.

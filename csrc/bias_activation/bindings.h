@@ -2,18 +2,11 @@
 
 #include <pybind11/pybind11.h>
 
-#include <string>
-
-#include "bias_activation/params.h"
-
 namespace fused_attn::bias_activation {
 
 // bias_activation_forward(x, bias, rng, y, activation, gated, dropout_p, threads) and
 // bias_activation_backward(x, bias, rng, dy, dx, dbias, activation, gated, dropout_p, threads):
 // tensors or None, any strides. `activation` by its name in Python. See params.h.
 void bind(pybind11::module_& m);
-
-// The activation called `name`. Throws std::invalid_argument if there is none.
-Activation activation_of(const std::string& name);
 
 }  // namespace fused_attn::bias_activation

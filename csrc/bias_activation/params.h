@@ -7,11 +7,10 @@
 // Arithmetic is float32 (float64 for float64).
 #pragma once
 
+#include "common/activation.h"
 #include "common/row_view.h"
 
 namespace fused_attn::bias_activation {
-
-enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
 
 struct Problem {
   DType dtype = DType::kFloat32;  // of y: that of x, promoted with the bias's

@@ -2,7 +2,6 @@
 
 #include <string>
 
-#include "bias_activation/bindings.h"
 #include "common/row_bindings.h"
 #include "common/tensor.h"
 #include "cpu/threads.h"
@@ -53,7 +52,7 @@ void forward_binding(py::handle x_, py::handle weight_, py::handle bias_, py::ha
   check_shape(bias, {weight.shape[0]});
   check_same_shape(residual, y);
   params.activates = !activation.empty();
-  if (params.activates) params.activation = bias_activation::activation_of(activation);
+  if (params.activates) params.activation = activation_of(activation);
   params.gated = gated;
   params.x = rows(x, 1);
   params.weight = rows(weight, 1);

@@ -9,12 +9,10 @@
 // rounded once.
 #pragma once
 
-#include "bias_activation/params.h"
+#include "common/activation.h"
 #include "common/row_view.h"
 
 namespace fused_attn::linear {
-
-using bias_activation::Activation;
 
 struct Problem {
   DType dtype = DType::kFloat32;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
@@ -82,7 +83,7 @@ def define(
     def traced(*args: Any) -> Any:
         if offer is not None and _in_ci():
             exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-            offer(offered=exporting)
+            offer(offered=exporting and not _in_aot_inductor())
         return stand_in(*args)
 
     torch.library.register_fake(f"fused_attn::{name}", traced, lib=_library)
@@ -91,6 +92,12 @@ def define(
 def _in_ci() -> bool:
     """As inductor asks: there it refuses to compile an operator that has a decomposition."""
     return bool(os.environ.get("CI"))
+
+
+def _in_aot_inductor() -> bool:
+    """True where inductor compiles an exported program."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is not None and bool(virtualized.V.aot_compilation)
 
 
 def _offer(operator: Any, formula: Callable[..., Any], *, offered: bool) -> None:

@@ -170,8 +170,8 @@ def run_plain(case: Case, **tensors: Tensor) -> tuple[Tensor | None, ...]:
 
 def skip_unless_supported(case: Case, backend: str, tensors: dict[str, Tensor]) -> None:
     """Skip the test with the backend's own reasons for not running `case`."""
-    problem = call.problem_of(Operands(**tensors), case.scalars())
-    reasons = dispatch.find(BACKENDS, backend).why_not(problem)
+    problem = call.asked_of_backends(Operands(**tensors), case.scalars())
+    reasons = dispatch.why_not(dispatch.find(BACKENDS, backend), problem)
     if reasons:
         pytest.skip("; ".join(reasons))
 

@@ -23,7 +23,8 @@ def test_fuse_reports_and_unfuse_restores_everything() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Transformer(E, H, 1, 1, FF, 0.0, batch_first=True).eval()
-    model.own = type("Own", (nn.LayerNorm,), {})(E)
+    forward = {"forward": lambda self, x: nn.LayerNorm.forward(self, 2 * x)}
+    model.own = type("Own", (nn.LayerNorm,), forward)(E)
     model.tied = model.encoder.layers[0].linear1
     parametrizations.weight_norm(model.encoder.layers[0].linear2)
     optimizer = torch.optim.SGD(model.parameters())

@@ -21,7 +21,10 @@ F64 = torch.float64
 
 
 def attention_call(x: dict[str, Tensor], **how: Any) -> Tensor:
-    return fused_attn.attention(**x, causal=True, **how)
+    ids = (x.get("query_documents"), x.get("key_documents"))
+    x = {name: tensor for name, tensor in x.items() if "_documents" not in name}
+    document_ids = None if ids[0] is None else ids
+    return fused_attn.attention(**x, causal=True, document_ids=document_ids, **how)
 
 
 def packed_call(x: dict[str, Tensor], **how: Any) -> Tensor:
@@ -39,7 +42,7 @@ def activation_call(x: dict[str, Tensor], **how: Any) -> Tensor:
 
 
 def linear_call(x: dict[str, Tensor], **how: Any) -> Tensor:
-    return fused_attn.linear(**x, **how)
+    return fused_attn.linear(**x, **{"activation": "silu", "dropout_p": 0.3, **how})
 
 
 def embedding_call(x: dict[str, Tensor], **how: Any) -> Tensor:
@@ -62,6 +65,15 @@ CALLS: dict[str, list[tuple[Any, dict[str, Tensor]]]] = {
                 "alibi_slopes": torch.rand(4),
                 "sinks": torch.randn(4, dtype=F64),
                 "dropout_rng": RNG,
+            },
+        ),
+        (
+            attention_call,
+            {
+                **{n: torch.randn(2, 4, 5, 8, dtype=F64) for n in ("q", "k", "v")},
+                "query_documents": torch.tensor([[0, 0, 1, 1, 1], [3, 3, 3, 3, 3]]),
+                "key_documents": torch.tensor([[0, 1, 1, 0, 1], [3, 3, 4, 3, 3]]),
+                "prefix_lengths": torch.tensor([2, 4]),
             },
         ),
         (
@@ -102,6 +114,8 @@ CALLS: dict[str, list[tuple[Any, dict[str, Tensor]]]] = {
                 "x": torch.randn(3, 5, 6, dtype=F64),
                 "weight": torch.randn(4, 6, dtype=F64),
                 "bias": torch.randn(4, dtype=F64),
+                "residual": torch.randn(3, 5, 4, dtype=F64),
+                "dropout_rng": RNG,
             },
         )
     ],

@@ -51,7 +51,7 @@ def test_what_is_explained_is_what_runs(function: Any) -> None:
 def test_the_level_is_told(function: Any) -> None:
     arguments, options = call(function, torch.randn(2, 3, 4, 8))
     told = fused_attn.explain(function, *arguments, **options, backend="cpu")
-    assert f"cpu        runs this (level {native.module().cpu_level()})" in str(told)
+    assert f"cpu        runs this (level {native.module().cpu_level()}" in str(told)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)

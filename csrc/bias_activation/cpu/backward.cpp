@@ -4,7 +4,8 @@
 //   dx = g * act'(x + bias)
 //   gated: dgate = g * (up + bias_up) * act'(gate + bias_gate),  dup = g * act(gate + bias_gate)
 //   dbias = sum over rows of dx, before it is rounded
-#include "bias_activation/cpu/activation.h"
+#include "bias_activation/params.h"
+#include "cpu/activation.h"
 #include "cpu/row_dropout.h"
 #include "cpu/row_sums.h"
 

@@ -1,5 +1,6 @@
 // y = dropout(act(x + bias)) and its gated form, one row after the other.
-#include "bias_activation/cpu/activation.h"
+#include "bias_activation/params.h"
+#include "cpu/activation.h"
 #include "cpu/row_dropout.h"
 #include "cpu/rows.h"
 

@@ -2,14 +2,12 @@
 // gate, dropout and residual in float32, and one rounding.
 #pragma once
 
-#include "bias_activation/cpu/activation.h"
+#include "cpu/activation.h"
 #include "cpu/row_dropout.h"
 #include "linear/cpu/operand.h"
 #include "linear/params.h"
 
 namespace fused_attn::linear::FUSED_ATTN_LEVEL {
-
-using bias_activation::FUSED_ATTN_LEVEL::activate;
 
 // Up to 16 columns of up to `rows` rows, [row][lane], `stride` numbers apart.
 struct Strip {
@@ -77,7 +75,7 @@ FinishStrip<T> finish_strip(const Params& p) {
         [](const Params& p, const Strip& s) { finish_strip_as<T>(p, s, [](VecF x) { return x; }); };
   }
   FinishStrip<T> found = nullptr;
-  bias_activation::FUSED_ATTN_LEVEL::with_activation(p.activation, [&](auto constant) {
+  with_activation(p.activation, [&](auto constant) {
     found = [](const Params& p, const Strip& s) {
       constexpr Activation kActivation = decltype(constant)::value;
       finish_strip_as<T>(p, s, [](VecF x) { return activate<kActivation, kPrecisionOf<T>>(x); });

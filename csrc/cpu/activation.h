@@ -12,12 +12,10 @@
 //   SiLU       CDF(x) = sigmoid(x) (Elfwing, Uchibe, Doya 2017)
 #pragma once
 
-#include "bias_activation/params.h"
+#include "common/activation.h"
 #include "cpu/vec.h"
 
-namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL {
-
-using namespace fused_attn::FUSED_ATTN_LEVEL;
+namespace fused_attn::FUSED_ATTN_LEVEL {
 
 template <class T>
 struct Tail {
@@ -137,4 +135,4 @@ void with_activation(Activation activation, const Function& function) {
   }
 }
 
-}  // namespace fused_attn::bias_activation::FUSED_ATTN_LEVEL
+}  // namespace fused_attn::FUSED_ATTN_LEVEL
