@@ -76,5 +76,7 @@ def test_a_mistake_names_its_line():
     def bad(s, b, h, q, kv):
         return s if q > kv else 2 * s
 
-    with pytest.raises(ValueError, match=r"test_flex_errors.py:\d+: return s if q > kv else 2 \* s"):
+    with pytest.raises(
+        ValueError, match=r"test_flex_errors.py:\d+: return s if q > kv else 2 \* s"
+    ):
         flex_attention(Q, Q, Q, bad)
