@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn.attention import flex_attention as torch_flex
 
 from ..ops.attention.api import attention
-from ..runtime import checks
+from ..runtime import autocast, checks
 from . import agreement, cache, known, tiles
 from .blocks import rows_of
 from .expression import MASK_INPUTS, SCORE_INPUTS, CannotRead, Expression
@@ -80,6 +80,9 @@ def flex_attention(
         )
     if return_lse and return_aux is not None:
         raise ValueError("`return_lse` must be False where `return_aux` is given")
+    dtype = autocast.dtype_for(query)
+    if dtype is not None:
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     key, value = _check(query, key, value, enable_gqa, block_mask)
     scale = checks.expect_finite("scale", query.shape[-1] ** -0.5 if scale is None else scale)
     mask_mod = getattr(block_mask, "mask_mod", block_mask)

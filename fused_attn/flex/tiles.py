@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.attention.api import attention
 from ..ops.attention.backward import attention_backward
-from ..runtime import higher_order
+from ..runtime import autocast, higher_order
 from .blocks import ALL, NOTHING, Row
 from .expression import Expression
 
@@ -52,9 +52,10 @@ class Call:
 def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, H, Lq, Dv) and lse (B, H, Lq), differentiable in q, k, v and what is captured."""
     captured = call.captured()
-    if higher_order.needs_formula() or higher_order.forward_mode():
-        return formula(call, q, k, v, captured)
-    return _Flex.apply(call, q, k, v, *captured)
+    with autocast.off(q.device):  # a block's products are of the dtype that it gives them
+        if higher_order.needs_formula() or higher_order.forward_mode():
+            return formula(call, q, k, v, captured)
+        return _Flex.apply(call, q, k, v, *captured)
 
 
 def formula(
@@ -110,14 +111,13 @@ class _Flex(torch.autograd.Function):
             return (None, *higher_order.gradients_through(whole, (q, k, v, *captured), grads))
         sums = _Sums((q, k, v, *captured), needs)
         dout = torch.zeros_like(out) if dout is None else dout
-        for row in call.rows:
-            given = tuple(
-                None if x is None else x[:, :, row.queries] for x in (out, lse, dout, dlse)
-            )
-            if call.adds:
-                _kernel_gradients(call, row, (q, k, v), captured, given, sums)
-            else:
-                _formula_gradients(call, row, (q, k, v), captured, given, sums)
+        gradients = _kernel_gradients if call.adds else _formula_gradients
+        with autocast.off(q.device):
+            for row in call.rows:
+                given = tuple(
+                    None if x is None else x[:, :, row.queries] for x in (out, lse, dout, dlse)
+                )
+                gradients(call, row, (q, k, v), captured, given, sums)
         return (None, *sums.results())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,13 @@ from torch import Tensor
 def enabled(device: torch.device) -> bool:
     """True where autocast is on for tensors on `device`; torch raises for meta tensors instead."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def off(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """No autocast on `device` within it."""
+    if not enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def dtype_for(x: object) -> torch.dtype | None:

@@ -211,6 +211,21 @@ def test_indices_may_be_given_one_after_the_other():
         torch.testing.assert_close(other, found[0])
 
 
+@pytest.mark.parametrize("name", ["nothing", "relative bias", "square", "two learned"])
+def test_autocast_is_that_of_a_product(name):
+    score_mod, learned = make_scores()[name]
+    q, k, v = (normal(1, H, L, D, seed=s, grad=True) for s in range(3))
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    wanted = flex_attention(*half, score_mod, causal)
+    his = torch.autograd.grad(wanted.sum(), (*half, *learned))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flex_attention(q, k, v, score_mod, causal)
+        mine = torch.autograd.grad(out.sum(), (q, k, v, *learned))  # even within it
+    assert torch.equal(out, wanted)
+    for a, b in zip(mine, his, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype))
+
+
 def test_second_derivatives_and_torch_func():
     score_mod, _ = make_scores()["two learned"]
     q, k, v = (normal(1, H, 9, D, seed=s).double().requires_grad_() for s in range(3))

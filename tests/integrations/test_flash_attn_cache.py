@@ -195,6 +195,18 @@ MISTAKES = {
         cache_call(block_table=pages(0, 1).view(2, 1), cache_seqlens=pages(9, 1)),
         "`cache_seqlens` must be in [0, 7]",
     ),
+    "a cache in one place": (
+        cache_call(k_cache=heads(1, 8, 2, 8).expand(2, 8, 2, 8)),
+        "`k_cache` must have a place in memory for each element",
+    ),
+    "one memory for both": (
+        (lambda one: cache_call(k_cache=one, v_cache=one))(heads(2, 8, 2, 8)),
+        "`k_cache` and `v_cache` must not share memory",
+    ),
+    "new keys out of the cache": (
+        (lambda one: cache_call(k_cache=one, k=one[:, 3:4]))(heads(2, 8, 2, 8)),
+        "`k_cache`",
+    ),
     "rows and pages": (
         cache_call(block_table=pages(0, 1).view(2, 1), cache_batch_idx=pages(0, 1)),
         "`cache_batch_idx` must be None",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import attention, attention_varlen
-from ...runtime import checks
+from ...runtime import checks, overlap
 from . import paged
 from .interface import alibi_of, causal_of, one_by_one, window_of
 from .rotary import rotate
@@ -97,6 +97,7 @@ def flash_attn_with_kvcache(
         q, k = _turned(q, k, rotary_cos, rotary_sin, lengths, rotary_interleaved, ordered)
     if k is not None:
         assert v is not None
+        _expect_writable(cache, _Others(q, k, v))
         _append(cache, k, v, lengths)
         lengths = lengths + k.shape[1]
     if _are_alike(lengths) and cache_leftpad is None:
@@ -185,6 +186,22 @@ def _turned(
     new, rows = (torch.arange(x.shape[1], device=q.device) for x in (k, q))
     k = rotate(k, cos, sin, first + new, interleaved)
     return rotate(q, cos, sin, first + (rows if ordered else 0 * rows), interleaved), k
+
+
+class _Others(NamedTuple):
+    """What a cache that is written must share no memory with."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _expect_writable(cache: _Cache, others: _Others) -> None:
+    for name, store in (("k_cache", cache.k), ("v_cache", cache.v)):
+        overlap.expect_writable(name, store)
+        overlap.expect_apart(name, store, others)
+    if overlap.share_memory(cache.k, cache.v):
+        raise ValueError("`k_cache` and `v_cache` must not share memory where `k` is written")
 
 
 def _append(cache: _Cache, k: Tensor, v: Tensor, lengths: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime import checks
+from ...runtime import checks, overlap
 
 __all__ = ["apply_rotary_emb"]
 
@@ -46,6 +46,8 @@ def apply_rotary_emb(
         raise ValueError(f"`cos` must be (S, R / 2) with R <= {x.shape[-1]}, got R = {2 * half}")
     positions = positions_of(x, seqlen_offsets, cu_seqlens)
     turned = rotate(x, cos, sin, positions, interleaved)
+    if inplace:
+        overlap.expect_writable("x", x)
     if inplace and not (torch.is_grad_enabled() and x.requires_grad):
         return x.copy_(turned)
     return turned
