@@ -191,9 +191,7 @@ def _kernel_gradients(
 ) -> None:
     q, k, v = qkv
     out, lse, dout, dlse = given
-    mine, masks = call.split(captured)
-    wanted = sums.wanted(len(mine))
-    points = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(mine)]
+    points, masks, wanted = _points(call, captured, sums)
     with torch.enable_grad():
         options = _options(call, row, q, [*points, *masks])
     bias = options.get("bias")
@@ -218,6 +216,16 @@ def _kernel_gradients(
         sums.add(number, place, gradient)
     if found.dbias is not None and bias is not None:
         _add_captured(bias, found.dbias, points, wanted, sums)
+
+
+def _points(
+    call: Call, captured: Sequence[Tensor], sums: _Sums
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """What the change of scores captured, to be differentiated; the mask's; which are wanted."""
+    mine, masks = call.split(captured)
+    wanted = sums.wanted(len(mine))
+    points = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(mine)]
+    return points, masks, wanted
 
 
 def _add_captured(
@@ -261,9 +269,7 @@ def _formula_gradients(
     q, k, v = qkv
     out, lse, dout, dlse = given
     wide = _wide(q)
-    mine, masks = call.split(captured)
-    wanted = sums.wanted(len(mine))
-    points = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(mine)]
+    points, masks, wanted = _points(call, captured, sums)
     raw = _raw(call, row, q, k).requires_grad_()
     with torch.enable_grad():
         scores, visible = _scores(call, row, raw, [*points, *masks])

@@ -13,12 +13,12 @@ name of his own before keeps torch's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch.nn.attention import flex_attention as torch_flex
 
 from ..flex.api import flex_attention
+from .switch import for_a_while
 
 __all__ = ["activate", "activated", "is_active", "restore"]
 
@@ -42,13 +42,6 @@ def is_active() -> bool:
     return bool(_before)
 
 
-@contextlib.contextmanager
-def activated() -> Iterator[None]:
+def activated() -> contextlib.AbstractContextManager[None]:
     """`activate()` for the body of a `with`; it leaves active what was active before."""
-    was_active = is_active()
-    activate()
-    try:
-        yield
-    finally:
-        if not was_active:
-            restore()
+    return for_a_while(is_active, activate, restore)

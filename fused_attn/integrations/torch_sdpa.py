@@ -27,7 +27,6 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from .. import attention, attention_backward
 from ..ops.attention import torch_sdpa as torch_backend
 from ..ops.attention.sdpa import scaled_dot_product_attention
 from ..ops.dispatch import UnsupportedError
+from .switch import for_a_while
 
 __all__ = ["activate", "activated", "is_active", "restore"]
 
@@ -80,16 +80,9 @@ def is_active() -> bool:
     return _state is not None
 
 
-@contextlib.contextmanager
-def activated() -> Iterator[None]:
+def activated() -> contextlib.AbstractContextManager[None]:
     """`activate()` for the body of a `with`; it leaves active what was active before."""
-    was_active = is_active()
-    activate()
-    try:
-        yield
-    finally:
-        if not was_active:
-            restore()
+    return for_a_while(is_active, activate, restore)
 
 
 class _State:
