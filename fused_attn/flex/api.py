@@ -82,7 +82,8 @@ def flex_attention(
         raise ValueError("`return_lse` must be False where `return_aux` is given")
     dtype = autocast.dtype_for(query)
     if dtype is not None:
-        query, key, value = (x.to(dtype) for x in (query, key, value))
+        given = (query, key, value)  # what is no tensor is for the checks to refuse
+        query, key, value = (x.to(dtype) if isinstance(x, Tensor) else x for x in given)
     key, value = _check(query, key, value, enable_gqa, block_mask)
     scale = checks.expect_finite("scale", query.shape[-1] ** -0.5 if scale is None else scale)
     mask_mod = getattr(block_mask, "mask_mod", block_mask)
