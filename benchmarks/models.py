@@ -84,7 +84,8 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def _by_turns(runs: list[Callable[[], object]]) -> list[float]:
+def by_turns(runs: list[Callable[[], object]]) -> list[float]:
+    """Seconds of each: the median of some rounds, or of one call where that is slow."""
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(ROUNDS + 1):
         for run, found in zip(runs, times, strict=True):
@@ -125,7 +126,7 @@ def _row(label: str, stock: nn.Module, ours: nn.Module, x: Tensor) -> dict[str, 
         with torch.no_grad():
             model(x)
 
-    mine, theirs = _by_turns([lambda: step(ours), lambda: step(stock)])
+    mine, theirs = by_turns([lambda: step(ours), lambda: step(stock)])
     apart = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     return {
         "model": label,

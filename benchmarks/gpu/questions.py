@@ -6,8 +6,10 @@ grow, a thread that has no context yet, large offsets, and what the compiler's o
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 import fused_attn
 from fused_attn.selftest import long
 
+from ..suites.machine import CHECKOUT
 from . import machine, measure
 
 BACKENDS = measure.BACKENDS
@@ -116,28 +119,37 @@ def packed_64k() -> None:
 
 
 def overlap() -> None:
-    """How fast the forward is as it is built; beside it what the model says of both orders."""
-    expected = {64: "370-440, 420-470", 128: "540-620, 620-660", 256: "-, 5-12 % more"}
+    """The forward's speed with its exponentials beside the product and behind it, by turns.
 
-    def at(head_dim: int) -> str:
-        shape = (2, 2048 // head_dim, 8192, head_dim)
-        q = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-        seconds = _seconds(lambda: fused_attn.attention(q, q, q, backend=BACKENDS[0]))
-        flops = 4 * shape[0] * shape[1] * shape[2] ** 2 * head_dim
-        model = f"model: as it was, overlapped: {expected[head_dim]}"
-        return f"{flops / seconds / 1e12:.0f} TFLOP/s ({model})"
+    The second order is a module of its own (`_C_late` in csrc/cuda/cuda.cmake), in a copy of the
+    package. Beside both stands what the model says of them.
+    """
+    built = Path(fused_attn.__file__).parent
+    folders = {"beside the product": built.parent}
+    if late := late_module():
+        folders["behind it"] = with_module(late, machine.WORK / "late")
+    else:
+        print("behind it: there is no _C_late in the build folder")
+    for _ in range(2):
+        for name, folder in folders.items():
+            environment = {**os.environ, "PYTHONPATH": str(folder)}
+            command = [sys.executable, "-m", "benchmarks.gpu.forward_speed", name]
+            subprocess.run(command, cwd=folder, env=environment, check=True)
 
-    answer({f"forward, head size {d}": lambda d=d: at(d) for d in expected})  # type: ignore
+
+def late_module() -> Path | None:
+    """Where the build left the other module, if it did."""
+    return next(iter((CHECKOUT / "build").glob("cmake-*/late/_C*")), None)
 
 
-def _seconds(run: Callable[[], object], rounds: int = 30) -> float:
-    """Of one call, between events, after a few."""
-    for _ in range(5):
-        run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(rounds):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / rounds / 1e3
+def with_module(module: Path, folder: Path) -> Path:
+    """A checkout of links in which the package has this module."""
+    package = folder / "fused_attn"
+    shutil.rmtree(folder, ignore_errors=True)
+    package.mkdir(parents=True)
+    (folder / "benchmarks").symlink_to(CHECKOUT / "benchmarks")
+    for path in Path(fused_attn.__file__).parent.iterdir():
+        if not path.name.startswith("_C."):
+            (package / path.name).symlink_to(path)
+    (package / module.name).symlink_to(module)
+    return folder

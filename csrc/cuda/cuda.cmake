@@ -6,6 +6,7 @@ set(FUSED_ATTN_CUDA auto CACHE STRING "Build the CUDA kernels: auto, on or off")
 set(FUSED_ATTN_CUDA_FAILURE "" CACHE STRING "What info says of the missing kernels")
 set(FUSED_ATTN_CUDA_ARCHS "80;90a" CACHE STRING "Architectures of the CUDA kernels")
 option(FUSED_ATTN_CUDA_TRAP "Kernels trap after a second in an mbarrier, for debugging" OFF)
+option(FUSED_ATTN_CUDA_LATE_EXP "A second module, to compare: exponentials behind the product" OFF)
 set(_fused_attn_oldest_nvcc 12.3)  # the first whose ptxas knows all that the kernels use
 
 # What is wrong with a compiler, if anything is.
@@ -111,4 +112,28 @@ function(fused_attn_add_cuda target)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   target_include_directories(${target} PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
   set_target_properties(${target} PROPERTIES LINKER_LANGUAGE CXX)
+  if(FUSED_ATTN_CUDA_LATE_EXP AND "90a" IN_LIST FUSED_ATTN_CUDA_ARCHS)
+    _fused_attn_late_module(${target} ${target}_late)
+  endif()
+endfunction()
+
+# The module once more, in the folder `late`: everything from the same objects, but the bfloat16
+# forward is compiled anew, as ptxas orders it when it may. `make gpu` times it beside the other.
+function(_fused_attn_late_module target late)
+  add_library(${late} MODULE $<TARGET_OBJECTS:${target}>)
+  _fused_attn_cuda_objects(${late} forward 90a csrc/attention/sm90/forward_bfloat16.cu)
+  target_compile_definitions(${late}_cuda_forward PRIVATE FUSED_ATTN_LATE_EXP)
+  add_dependencies(${late}_cuda_forward ${target}_cuda_hopper)  # which writes wgmma_wrappers.h
+  get_target_property(sources ${target} SOURCES)
+  list(FILTER sources INCLUDE REGEX "TARGET_OBJECTS")
+  list(REMOVE_ITEM sources "$<TARGET_OBJECTS:${target}_cuda_hopper>")
+  target_sources(${late} PRIVATE ${sources}
+    $<FILTER:$<TARGET_OBJECTS:${target}_cuda_hopper>,EXCLUDE,forward_bfloat16>)
+  target_link_libraries(${late} PRIVATE pybind11::module CUDA::cudart_static)
+  if(OpenMP_CXX_FOUND)
+    target_link_libraries(${late} PRIVATE OpenMP::OpenMP_CXX)
+  endif()
+  pybind11_extension(${late})
+  set_target_properties(${late} PROPERTIES LINKER_LANGUAGE CXX OUTPUT_NAME ${target}
+    LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/late)
 endfunction()

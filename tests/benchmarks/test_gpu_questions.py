@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import checks, parity, questions
+from benchmarks.gpu import checks, machine, parity, questions
 from benchmarks.gpu import compile as compile_part
 from fused_attn.runtime import native
 from fused_attn.selftest import long
@@ -26,7 +26,6 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no compiled part")
     monkeypatch.setattr(questions, "DEVICE", "cpu")
     monkeypatch.setattr(questions, "BACKENDS", ("cpu",))
-    monkeypatch.setattr(questions, "_seconds", lambda run: 0.01)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -49,14 +48,48 @@ def test_64k_tokens_are_asked_for_with_a_window_and_without(
     assert long.TOKENS == 65_536
 
 
-@pytest.mark.usefixtures("on_the_cpu")
-def test_the_forwards_speed_stands_beside_what_is_expected(
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Path]]:
+    """Which orders of the exponentials were timed, and which module each process had."""
+    found = []
+    truly_run = subprocess.run
+
+    def run(command: list[str], cwd: Path, env: dict[str, str], check: bool) -> None:
+        show = "import fused_attn; print(fused_attn.__file__)"
+        process = truly_run(
+            [sys.executable, "-c", show], cwd=cwd, env=env, capture_output=True, text=True
+        )
+        package = Path(process.stdout.strip()).parent
+        found.append((command[-1], next(package.glob("_C.*")).resolve()))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(machine, "WORK", tmp_path)
+    return found
+
+
+def test_both_orders_of_the_exponentials_are_timed_by_turns(
+    asked: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if native.why_not() is not None:
+        pytest.skip("no compiled part")
+    mine = Path(native.module().__file__).resolve()
+    late = tmp_path / "built" / mine.name
+    late.parent.mkdir()
+    shutil.copy2(mine, late)
+    monkeypatch.setattr(questions, "late_module", lambda: late)
+    questions.overlap()
+    assert asked == [("beside the product", mine), ("behind it", late)] * 2
+
+
+def test_without_the_other_module_the_question_says_so(
+    asked: list[tuple[str, Path]],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(questions, "late_module", lambda: None)
     questions.overlap()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[3] for line in lines] == ["64", "128", "256"]
-    assert all("110 TFLOP/s (model: as it was, overlapped: " in line for line in lines)
+    assert [name for name, _ in asked] == ["beside the product"] * 2
+    assert "there is no _C_late" in capsys.readouterr().out
 
 
 def test_an_error_is_an_answer_and_the_next_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
