@@ -322,6 +322,19 @@ def test_norms_of_rows_of_any_size(rms: bool, width: int, eps: float) -> None:
         assert (error < 64 * torch.finfo(torch.float32).eps).all(), error
 
 
+@pytest.mark.parametrize("width", [1, 3, 37, 20000])
+def test_a_norm_of_equal_numbers(width: int) -> None:
+    """y = 0 and dx = (dy - its mean) / sqrt(eps), however large the numbers are."""
+    dy = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([3.4e38, -3.4e38, 1e38, 1.7e38, 1.1e38])[:, None]
+    x = sizes.repeat(1, width).requires_grad_()
+    y = fused_attn.layer_norm(x, (width,), eps=1e-5, backend="triton")
+    assert torch.equal(y, torch.zeros_like(y))
+    [dx] = torch.autograd.grad(y, x, dy)
+    expected = (dy - dy.double().mean(-1, keepdim=True)) / 1e-5**0.5
+    assert ((dx - expected).abs() <= 1e-6 * dy.abs().amax() / 1e-5**0.5).all()
+
+
 def test_a_norm_in_the_words_of_the_report() -> None:
     x = torch.tensor([[1e20, 2e20, 3e20, -1e20]])
     y = fused_attn.layer_norm(x, (4,), backend="triton")

@@ -113,11 +113,24 @@ class HeadScores {
     }
   }
 
+  // Prefetches the tile's bias during the product that comes before it is read.
+  void prefetch_bias() {
+    with_bias_dtype<Real>(p.bias.dtype, [&](auto* tag) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      const int64_t stride = p.bias.stride[2];
+      if (stride == 0 || p.bias.stride[3] != 1) return;  // little memory, or lines of one number
+      const T* corner = at<const T>(p.bias, sequence.batch, head, i, j);
+      prefetcher.start_tile(byte_rows(corner, stride, map.keys, rows),
+                            product_tiles<Real>(rows, map.keys));
+    });
+  }
+
   // The tile's scores as apply_formula leaves them; raises `largest` to the largest of each query.
   void compute(Real* largest) {
     if (formula.plain && map.seen == Seen::kAll) {
       multiply_queries(then_prefetch(OverwriteAndMax<Real>{largest}, prefetcher));
     } else {
+      if (p.bias.data != nullptr) prefetch_bias();
       multiply_queries(then_prefetch(Overwrite{}, prefetcher));
       apply_formula<Real>(tile(), formula, scores, bias_, slope, largest);
     }

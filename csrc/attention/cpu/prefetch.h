@@ -94,12 +94,22 @@ class HeadPrefetcher {
     lines += first.lines() + second.lines();
     lines_ = calls == 0 ? 0 : (lines + calls - 1) / calls;
   }
+  // What this tile needs right after a product during which step() will be called `calls` times.
+  void start_tile(const ByteRows& rows, int64_t calls) {
+    tile_.start(rows);
+    tile_lines_ = calls == 0 ? 0 : (rows.lines() + calls - 1) / calls;
+  }
   FUSED_ATTN_INLINE void step() {
-    if (lines_ != 0) fetch();
+    if ((lines_ | tile_lines_) != 0) fetch();
   }
 
  private:
   FUSED_ATTN_NOINLINE void fetch() {
+    if (tile_lines_ != 0) {
+      tile_.fetch(tile_lines_);
+      if (tile_.done()) tile_lines_ = 0;
+    }
+    if (lines_ == 0) return;
     sets_[at_].fetch(lines_);
     while (sets_[at_].done()) {
       if (++at_ < 2 + kSets) continue;
@@ -109,6 +119,8 @@ class HeadPrefetcher {
     }
   }
 
+  RowPrefetcher<2> tile_;
+  int64_t tile_lines_ = 0;  // at a time; 0 when there are no more
   RowPrefetcher<2> sets_[2 + kSets];
   int at_ = 0;
   int64_t lines_ = 0;   // at a time; 0 when there are no more

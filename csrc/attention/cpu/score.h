@@ -100,6 +100,17 @@ inline void shape_scores(const ScoreTile& t, const ScoreFormula<Real>& formula, 
   });
 }
 
+// 16 keys from `key` on of 16 queries from `query` on, transposed: block[key][query].
+template <class Real, class T>
+FUSED_ATTN_INLINE void load_bias_block(const T* corner, int64_t stride_q, int rows, int query,
+                                       int key, int width, Vec<Real> (&block)[kLanes]) {
+  for (int r = 0; r < kLanes; ++r) {
+    block[r] = query + r < rows ? load_as<Real>(corner + (query + r) * stride_q + key, width)
+                                : Vec<Real>::zero();
+  }
+  transpose(block);
+}
+
 // The bias of a tile, transposed: to[key][query].
 template <class Real>
 inline void load_bias(const ScoreTile& t, const View4& view, Real* to) {
@@ -128,11 +139,7 @@ inline void load_bias(const ScoreTile& t, const View4& view, Real* to) {
       for (int c = 0; c < t.map.keys; c += kLanes) {
         const int width = smaller(t.map.keys - c, kLanes);
         Vec<Real> block[kLanes];
-        for (int r = 0; r < kLanes; ++r) {
-          block[r] = q + r < t.rows ? load_as<Real>(corner + (q + r) * stride_q + c, width)
-                                    : Vec<Real>::zero();
-        }
-        transpose(block);
+        load_bias_block(corner, stride_q, t.rows, q, c, width, block);
         for (int k = 0; k < width; ++k) block[k].store(to + (c + k) * kStrideQ + q);
       }
     }
@@ -164,6 +171,38 @@ inline void finish_scores(const TileMap& map, Real scale, const Real* bias, Real
   }
 }
 
+// The same from a bias whose keys lie side by side: it is added as it is read, and kept nowhere.
+template <class Real, bool kMask>
+inline void finish_with_bias(const ScoreTile& t, const View4& view, Real scale, Real* scores,
+                             Real* largest) {
+  using V = Vec<Real>;
+  const V hidden = V::set1(hidden_score<Real>(false));
+  const V factor = V::set1(scale);
+  with_bias_dtype<Real>(view.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const T* corner = at<const T>(view, t.sequence.batch, t.head, t.i, t.j);
+    for (int s = 0; s < t.map.num_segments; ++s) {
+      const Segment& segment = t.map.segments[s];
+      for (int g = segment.group_begin; g < segment.group_end; ++g) {
+        V most = V::load(largest + g * kLanes);
+        for (int c = segment.begin; c < segment.end; c += kLanes) {
+          const int width = smaller(segment.end - c, kLanes);
+          V block[kLanes];
+          load_bias_block(corner, view.stride[2], t.rows, g * kLanes, c, width, block);
+          for (int k = 0; k < width; ++k) {
+            Real* at = scores + (c + k) * kStrideQ + g * kLanes;
+            V score = fma(V::load(at), factor, block[k]);
+            if constexpr (kMask) score = select(lanes_of(t.map.visible, c + k, g), score, hidden);
+            score.store(at);
+            most = max(most, score);
+          }
+        }
+        most.store(largest + g * kLanes);
+      }
+    }
+  });
+}
+
 // Turns q . k into the final scores and raises `largest` to the largest one of each query. Plain
 // tiles keep q . k, with hidden_score where hidden.
 template <class Real>
@@ -178,6 +217,10 @@ inline void apply_formula(const ScoreTile& t, const ScoreFormula<Real>& formula,
   if (formula.softcap > 0 || t.p.alibi_slopes != nullptr) {
     shape_scores(t, formula, scores, slope);
     scale = 1;
+  }
+  if (t.p.bias.data != nullptr && t.p.bias.stride[2] != 0 && t.p.bias.stride[3] == 1) {
+    return mask ? finish_with_bias<Real, true>(t, t.p.bias, scale, scores, largest)
+                : finish_with_bias<Real, false>(t, t.p.bias, scale, scores, largest);
   }
   if (t.p.bias.data != nullptr) {
     load_bias(t, t.p.bias, bias);

@@ -169,6 +169,9 @@ class Backward {
   const H* load_statistics(int64_t i, Row<T, H, A>& row, H* values) const {
     row.mean = p_.mean == nullptr ? A(0) : static_cast<const A*>(p_.mean)[i];
     row.rstd = row.normal_rstd = static_cast<const A*>(p_.rstd)[i];
+    // All numbers of a row are its mean where that is so large beside their deviation; and what
+    // stands for 0 behind the row's end must not become infinite.
+    if (std::isfinite(row.rstd) && !std::isfinite(row.mean * row.rstd)) row.normal_rstd = A(0);
     constexpr A kLarge = sizeof(A) == 4 ? A(0x1p-100) : A(0x1p-1000);
     if (!(row.rstd < kLarge)) return row.h;
     constexpr A kFactor = A(0x1p-32);

@@ -111,9 +111,16 @@ class Forward {
     const int exponent = std::isfinite(largest) && largest > 0 ? std::ilogb(largest) : 0;
     for (int64_t j = 0; j < p_.width; ++j) values[j] = std::ldexp(h[j], -exponent);
     const double width = static_cast<double>(p_.width);
-    const A mean = p_.rms ? A(0) : static_cast<A>(sum_of(values) / width);
-    const double deviation = std::hypot(std::sqrt(sum_of_squares(values, mean) / width),
-                                        std::ldexp(std::sqrt(p_.eps), -exponent));
+    A mean = p_.rms ? A(0) : static_cast<A>(sum_of(values) / width);
+    if (!p_.rms) mean += static_cast<A>(sum_above(mean, values) / width);  // equal numbers: exactly
+    const double squares = sum_of_squares(values, mean);
+    if (squares == 0.0) {  // equal numbers, whose size says nothing about their deviation
+      const A rstd = static_cast<A>(1.0 / std::sqrt(p_.eps));
+      write_statistics(i, std::ldexp(mean, exponent), rstd);
+      return write_row(values, mean, rstd, y);
+    }
+    const double deviation =
+        std::hypot(std::sqrt(squares / width), std::ldexp(std::sqrt(p_.eps), -exponent));
     write_statistics(i, std::ldexp(mean, exponent),
                      static_cast<A>(std::ldexp(1.0 / deviation, -exponent)));
     write_row(values, mean, static_cast<A>(1.0 / deviation), y);
@@ -176,6 +183,15 @@ class Forward {
     double sum[1];
     sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
       acc[0] = acc[0] + load(h + i, lanes);
+    });
+    return sum[0];
+  }
+
+  double sum_above(A mean, const A* h) const {
+    double sum[1];
+    const V m = V::set1(mean);
+    sum_columns<A>(p_.width, sum, [=](int64_t i, auto lanes, V(&acc)[1]) FUSED_ATTN_BODY {
+      acc[0] = acc[0] + first(load(h + i, lanes) - m, lanes);
     });
     return sum[0];
   }

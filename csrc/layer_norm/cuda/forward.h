@@ -26,13 +26,18 @@ class ForwardRow {
     float mean = begin();
     float variance = spread(mean);
     RowPower power(1.0f);
-    float eps = p_.eps;
+    float eps = p_.eps, stored_power = 1.0f;
     if (out_of_range(variance)) {
       power = RowPower(device::largest(largest(), device::square_root(eps)));
       multiply(power.factor);
-      eps = eps * power.factor * power.factor;
-      mean = average();
+      mean = average(0.0f);
+      mean += average(mean);  // exactly the number that all of a row's are
       variance = spread(mean);
+      // The size of huge equal numbers says nothing about their deviation: eps alone counts.
+      if (variance != 0.0f || power.factor > 1.0f) {
+        eps = eps * power.factor * power.factor;
+        stored_power = power.factor;
+      }
     }
     const float rstd = device::reciprocal_root(variance + eps);
     void* y = row_of<T>(p_.y, row_, p_.width);
@@ -46,7 +51,7 @@ class ForwardRow {
     if (device::thread_index() % Shape::kThreads != 0) return;
     if (p_.mean != nullptr) device::global_store(p_.mean + row_, mean * power.inverse);
     if (p_.rstd != nullptr) {
-      device::global_store(p_.rstd + row_, product_of_any_size(rstd, power.factor));
+      device::global_store(p_.rstd + row_, product_of_any_size(rstd, stored_power));
     }
   }
 
@@ -65,13 +70,13 @@ class ForwardRow {
     return sum_over_row<Shape::kThreads>(sum, scratch_) / static_cast<float>(p_.width);
   }
 
-  // Of rows that have been multiplied since.
-  FUSED_ATTN_DEVICE float average() {
+  // Of what rows that have been multiplied since are above `from`.
+  FUSED_ATTN_DEVICE float average(float from) {
     if (p_.rms) return 0.0f;
     float sum = 0.0f;
     each([&](int, const float (&h)[kWidth]) {
       FUSED_ATTN_UNROLL_LOOP
-      for (int i = 0; i < kWidth; ++i) sum += h[i];
+      for (int i = 0; i < kWidth; ++i) sum += h[i] - from;
     });
     return sum_over_row<Shape::kThreads>(sum, scratch_) / static_cast<float>(p_.width);
   }

@@ -51,6 +51,8 @@ def normalize(h: Tensor, weight: Tensor | None, bias: Tensor | None, options: Op
     """The norm itself; statistics and arithmetic in float32 (float64 for float64)."""
     dims = tuple(range(-options.dims, 0))
     z = h.to(compute_dtype(h.dtype))
+    if not options.rms and 0 not in z.shape:
+        z = z - _equal_numbers(z, dims)
     factor = _power_of_two(z, dims, options.eps)
     z = z * factor
     if not options.rms:
@@ -61,6 +63,16 @@ def normalize(h: Tensor, weight: Tensor | None, bias: Tensor | None, options: Op
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(h.dtype)
+
+
+def _equal_numbers(z: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """What all numbers of a row are, if they are one, else 0.
+
+    A norm does not see what is added to a whole row. Without it equal numbers are exactly 0, and
+    their mean cannot overflow.
+    """
+    largest = z.detach().amax(dims, keepdim=True)
+    return torch.where(largest == z.detach().amin(dims, keepdim=True), largest, 0.0)
 
 
 def _power_of_two(z: Tensor, dims: tuple[int, ...], eps: float) -> Tensor | float:

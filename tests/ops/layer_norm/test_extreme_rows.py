@@ -93,7 +93,7 @@ def test_rows_of_any_size(
 
 
 @each_norm
-@pytest.mark.parametrize("size", [2.0**126, 1.0, 2.0**-100])
+@pytest.mark.parametrize("size", [2.0**126, 1.0, 2.0**-100, 2.0**-120])
 @pytest.mark.parametrize("eps", [1e-5, 1e-12, 1e-30, 1e-38, 0.0])
 def test_eps_keeps_its_meaning(norm: Norm, size: float, eps: float, backend: str) -> None:
     x = rows_of(size, 64, torch.float32)
@@ -102,6 +102,24 @@ def test_eps_keeps_its_meaning(norm: Norm, size: float, eps: float, backend: str
     if norm is layer_norm:
         z = z - z.mean(-1, keepdim=True)
     check("y", y, z / torch.sqrt((z * z).mean(-1, keepdim=True) + eps))
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-12, 1.0])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 33, 256, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_of_equal_numbers(width: int, eps: float, dtype: torch.dtype, backend: str) -> None:
+    """y = 0 and dx = (dy - its mean) / sqrt(eps), however large the numbers are."""
+    top = torch.finfo(dtype).max
+    sizes = torch.tensor([top, -top, top / 2, top / 3, top / 5, top / 300], dtype=torch.float64)
+    x = sizes[:, None].repeat(1, width).to(dtype).requires_grad_()
+    y = layer_norm(x, (width,), eps=eps, backend=backend)
+    assert torch.equal(y, torch.zeros_like(y))
+    dy = torch.randn(len(sizes), width).to(dtype)
+    y.backward(dy)
+    g = dy.double()
+    # Widths of one and a few: what is left of dy may be nothing but rounding.
+    error = x.grad.double() - (g - g.mean(-1, keepdim=True)) / eps**0.5
+    assert (error.abs() <= 8 * torch.finfo(dtype).eps * g.abs().amax() / eps**0.5).all()
 
 
 def test_equal_rows_stay_equal(backend: str) -> None:

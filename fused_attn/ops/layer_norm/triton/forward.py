@@ -47,19 +47,32 @@ def _factor(largest, eps):
 
 
 @triton.jit
-def _statistics_of_tile(h, inside, width, eps, RMS: tl.constexpr):
-    """(mean, variance + eps) of whole rows."""
+def _statistics_of_tile(h, inside, width, RMS: tl.constexpr, TWICE: tl.constexpr = False):
+    """(mean, variance) of whole rows. TWICE: the mean of equal numbers is exactly theirs."""
     mean = tl.zeros_like(tl.sum(h, 1))
     if not RMS:
         mean = tl.sum(h, 1) / width
+        if TWICE:
+            mean += tl.sum(tl.where(inside, h - mean[:, None], 0.0), 1) / width
     centred = tl.where(inside, h - mean[:, None], 0.0)
-    return mean, tl.sum(centred * centred, 1) / width + eps
+    return mean, tl.sum(centred * centred, 1) / width
+
+
+@triton.jit
+def _add_eps(variance, factor, eps):
+    """(variance + eps, the power of two in its root), of rows times `factor`.
+
+    The size of huge equal numbers says nothing about their deviation: eps alone counts.
+    """
+    root = tl.sqrt_rn(eps) * factor
+    equal = (variance == 0.0) & (factor < 1.0)
+    return tl.where(equal, eps, variance + root * root), tl.where(equal, 1.0, factor)
 
 
 @triton.jit
 def _layer_norm_statistics(x, residual, dropout, factor, row0, num_rows, width, eps,
                            DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                           RMS: tl.constexpr):  # fmt: skip
+                           RMS: tl.constexpr, TWICE: tl.constexpr = False):  # fmt: skip
     """(mean, variance, largest number) of rows that are wider than a tile, times `factor`."""
     mean = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
@@ -68,6 +81,13 @@ def _layer_norm_statistics(x, residual, dropout, factor, row0, num_rows, width, 
             h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
             mean += tl.sum(h * factor[:, None], 1)
         mean = mean / width
+        if TWICE:
+            rest = tl.zeros([ROWS], tl.float32)
+            for col0 in tl.range(0, width, COLS):
+                h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
+                inside = (col0 + tl.arange(0, COLS))[None, :] < width
+                rest += tl.sum(tl.where(inside, h * factor[:, None] - mean[:, None], 0.0), 1)
+            mean += rest / width
     square = tl.zeros([ROWS], tl.float32)
     for col0 in tl.range(0, width, COLS):
         h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
@@ -105,15 +125,16 @@ def _layer_norm_forward_kernel(
     dropout = Dropout(rng, threshold, drop_scale)
     row0 = tl.program_id(0) * ROWS
     factor = tl.full([ROWS], 1.0, tl.float32)
+    power = factor
     if WHOLE:
         inside = tl.arange(0, COLS)[None, :] < width
         h = load_sum(x, residual, dropout, row0, 0, num_rows, width, DTYPE, ROWS, COLS)
-        mean, variance = _statistics_of_tile(h, inside, width, eps, RMS)
+        mean, variance = _statistics_of_tile(h, inside, width, RMS)
+        variance += eps
         if _is_extreme(variance):
             factor = _factor(tl.max(tl.abs(h), 1), eps)
-            root = tl.sqrt_rn(eps) * factor
-            mean, variance = _statistics_of_tile(h * factor[:, None], inside, width, root * root,
-                                                 RMS)  # fmt: skip
+            mean, variance = _statistics_of_tile(h * factor[:, None], inside, width, RMS, True)
+            variance, power = _add_eps(variance, factor, eps)
         rstd = 1.0 / tl.sqrt_rn(variance)
         _write(y, h_out, weight, bias, h, mean, rstd, factor, row0, 0, num_rows, width, ROWS, COLS)
     else:
@@ -123,11 +144,11 @@ def _layer_norm_forward_kernel(
         variance += eps
         if _is_extreme(variance):
             factor = _factor(largest, eps)
-            root = tl.sqrt_rn(eps) * factor
             mean, variance, _largest = _layer_norm_statistics(
-                x, residual, dropout, factor, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS
-            )
-            variance += root * root
+                x, residual, dropout, factor, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS,
+                True,
+            )  # fmt: skip
+            variance, power = _add_eps(variance, factor, eps)
         rstd = 1.0 / tl.sqrt_rn(variance)
         for col0 in tl.range(0, width, COLS):
             h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
@@ -137,4 +158,4 @@ def _layer_norm_forward_kernel(
     if mean_out is not None:
         tl.store(mean_out + row, mean / factor, mask=row < num_rows)
     if rstd_out is not None:
-        tl.store(rstd_out + row, rstd * factor, mask=row < num_rows)
+        tl.store(rstd_out + row, rstd * power, mask=row < num_rows)
