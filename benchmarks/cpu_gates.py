@@ -111,15 +111,9 @@ def _print(result: dict[str, object]) -> None:
     )
 
 
-def _save(results: Sequence[dict[str, object]], threads: int, avx2: bool, whole: bool) -> None:
-    complete = [result for result in results if "ratio" in result]
+def _record(threads: int, avx2: bool) -> Path:
     name = f"cpu_gates{'_avx2' if avx2 else ''}{'' if threads == 1 else f'_{threads}_threads'}.csv"
-    path = RESULTS / folder_name() / name
-    if whole:
-        path.unlink(missing_ok=True)  # classes that are no more
-    if complete:
-        save_rows(path, complete, "class")
-    print(f"recorded {len(complete)} classes in {name}")
+    return RESULTS / folder_name() / name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,12 +141,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for threads in options.threads:
         clock = "one thread, CPU time" if threads == 1 else "two threads, wall time"
         print(f"\n{clock}\n{HEADER}")
+        record = _record(threads, options.avx2)
+        if options.save and not options.only:
+            record.unlink(missing_ok=True)  # classes that are no more
         for gate in gates:
             results.append(measure(gate, threads))
             _print(results[-1])
+            if options.save and "ratio" in results[-1]:
+                save_rows(record, [results[-1]], "class")  # a run that is stopped leaves them
         if options.save:
-            taken = [r for r in results if r["threads"] == threads]
-            _save(taken, threads, options.avx2, whole=not options.only)
+            print(f"recorded in {record.name}")
     failed = [r for r in results if r["threads"] == 1 and r["verdict"] not in (HOLDS, GOAL)]
     print(f"{len(results) - len(failed)} classes hold, {len(failed)} do not")
     return 1 if failed else 0

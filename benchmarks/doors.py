@@ -150,17 +150,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="record under benchmarks/results/")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = []
     for name, which in MODELS.items():
         for dtype in DTYPES:
             wanted = [work for work in WORK if options.only in f"{name} {dtype} {work}"]
             wanted = [work for work in wanted if work != "generate" or which.generates]
             models = sides(which, DTYPES[dtype]) if wanted else {}
             for work in wanted:
-                found.append(row(name, dtype, work, models))
-                print(" ".join(f"{key}={value}" for key, value in found[-1].items()), flush=True)
-    if options.save and found:
-        save_rows(RESULTS / folder_name() / "doors.csv", found, "model")
+                found = row(name, dtype, work, models)
+                print(" ".join(f"{key}={value}" for key, value in found.items()), flush=True)
+                if options.save:
+                    save_rows(RESULTS / folder_name() / "doors.csv", [found], "model")
     return 0
 
 

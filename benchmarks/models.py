@@ -144,12 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="record under benchmarks/results/")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = []
     for row in rows(options.only):
-        found.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if options.save and found:
-        save_rows(RESULTS / folder_name() / "models.csv", found, "model")
+        if options.save:
+            save_rows(RESULTS / folder_name() / "models.csv", [row], "model")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from . import dispatch
 from .attention.api import attention, explain_attention
 from .explanation import Explanation
-from .operations import operation_of
+from .operations import is_operation, operation_of
+
+PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class ModuleExplanation:
-    """Who runs the calls inside a module.
+    """Who runs the calls inside a module, or inside a function that is made of others.
 
     Attributes:
-        module: name of the module's class.
+        module: name of the module's class, or of the function.
         calls: an `Explanation` for each different call, in order.
         notes: what modules say of how they run: packed or not, and why.
     """
@@ -55,11 +58,12 @@ def explain(*arguments: Any, **named: Any) -> Any:
         print(fused_attn.explain(fused_attn.layer_norm, x, (64,)))
         print(fused_attn.explain(module, x, x, x, need_weights=False))
 
-    The call is checked as the function checks it, and for a function nothing is computed. A module
-    is called once, as it is (mode, gradients, hooks).
+    The call is checked as the function checks it, and for an operation nothing is computed. A
+    module is called once, as it is (mode, gradients, hooks), and so is a function that is made of
+    others (`flex_attention`, `merge_attention`, `attention_backward`, the searches).
 
     Returns:
-        An `Explanation`: print it, or read its `chosen` and `reasons`. For a module a
+        An `Explanation`: print it, or read its `chosen` and `reasons`. For what is called a
         `ModuleExplanation` with its `calls`, each different one once, and `notes`.
 
     Raises:
@@ -69,9 +73,11 @@ def explain(*arguments: Any, **named: Any) -> Any:
         return explain_attention(*arguments, **named)
     first, *rest = arguments
     if isinstance(first, nn.Module):
-        return _explain_module(first, rest, named)
+        return _explain_calls(type(first).__name__, first, rest, named)
     if first is attention:
         return explain_attention(*rest, **named)
+    if not is_operation(first) and _is_ours(first):
+        return _explain_calls(first.__name__, first, rest, named)
     operation_of(first)
 
     def hear(told: Explanation | str) -> None:
@@ -86,14 +92,21 @@ def explain(*arguments: Any, **named: Any) -> Any:
     raise AssertionError(f"{first.__name__} has asked no backend")
 
 
-def _explain_module(module: nn.Module, arguments: list[Any], named: dict[str, Any]) -> Any:
+def _is_ours(function: Callable[..., Any]) -> bool:
+    """Public functions that are made of others."""
+    return inspect.isfunction(function) and function.__module__.split(".")[0] == PACKAGE
+
+
+def _explain_calls(
+    name: str, run: Callable[..., Any], arguments: list[Any], named: dict[str, Any]
+) -> ModuleExplanation:
     told: list[Explanation | str] = []
     with dispatch.watching(told.append):
-        module(*arguments, **named)
+        run(*arguments, **named)
     unique = list(dict.fromkeys(told))
     calls = tuple(each for each in unique if isinstance(each, Explanation))
     notes = tuple(each for each in unique if isinstance(each, str))
-    return ModuleExplanation(type(module).__name__, calls, notes)
+    return ModuleExplanation(name, calls, notes)
 
 
 def last_backend(function: Callable[..., Any] = attention) -> str | None:

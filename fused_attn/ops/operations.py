@@ -55,6 +55,11 @@ class Operation:
         return self.package.BACKENDS
 
 
+def is_operation(function: Callable[..., Any]) -> bool:
+    """Whether a function is a call of one operation."""
+    return any(function in operation.functions for operation in OPERATIONS)
+
+
 def operation_of(function: Callable[..., Any]) -> Operation:
     """The operation that a public function is a call of.
 

@@ -116,6 +116,22 @@ def test_a_module_without_our_operations_says_so() -> None:
     assert "runs no operation" in str(fused_attn.explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))
 
 
+@pytest.mark.parametrize("name", ["flex_attention", "attention_backward"])
+def test_a_function_made_of_others_explains_their_calls(name: str) -> None:
+    q = torch.randn(1, 2, 5, 4)
+    out, lse = fused_attn.attention(q, q, q, return_lse=True)
+    rest = (out, lse) if name == "attention_backward" else ()
+    told = fused_attn.explain(getattr(fused_attn, name), *[q] * (4 if rest else 3), *rest)
+    assert told.module == name
+    assert [call.chosen for call in told.calls] == [fused_attn.explain(q, q, q).chosen]
+
+
+def test_a_function_of_torchs_own_functions_says_so() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    told = fused_attn.explain(fused_attn.merge_attention, q, q.sum(-1), q, q.sum(-1))
+    assert "runs no operation" in str(told)
+
+
 def test_who_cannot_be_explained_is_told_who_can() -> None:
     with pytest.raises(TypeError, match="`function` must be one of attention, attention_varlen"):
         fused_attn.explain(torch.relu, torch.ones(1))
