@@ -95,7 +95,8 @@ def fuse(
     Args:
         model: changed in place. May itself be one of the modules.
         skip: modules to leave alone, by qualified name (shell patterns, as "decoder.*") or class.
-        linears: swap every nn.Linear as well, wherever it stands: a gain on processors whose
+        linears: swap every nn.Linear as well, wherever it stands, and linears of others that are
+            known (transformers' Conv1D, which GPT-2 is made of): a gain on processors whose
             products `fused_attn.linear` does faster than torch, and no loss elsewhere.
 
     Returns:
@@ -259,7 +260,7 @@ def _candidates(names: dict[str, nn.Module], drop_ins: DropIns) -> dict[str, Can
             continue
         known: Known = None
         if not isinstance(module, torch.jit.ScriptModule):
-            known = foreign.fused_class(module, cls)
+            known = foreign.fused_class(module, cls, nn.Linear in drop_ins)
         if known is None and not _is_candidate(module, drop_ins):
             known = foreign.why_unknown(cls)
             if known is None:

@@ -70,6 +70,9 @@ PyMethodDef kMethods[] = {
 
 void bind_attention(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), kMethods) != 0) throw py::error_already_set();
+  m.def(
+      "attention_last_decode_parts", [] { return last_decode_parts; },
+      "Into how many parts of the keys this thread's last decoding was split.");
 }
 
 }  // namespace fused_attn::attention

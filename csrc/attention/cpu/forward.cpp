@@ -1,6 +1,7 @@
 // Forward attention on the CPU: out = softmax(scores) v, block of queries by block of queries, with
 // the running softmax over tiles of keys. Compiled once per instruction-set level.
 #include "attention/cpu/decode.h"
+#include "attention/cpu/dispatch.h"
 #include "attention/cpu/forward_head.h"
 #include "attention/cpu/kernels.h"
 
@@ -33,6 +34,7 @@ class SplitKeys {
   void run() const {
     const int64_t wanted = threads_ == 1 ? 1 : ceil_div(kTasksPerThread * threads_, tasks_);
     const int64_t parts = larger<int64_t>(1, smaller(wanted, p_.seqlen_k / kMinPart));
+    last_decode_parts = parts;
     if (parts == 1) {
       parallel_for(threads_, tasks_, [&](int64_t t) {
         pass(t, [](F& decode) {

@@ -15,14 +15,19 @@ from typing import Any
 
 from torch import nn
 
-from . import feed_forwards, norms, residuals
+from . import feed_forwards, linears, norms, residuals
 from .formula import formula_of
 
 Converter = Callable[[Any], "type[nn.Module] | str | None"]
 
 REGISTERED: dict[type[nn.Module], type[nn.Module] | Converter] = {}
 STOCK: dict[type[nn.Module], type[nn.Module]] = {}  # of each class that was put in, whose place
-_FORMS = {**norms.NORMS, **feed_forwards.FEED_FORWARDS, **residuals.RESIDUALS}
+_FORMS = {
+    **norms.NORMS,
+    **feed_forwards.FEED_FORWARDS,
+    **residuals.RESIDUALS,
+    **linears.LINEARS,
+}
 
 _NORM = re.compile(r"Norm(2d|Fp32|1P|Gated|PerHead)*$")
 _FEED_FORWARD = re.compile(r"(MLP|Mlp|FeedForward|Intermediate|FFN|DenseActDense|GatedActDense)$")
@@ -56,8 +61,15 @@ def register(cls: type[nn.Module], converter: type[nn.Module] | Converter | None
     REGISTERED[cls] = converter
 
 
-def fused_class(module: nn.Module, cls: Any) -> type[nn.Module] | str | None:
+def fused_class(
+    module: nn.Module, cls: Any, with_linears: bool = False
+) -> type[nn.Module] | str | None:
     """What to put in the place of `module` of class `cls`, why nothing, or None if unknown.
+
+    Args:
+        module: it is asked for its attributes.
+        cls: its class, without parametrizations.
+        with_linears: single linears count too.
 
     Raises:
         TypeError: a registered function returns something else.
@@ -75,7 +87,7 @@ def fused_class(module: nn.Module, cls: Any) -> type[nn.Module] | str | None:
     if cls.__module__.startswith("torch.") or cls.forward is nn.Module.forward:
         return None
     formula = formula_of(cls)
-    if formula is None:
+    if formula is None or (formula.text in linears.LINEARS and not with_linears):
         return None
     reason: str | None = None
     for number, form in enumerate(_FORMS.get(formula.text, ())):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.bias_activation.api import bias_activation
-from ...ops.linear.torch_linear import torch_linear
 from ...runtime import higher_order
 from .. import feed_forward as ours
-from ..linear import call_linear, is_plain
+from ..linear import call_linear, is_plain, project
 from ..residual import has_hooks, is_plain_tensor
 from .formula import Form, Formula, Fused
 
@@ -181,10 +180,13 @@ FEED_FORWARDS: dict[str, tuple[Form, ...]] = {
 }
 
 
+_CONV1D = ("Conv1D", "FusedConv1D")  # as it is, and after `fuse(model, linears=True)`
+
+
 def _is_conv1d(module: Any) -> bool:
     """GPT-2's linear, whose weight is (in, out)."""
     cls = type(module)
-    return f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D"
+    return cls.__module__ == "transformers.pytorch_utils" and cls.__name__ in _CONV1D
 
 
 def _of_conv1d(x: Tensor, one: Any, act: Any, drop: nn.Module, two: nn.Module) -> Tensor | None:
@@ -194,9 +196,9 @@ def _of_conv1d(x: Tensor, one: Any, act: Any, drop: nn.Module, two: nn.Module) -
         return None
     dtype = ours.product_dtype(x)
     if dtype.itemsize < 4:  # the bias inside the product: its sum is rounded once
-        y = bias_activation(torch_linear(x, one.weight.t(), one.bias), activation=name)
+        y = bias_activation(project(x, one.weight.t(), one.bias), activation=name)
     else:
-        y = bias_activation(torch_linear(x, one.weight.t()), one.bias, activation=name)
+        y = bias_activation(project(x, one.weight.t()), one.bias, activation=name)
     return call_linear(two, drop(y))
 
 

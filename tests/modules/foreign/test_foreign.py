@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 pytest.importorskip("transformers")
 
 from fused_attn import fuse, unfuse
-from fused_attn.modules import foreign
+from fused_attn.modules import foreign, linear
+from fused_attn.modules.foreign import linears as foreign_linears
 from fused_attn.modules.foreign.formula import formula_of
 from tests.cases import transformers_models as zoo
 from tests.cases.calls import counted
@@ -66,6 +67,47 @@ def test_models_of_transformers(name: str, calls: list[str]) -> None:
         assert zoo.difference(zoo.logits(model, zoo.inputs(name)), expected) <= zoo.LIMIT
     unfuse(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linears_whose_weight_is_transposed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's Conv1D: with `linears=True` its products are ours where ours are faster."""
+    model = zoo.make("GPT-2").to(dtype)
+    stock, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    report = fuse(model, linears=True)
+    kinds = [swap.before for swap in report.swapped]
+    assert kinds.count("Conv1D") == 8
+    assert "Linear" in kinds
+    products: list[int] = []
+
+    def project(*given: Tensor) -> Tensor:
+        products.append(1)
+        return linear.project(*given)
+
+    monkeypatch.setattr(foreign_linears, "project", project)
+    found = zoo.logits(model, zoo.inputs("GPT-2"))
+    assert len(products) >= 6  # a feed-forward calls its first one itself
+    true = zoo.logits(exact, zoo.inputs("GPT-2"))
+    errors = [
+        float((x.double() - true).detach().norm())
+        for x in (found, zoo.logits(stock, zoo.inputs("GPT-2")))
+    ]
+    assert errors[0] <= 2 * errors[1] + 1e-6
+    unfuse(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_a_hook_on_such_a_linear_is_called() -> None:
+    model = zoo.make("GPT-2")
+    fuse(model, linears=True)
+    seen = []
+    for block in model.transformer.h:
+        for part in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            part.register_forward_hook(lambda *_: seen.append(1))
+    zoo.logits(model, zoo.inputs("GPT-2"))
+    assert len(seen) == 4 * len(model.transformer.h)
 
 
 def test_trained_weights_stay_and_the_optimizer_never_notices() -> None:
