@@ -67,6 +67,9 @@ def _forward_dense(
     p, lse = _softmax(s, operands.sinks)
     p = _dropout(p, operands.dropout_rng, options.dropout_p)
     out = (p @ v).to(q.dtype)
+    if visible is not None or operands.bias is not None:
+        # Who sees no key may have any gradient, and 0 * NaN is NaN.
+        out = torch.where((s.detach() == -torch.inf).all(-1, keepdim=True), 0.0, out)
     if compute in (torch.float16, torch.bfloat16):
         lse = lse.float()
     if weights == NO_WEIGHTS:
