@@ -85,6 +85,19 @@ def test_fusing_twice_changes_nothing_more() -> None:
     assert report.left_alone == ()
 
 
+def test_fused_twice_one_unfuse_takes_it_all_back() -> None:
+    model = transformer()
+    before = {name: type(module) for name, module in model.named_modules()}
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    first = fuse(model)
+    fuse(model)
+    back = unfuse(model)
+    assert {s.name for s in back.swapped} == {s.name for s in first.swapped}
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert unfuse(model).swapped == ()
+
+
 def test_the_model_itself_may_be_the_module() -> None:
     module = nn.MultiheadAttention(E, H)
     report = fuse(module)
@@ -210,6 +223,16 @@ def test_skip_takes_classes_and_names() -> None:
     assert type(model.decoder.layers[0].self_attn) is FusedMultiheadAttention
     assert type(model.encoder.layers[1].self_attn) is nn.MultiheadAttention
     assert type(model.encoder.layers[0].self_attn) is FusedMultiheadAttention
+
+
+@pytest.mark.parametrize("base", [nn.Module, nn.TransformerEncoderLayer])
+def test_skip_by_a_base_class_means_its_subclasses_too(base: type[nn.Module]) -> None:
+    """As isinstance has it: whoever skips all modules skips all."""
+    model = transformer()
+    fuse(model, skip=base)
+    assert type(model.encoder.layers[0]) is nn.TransformerEncoderLayer
+    expected = FusedMultiheadAttention if base is not nn.Module else nn.MultiheadAttention
+    assert type(model.encoder.layers[0].self_attn) is expected
 
 
 @pytest.mark.parametrize("bad", [[3], [int], [None]])

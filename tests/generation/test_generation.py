@@ -112,6 +112,52 @@ def test_a_wide_beam_finds_the_best_of_all_sentences(penalty: float, seed: int) 
     assert abs(float(found.scores[0]) - scores[best]) < 1e-5
 
 
+def ends_early(seed: int) -> Seq2SeqTransformer:
+    """A model that may end anywhere: the end is about as likely as any other token."""
+    model = sharp(seed, src_vocab=5, tie_embeddings=False)
+    with torch.no_grad():
+        model.generator.weight.mul_(0.5)
+        model.generator.weight[EOS] *= 3.0
+    return model
+
+
+def search_to_the_end(
+    model: Seq2SeqTransformer, src: Tensor, longest: int, beams: int, penalty: float
+) -> tuple[tuple[int, ...], float]:
+    """Beam search in plain Python that never stops early."""
+    alive: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    done: list[tuple[float, tuple[int, ...]]] = []
+    for length in range(1, longest + 1):
+        tried = sorted(
+            (
+                (log_probability(model, src, (*tokens, token)), (*tokens, token))
+                for _, tokens in alive
+                for token in (3, 4, EOS)
+            ),
+            reverse=True,
+        )
+        scale = ((5 + length) / 6) ** penalty
+        done += [(total / scale, y) for total, y in tried[:beams] if y[-1] == EOS]
+        alive = [(total, y) for total, y in tried if y[-1] != EOS][:beams]
+    cut = [(total / ((5 + longest) / 6) ** penalty, y) for total, y in alive]
+    score, tokens = max(done + cut)
+    return tokens, score
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
+def test_sentences_that_end_early_are_those_of_a_search_that_goes_on(penalty: float) -> None:
+    src, lengths, longest = torch.tensor([[3, 4, 3]]), set(), 6
+    for seed in range(6):
+        model = ends_early(seed)
+        found = beam_search(model, src, **ENDS, max_len=longest, beams=2, length_penalty=penalty)
+        tokens, score = search_to_the_end(model, src, longest, 2, penalty)
+        assert tuple(found.tokens[0].tolist()) == tokens
+        assert abs(float(found.scores[0]) - score) < 1e-5
+        lengths.add(len(tokens) if tokens[-1] == EOS else 0)
+    assert lengths - {0}  # else the penalty and the early stop would decide nothing
+
+
 def test_one_beam_without_penalty_is_greedy() -> None:
     for seed in range(5):
         model, src = sharp(seed), batch()

@@ -21,6 +21,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 DECODING = {
     "one query": Case(seqlen_k=700, seqlen_q=1, num_heads=4, num_heads_kv=2),
     "padded": Case(3, 4, 2, 1, 700, padding="empty"),
+    "keys that no number of parts divides": Case(seqlen_k=1021, seqlen_q=1),
+    "a last part of one key": Case(seqlen_k=1025, seqlen_q=1, num_heads_kv=1),
     "everything": Case(
         num_heads=4, num_heads_kv=2, seqlen_q=3, seqlen_k=600, head_dim=20, head_dim_v=12,
         causal="lower_right", window=(500, 0), padding="mask", mask="b1qk", bias="1hqk",

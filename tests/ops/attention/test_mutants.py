@@ -130,7 +130,9 @@ def test_nan_in_dout_of_a_row_that_sees_no_key(how: str, attention_backend: str)
 def test_a_call_leaves_nothing_in_the_kernels_memory(seqlen_q: int, attention_backend: str) -> None:
     """First a call whose every number is NaN, then one that must not hear of it."""
     if attention_backend == "triton" and triton_device.interpreted():
-        pytest.skip("its kernels have no memory but torch's, which every test poisons; minutes long")
+        pytest.skip(
+            "its kernels have no memory but torch's, which every test poisons; minutes long"
+        )
     shapes = (2, 4, seqlen_q, 16), (2, 2, 70, 16), (2, 2, 70, 24)
 
     def call(given: list[Tensor]) -> list[Tensor]:
@@ -150,3 +152,25 @@ def test_a_call_leaves_nothing_in_the_kernels_memory(seqlen_q: int, attention_ba
     call([torch.full(shape, torch.nan, requires_grad=True) for shape in shapes])
     for before, after in zip(expected, call(given), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_bias_of_a_third_dtype_under_autocast(bias: torch.dtype, autocast: torch.dtype) -> None:
+    """q, k and v take autocast's dtype; the bias is added in float32, whatever it is."""
+    q, k, v = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3))
+    given = torch.randn(2, 9, 9).to(bias).requires_grad_()
+    try:
+        with torch.autocast("cpu", autocast):
+            out = attention(q, k, v, bias=given)
+    except TypeError as error:
+        assert "`bias`" in str(error)
+        return
+    assert out.dtype == autocast
+    rounded = [x.to(autocast).double() for x in (q, k, v)]
+    true = attention(*rounded, bias=given.double())
+    assert (out.double() - true).abs().max() < 4 * torch.finfo(autocast).eps
+    [gradient] = torch.autograd.grad(out.float().sin().sum(), given)
+    [right] = torch.autograd.grad(true.sin().sum(), given)
+    assert gradient.dtype == bias
+    assert (gradient.double() - right.double()).abs().max() < 16 * torch.finfo(autocast).eps
