@@ -160,12 +160,8 @@ def test_a_bias_of_a_third_dtype_under_autocast(bias: torch.dtype, autocast: tor
     """q, k and v take autocast's dtype; the bias is added in float32, whatever it is."""
     q, k, v = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3))
     given = torch.randn(2, 9, 9).to(bias).requires_grad_()
-    try:
-        with torch.autocast("cpu", autocast):
-            out = attention(q, k, v, bias=given)
-    except TypeError as error:
-        assert "`bias`" in str(error)
-        return
+    with torch.autocast("cpu", autocast):
+        out = attention(q, k, v, bias=given)
     assert out.dtype == autocast
     rounded = [x.to(autocast).double() for x in (q, k, v)]
     true = attention(*rounded, bias=given.double())
