@@ -11,6 +11,12 @@ from fused_attn.runtime import native
 
 from .timing import ROUNDS, DeviceClock, HostClock
 
+# The ceilings of the roofline, by the name that results carry, in words.
+CEILINGS = {
+    "multiply-adds": "multiply-adds in registers (one core's arithmetic, times threads)",
+    "GEMM": "GEMM (torch's product of large matrices)",
+    "copy": "copy (torch's copy of a tensor larger than any cache)",
+}
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}  # far more than any cache holds
 

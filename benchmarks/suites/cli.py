@@ -18,6 +18,7 @@ from .suites import SUITES, find
 COMMANDS = ("list", "report", "compare")
 PROGRAM = "python -m benchmarks"
 PASSES = 3
+README = machine.CHECKOUT / "README.md"
 HERE = Path("HERE")  # stands for the machine's own folder until the device is known
 DESCRIPTION = """Measure us and our peers side by side.
 
@@ -273,7 +274,7 @@ def _report(arguments: list[str]) -> int:
         "--readme",
         nargs="?",
         type=Path,
-        const=machine.CHECKOUT / "README.md",
+        const=README,
         default=None,
         metavar="README.md",
         help="write README's table of all recorded machines between its markers, and nothing else",
@@ -285,7 +286,7 @@ def _report(arguments: list[str]) -> int:
         except (report.MarkerError, OSError) as error:
             return _fail(str(error))
         print(f"{options.readme}: {'written' if changed else 'up to date'}")
-        return 0
+        return _pages_of_the_checkout() if options.readme == README else 0
     if not _can_plot():
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,6 +298,23 @@ def _report(arguments: list[str]) -> int:
     output = options.output or (folder if folder.is_dir() else folder.parent)
     report.write(output, rows)
     print(f"report and pictures: {output / 'report.md'}")
+    return 0
+
+
+def _pages_of_the_checkout() -> int:
+    """What else is made of the records: README's picture, and the tables of docs/performance.md."""
+    from . import levels
+
+    report.update_readme(levels.PAGE)
+    for folder, rows in report.recorded()[:1]:  # the first machine that has figures
+        report.put(levels.PAGE, levels.BEGIN, levels.END, levels.table(folder))
+        if not _can_plot():
+            return 2
+        from . import plots
+
+        path = machine.CHECKOUT / "docs" / "images" / "speedup.png"
+        plots.draw_summary(path, report.summary(rows), report.conditions(rows))
+    print(f"{levels.PAGE}: up to date")
     return 0
 
 

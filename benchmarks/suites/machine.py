@@ -55,6 +55,14 @@ def results_folder(device: str = "cpu") -> Path:
     return root / folder_name(device)
 
 
+def repository() -> str:
+    """The address that links from outside begin with: `Repository` of pyproject.toml."""
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    found = re.search(r'^Repository = "([^"]+)"$', text, re.M)
+    assert found is not None
+    return found[1]
+
+
 def gpu_name() -> str:
     return torch.cuda.get_device_name()
 

@@ -1,9 +1,10 @@
-"""Three pictures of recorded results a device: ratios, speed and memory against length."""
+"""Pictures of recorded results: speed-ups, speed and memory by length; a short one for README."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ matplotlib.use("Agg")  # a picture in a file needs no screen
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from .ceilings import CEILINGS
+from .peers import MARK, marked
+from .report import Line
 from .results import MAIN_CLOCKS, Row, counts, pairs, ratio
 from .suites import SUITES
 
@@ -25,7 +29,9 @@ MARKERS = "osD^vP*X"
 DPI = 80
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)  # of ratios
 LEAST_MEMORY = 0.1  # MiB: memory is counted in pages, which come and go for other reasons too
+CEILING_STYLE: dict[str, Any] = {"color": "0.35", "linewidth": 1.2, "linestyle": ":"}
 Picture = tuple[str, str]
+Styles = dict[str, tuple[str, str]]  # colour and marker by side
 Panels = dict[tuple[str, str, str], list[Row]]  # by direction and dtype, head size, mask
 Value = Callable[[Row], float | None]
 
@@ -70,7 +76,7 @@ def _against_length(
             panels |= {(f"{direction}, {dtype}", f"{d}", v): x for (d, v), x in found.items()}
     if not panels:
         return []
-    how = f" ({clock}; dotted: the ceiling)" if name == "speed" else ", peak of a call"
+    how = f" ({clock})" if name == "speed" else ", peak per call"
     title = f"Attention, {name}, {rows[0]['machine']}{how}"
     file = f"{name}-{device}.png"
     _draw_panels(folder / file, title, panels, value, unit)
@@ -118,22 +124,36 @@ def _draw_panels(path: Path, title: str, panels: Panels, value: Value, unit: str
             axes[i][0].yaxis.set_minor_formatter(NullFormatter())
         else:  # once all panels of the row are drawn: a fixed limit ends their common scale
             axes[i][0].set_ylim(bottom=0)
+    fig.suptitle(title, fontsize=12)
+    handles = _legend([row for rows in panels.values() for row in rows], styles, value)
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=9)
+    _save(fig, path)
+
+
+def _legend(rows: Sequence[Row], styles: Styles, value: Value) -> list[Any]:
+    """A line for each side, one for the ceiling by its name, and what the mark means."""
+    names = {side: marked(side, "attention") for side in styles}
     handles = [
-        pyplot.Line2D([], [], color=color, marker=marker, label=side)
+        pyplot.Line2D([], [], color=color, marker=marker, label=names[side])
         for side, (color, marker) in styles.items()
     ]
-    fig.suptitle(title, fontsize=12)
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=9)
-    _save(fig, path)
+    ceilings = sorted({row["ceiling"] for row in rows if row["ceiling"]})
+    if value is _speed and ceilings:
+        label = "ceiling: " + ", ".join(CEILINGS.get(name, name) for name in ceilings)
+        handles.append(pyplot.Line2D([], [], **CEILING_STYLE, label=label))
+    if any(name.endswith(MARK) for name in names.values()):
+        label = f"{MARK} writes into memory that was made before"
+        handles.append(pyplot.Line2D([], [], linestyle="", label=label))
+    return handles
 
 
 def _draw_ceiling(axis: Any, rows: Sequence[Row]) -> None:
     rates = [float(row["ceiling_rate"]) for row in rows if row["ceiling_rate"]]
     if rates:
-        axis.axhline(statistics.median(rates), color="0.35", linewidth=1.2, linestyle=":")
+        axis.axhline(statistics.median(rates), **CEILING_STYLE)
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+def _styles(rows: Sequence[Row]) -> Styles:
     """Colour and marker of each side; ours come first."""
     sides = sorted({(row["ours"] != "yes", row["side"]) for row in rows})
     return {
@@ -171,7 +191,7 @@ def _length(n: int) -> str:
 
 
 def _ratios(folder: Path, device: str, rows: Sequence[Row]) -> list[Picture]:
-    """Fastest peer over ours: a panel a clock, a line a suite, direction and dtype."""
+    """Speed-ups: a panel for each clock, a line for each suite, direction and dtype."""
     panels: dict[str, dict[tuple[str, str, str], list[float]]] = {}
     for ours, peer in pairs(rows):
         quotient = ratio(ours, peer)
@@ -182,7 +202,7 @@ def _ratios(folder: Path, device: str, rows: Sequence[Row]) -> list[Picture]:
     keys = {key for lines in panels.values() for key in lines}
     if len(keys) < 2:
         return []
-    title = f"Fastest peer's time over ours, {rows[0]['machine']}"
+    title = f"Speed-up over the fastest alternative, {rows[0]['machine']}"
     file = f"ratios-{device}.png"
     _draw_ratios(folder / file, title, panels, _in_order(keys))
     return [(title, file)]
@@ -224,9 +244,32 @@ def _draw_ratios(
         for dtype, color in colors.items()
     ]
     fig.suptitle(title, fontsize=12)
-    fig.supxlabel("right of 1: we are faster; points are cases, the bar is their median",
+    fig.supxlabel("speed-up: right of 1 we are faster; points are cases, the bar is their median",
                   fontsize=10)  # fmt: skip
     axes[0][-1].legend(handles=handles, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(fig, path)
+
+
+def draw_summary(path: Path, lines: Sequence[Line], conditions: str) -> None:
+    """README's picture: for each line and dtype the cases' span, and a point at the median."""
+    dtypes = list(dict.fromkeys(dtype for line in lines for dtype in line.speedups))
+    fig, axis = pyplot.subplots(figsize=(8.5, 0.42 * len(lines) + 1.6), layout="constrained")
+    for i, dtype in enumerate(dtypes):
+        for y, line in enumerate(lines):
+            if found := line.speedups.get(dtype):
+                at, color = y + 0.3 * (i - (len(dtypes) - 1) / 2), PALETTE[i]
+                axis.plot([min(found), max(found)], [at, at], color=color, linewidth=3, alpha=0.5)
+                axis.plot([statistics.median(found)], [at], color=color, marker="o", markersize=7)
+        axis.plot([], [], color=PALETTE[i], marker="o", linewidth=3, label=dtype)
+    axis.axvline(1.0, color="0.2", linewidth=1.2)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(lines)), [line.title for line in lines])
+    axis.set_ylim(len(lines) - 0.5, -0.5)
+    _ticks(axis, [x for line in lines for found in line.speedups.values() for x in found])
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("speed-up over the fastest alternative (line: min to max, point: median)")
+    axis.set_title(textwrap.fill(conditions, 90), fontsize=9)
+    axis.legend(fontsize=9)
     _save(fig, path)
 
 
@@ -243,5 +286,5 @@ def _line_name(key: tuple[str, str, str]) -> str:
 
 
 def _save(fig: Any, path: Path) -> None:
-    fig.savefig(path, dpi=DPI)
+    fig.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1)  # no label is cut
     pyplot.close(fig)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine
+from .ceilings import CEILINGS
+from .peers import MARK, marked
 from .results import MAIN_CLOCKS, Row, figure, pairs, ratio, read_file
 from .suites import SUITES
 
 NAME = "report.md"
 MOST_NAMED = 4
-METHOD = """Every side passed the error budget against float64 before it was timed. *Time* is the
-median (of wall time over several threads the minimum), *±* half the distance of the quartiles,
-*ratio* the fastest peer's time over ours: above 1, we are faster. *Share* is of the ceiling that
-bounds the operation, measured in the same run: multiply-adds in registers or GEMM, or copying.
-How, and what is counted: docs/benchmarks.md."""
+METHOD = f"""Every side passed the error budget against float64 before it was timed. *Time* is per
+call, the median of its samples (the minimum where the clock is wall time over several threads), *±*
+half the distance of the quartiles. *Speed-up* is over the fastest alternative: its time divided by
+ours, so above 1 we are faster. *Share* is of the roofline's ceiling, which is named beside it and
+was measured in the same run: {"; ".join(CEILINGS.values())}. An alternative with {MARK} writes its
+result into memory that was made before, where ours makes it anew. How, and what is counted:
+docs/benchmarks.md."""
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOTHING = "No results are recorded yet: `make bench` does it."
@@ -33,6 +38,19 @@ SUMMARY: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("modules, training", ("modules",), "training"),
     ("a call with nothing to compute", ("overhead",), None),
 )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the summary: speed-ups over the fastest alternative by dtype, and who that was."""
+
+    title: str
+    speedups: dict[str, list[float]]
+    fastest: str
+
+    @property
+    def cases(self) -> int:
+        return sum(len(found) for found in self.speedups.values())
 
 
 class MarkerError(ValueError):
@@ -83,8 +101,8 @@ def _machines(rows: Sequence[Row]) -> list[str]:
 def _suite(name: str, rows: Sequence[Row]) -> list[str]:
     lines = [
         f"## {name}", "",
-        "| case | clock | ours | time, ms | ± | rate | share | memory, MiB | best peer | "
-        "time, ms | ratio |",
+        "| case | clock | ours | time, ms | ± | rate | share of ceiling | memory, MiB | "
+        "fastest alternative | time, ms | speed-up |",
         "|---|---|---|--:|--:|--:|--:|--:|---|--:|--:|",
     ]  # fmt: skip
     for ours, peer in pairs(rows):
@@ -92,7 +110,7 @@ def _suite(name: str, rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"| {ours['case']} | {ours['clock']} | {ours['side'].removeprefix('fused_attn:')} | "
             f"{milliseconds(ours)} | {_spread(ours)} | {_rate(ours)} | {_share(ours)} | "
-            f"{_mebibytes(ours)} | {peer['side'] if peer else ''} | "
+            f"{_mebibytes(ours)} | {marked(peer['side'], peer['operation']) if peer else ''} | "
             f"{milliseconds(peer) if peer else ''} | "
             f"{'' if quotient is None else f'{quotient:.2f}'} |"
         )
@@ -115,7 +133,7 @@ def _rate(row: Row) -> str:
 
 
 def _share(row: Row) -> str:
-    return f"{float(row['share']):.0%}" if row["share"] else ""
+    return f"{float(row['share']):.0%} of {row['ceiling']}" if row["share"] else ""
 
 
 def _mebibytes(row: Row) -> str:
@@ -146,62 +164,96 @@ def update_readme(readme: Path, root: Path | None = None) -> bool:
     Raises:
         MarkerError: the markers are not there.
     """
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise MarkerError(f"{readme} needs the lines {BEGIN} and {END}")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    new = f"{head}{BEGIN}\n{readme_table(root)}\n{END}{tail}"
+    return put(readme, BEGIN, END, readme_table(root))
+
+
+def put(page: Path, begin: str, end: str, block: str) -> bool:
+    """Write `block` between two markers of a page; whether that changed it.
+
+    Raises:
+        MarkerError: the markers are not there.
+    """
+    text = page.read_text()
+    if begin not in text or end not in text:
+        raise MarkerError(f"{page} needs the lines {begin} and {end}")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    new = f"{head}{begin}\n{block}\n{end}{tail}"
     if new != text:
-        readme.write_text(new)
+        page.write_text(new)
     return new != text
 
 
 def readme_table(root: Path | None = None) -> str:
     """What stands between the markers: eight rows a machine at the most, and a link."""
+    parts = [_summary(folder, rows) for folder, rows in recorded(root)]
+    return "\n\n".join(parts) if parts else NOTHING
+
+
+def recorded(root: Path | None = None) -> list[tuple[Path, list[Row]]]:
+    """Folders below `root` that have figures, with the rows of the main clocks."""
     root = root or machine.RESULTS
-    parts = []
+    found = []
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         rows = [row for path in sorted(folder.glob("*.csv")) for row in read_file(path)]
         rows = [row for row in rows if row["clock"] in MAIN_CLOCKS or row["status"] != "ok"]
         if pairs(rows):
-            parts.append(_summary(folder, rows))
-    return "\n\n".join(parts) if parts else NOTHING
+            found.append((folder, rows))
+    return found
 
 
 def _summary(folder: Path, rows: Sequence[Row]) -> str:
+    lines = summary(rows)
+    dtypes = list(dict.fromkeys(dtype for line in lines for dtype in line.speedups))
+    text = [
+        f"{conditions(rows)}. Speed-up over the fastest alternative: min, median, max:",
+        "",
+        f"| | {' | '.join(dtypes)} | cases | most often the fastest alternative |",
+        f"|---|{'---|' * len(dtypes)}--:|---|",
+    ]
+    for line in lines:
+        cells = [_spread_of(line.speedups.get(dtype, [])) for dtype in dtypes]
+        text.append(f"| {line.title} | {' | '.join(cells)} | {line.cases} | {line.fastest} |")
+    if any(line.fastest.endswith(MARK) for line in lines):
+        text += ["", f"{MARK} writes its result into memory that was made before."]
+    bad = sum(r["status"].startswith(("wrong", "failed")) and r["ours"] == "yes" for r in rows)
+    address = f"{machine.repository()}/blob/main/benchmarks/results/{folder.name}/{NAME}"
+    text += ["", f"Ours wrong or failed: {bad} cases. Every case, and pictures: "
+                  f"[{folder.name}]({address})."]  # fmt: skip
+    return "\n".join(text)
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """Machine, threads, versions, commits and dates, without which a figure says nothing."""
     first = rows[0]
     threads = ", one thread" if first["device"] == "cpu" else f", driver {first['driver']}"
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     dates = sorted({row["date"][:10] for row in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     versions = ", ".join(sorted({row["torch"] for row in rows}))
+    return f"{first['machine']}{threads}; torch {versions}; commit {commits}, {when}"
+
+
+def summary(rows: Sequence[Row]) -> list[Line]:
+    """The lines of `SUMMARY` that the rows have a figure for."""
     found = [(ours, peer) for ours, peer in pairs(rows) if peer is not None]
-    dtypes = list(dict.fromkeys(ours["dtype"] for ours, _ in found if ours["suite"] != "import"))
-    lines = [
-        f"{first['machine']}{threads}; torch {versions}; commit {commits}, {when}. Fastest peer's "
-        "time over ours: least, median, most of the cases:",
-        "",
-        f"| | {' | '.join(dtypes)} | cases | most often the fastest peer |",
-        f"|---|{'---|' * len(dtypes)}--:|---|",
-    ]
+    lines = []
     for title, suites, direction in SUMMARY:
         mine = [
             (ours, peer) for ours, peer in found
             if ours["suite"] in suites and direction in (None, ours["direction"])
         ]  # fmt: skip
-        if mine:
-            cells = [_spread_of([p for p in mine if p[0]["dtype"] == dtype]) for dtype in dtypes]
-            fastest = Counter(peer["side"] for _, peer in mine).most_common(1)[0][0]
-            lines.append(f"| {title} | {' | '.join(cells)} | {len(mine)} | {fastest} |")
-    bad = sum(r["status"].startswith(("wrong", "failed")) and r["ours"] == "yes" for r in rows)
-    lines += ["", f"Ours wrong or failed: {bad} cases. Every case, and pictures: "
-                  f"[{folder.name}](benchmarks/results/{folder.name}/{NAME})."]  # fmt: skip
-    return "\n".join(lines)
+        if not mine:
+            continue
+        speedups: dict[str, list[float]] = {}
+        for ours, peer in mine:
+            speedups.setdefault(ours["dtype"], []).append(figure(peer) / figure(ours))
+        most = Counter(marked(peer["side"], peer["operation"]) for _, peer in mine)
+        lines.append(Line(title, speedups, most.most_common(1)[0][0]))
+    return lines
 
 
-def _spread_of(found: Sequence[tuple[Row, Row]]) -> str:
-    ratios = [figure(peer) / figure(ours) for ours, peer in found]
+def _spread_of(ratios: Sequence[float]) -> str:
     if not ratios:
         return ""
     return f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import machine, peers, shapes
 from .problem import Problem
 from .run import ABSENT, Result, fits
@@ -10,7 +12,7 @@ from .timing import Timing
 
 HEADER = (
     f"{'case':<52} {'ours':<16} {'time':>10} {'± %':>4} {'rate':>11} {'share':>6} {'memory':>9}  "
-    f"{'best peer':<15} {'time':>10} {'ratio':>6}"
+    f"{'fastest other':<15} {'time':>10} {'×':>6}"
 )
 
 
@@ -103,7 +105,7 @@ def _bytes(count: int | None) -> str:
 
 
 def catalogue() -> str:
-    """Suites, shapes and peers, in words."""
+    """Suites, shapes, and who is really here, in words."""
     lines = ["suites"]
     lines += [f"  {suite.name:<16} {suite.description}" for suite in SUITES]
     lines += ["", "shapes (--shapes NAME, or SIZES; ,VARIANT may follow)"]
@@ -118,9 +120,53 @@ def catalogue() -> str:
         lines += [
             f"    {suite.name}: {', '.join(suite.variants)}" for suite in users if suite.variants
         ]
-    lines += ["", "peers"]
-    for peer in peers.PEERS:
-        reason = peer.missing()
-        what = ", ".join(peer.operations)
-        lines.append(f"  {peer.name:<16} {'here' if reason is None else reason} ({what})")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines += ["", f"ours, on {device} (by the operations of their suites)", *_ours(device)]
+    lines += ["", f"alternatives, on {device}", *_alternatives(device)]
     return "\n".join(lines)
+
+
+def _toys(device: str) -> list[Problem]:
+    """Small problems of every suite, one for each direction, dtype and variant."""
+    suites = [suite for suite in SUITES if suite.name != "import"]
+    return [problem for suite in suites for problem in suite.problems(device, wanted=suite.toy)]
+
+
+def _ours(device: str) -> list[str]:
+    """Our backends: what each can run here, or why it can run nothing."""
+    answers: dict[str, dict[str, list[str]]] = {}
+    for problem in _toys(device):
+        with torch.set_grad_enabled(problem.wants_gradient):
+            sides = problem.ours(problem.tensors())
+        for side in sides:
+            backend = side.name.partition(":")[2]
+            if backend:
+                answers.setdefault(backend, {}).setdefault(problem.operation, []).append(
+                    "; ".join(side.reasons)
+                )
+    return [f"  {backend:<16} {_said(found)}" for backend, found in answers.items()]
+
+
+def _alternatives(device: str) -> list[str]:
+    """Peers: what each can run here, or why it is missing or can run nothing."""
+    lines, problems = [], _toys(device)
+    for peer in peers.PEERS:
+        if (reason := peer.missing()) is not None:
+            lines.append(f"  {peer.name:<16} not here: {reason} ({', '.join(peer.operations)})")
+            continue
+        found: dict[str, list[str]] = {}
+        for problem in problems:
+            if peer.serves(problem.operation):
+                found.setdefault(problem.operation, []).append("; ".join(peer.why_not(problem)))
+        note = " compiles for seconds a case" if peer.compiles and device == "cpu" else ""
+        lines.append(f"  {peer.name:<16} {_said(found)}{note}")
+    return lines
+
+
+def _said(answers: dict[str, list[str]]) -> str:
+    """The operations with a case without a reason against it; without any, the reasons."""
+    able = [operation for operation, reasons in answers.items() if "" in reasons]
+    if able:
+        return f"here ({', '.join(able)})"
+    reasons = dict.fromkeys(reason for found in answers.values() for reason in found)
+    return f"not here: {next(iter(reasons), 'has none of these operations')}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suites import cli, compare, machine, report, results
+from benchmarks.suites import cli, compare, levels, machine, plots, report, results
 from benchmarks.suites.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,7 @@ def test_report_has_every_case_and_pictures(tmp_path: Path) -> None:
     assert "Some CPU" in text
     assert "| fp32 forward 1x1x256x64 | CPU time, 1 thread | cpu | 256 | 1 % |" in text
     assert "| sdpa-flash | 512 | 2.00 |" in text
+    assert "| 50% of multiply-adds |" in text
     assert "| flex | wrong: out: error 1 | forward | w |" in text
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {"ratios-cpu.png", "speed-cpu.png", "memory-cpu.png"}
@@ -141,15 +142,64 @@ def test_the_table_has_machine_commit_and_ratios(tmp_path: Path) -> None:
     page.write_text(f"# It\n\n{report.BEGIN}\nold\n{report.END}\nmore\n")
     assert cli.main(["report", str(tmp_path), "--readme", str(page)]) == 0
     text = page.read_text()
-    assert "Some CPU, one thread; torch 2.13; commit abc, 2026-01-02. Fastest" in text
-    assert "| | fp32 | bf16 | cases | most often the fastest peer |" in text
+    assert (
+        "Some CPU, one thread; torch 2.13; commit abc, 2026-01-02. Speed-up over the fastest"
+        in text
+    )
+    assert "| | fp32 | bf16 | cases | most often the fastest alternative |" in text
     assert "| attention, forward | 2.00, 2.00, 2.00 | 4.00, 4.00, 4.00 | 4 | sdpa-flash |" in text
     assert "| attention, backward | 0.50, 0.50, 0.50 |  | 1 | sdpa-flash |" in text
-    assert "[some-cpu](benchmarks/results/some-cpu/report.md)" in text
+    assert "blob/main/benchmarks/results/some-cpu/report.md)" in text
     assert text.startswith("# It\n")
     assert text.endswith("more\n")
     assert "old" not in text
     assert not report.update_readme(page, tmp_path)
+
+
+def test_the_tables_of_the_page_on_performance_are_those_of_the_records() -> None:
+    text = levels.PAGE.read_text()
+    [(folder, _)] = report.recorded()
+    for begin, end, block in (
+        (report.BEGIN, report.END, report.readme_table()),
+        (levels.BEGIN, levels.END, levels.table(folder)),
+    ):
+        shown, _, _ = text.partition(begin)[2].partition(end)
+        assert shown.strip() == block, "run `make readme`"
+
+
+def test_a_class_of_no_kind_is_named() -> None:
+    with pytest.raises(ValueError, match="fp32 something"):
+        levels.kind("fp32 something")
+
+
+def test_who_writes_into_memory_made_before_is_marked(tmp_path: Path) -> None:
+    rows = [row("fused_attn:cpu", 128, 1.0), row("onnxruntime", 128, 1.5)]
+    assert "| onnxruntime† |" in report.render(rows)
+    assert report.summary(rows)[0].fastest == "onnxruntime†"
+    norm = {
+        "operation": "add_norm",
+        "suite": "layer_norm",
+    }  # where ours writes into such memory too
+    both = [row("fused_attn:cpu", 128, 1.0, **norm), row("onnxruntime", 128, 1.5, **norm)]
+    assert "| onnxruntime |" in report.render(both)
+
+
+def test_no_label_of_a_picture_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn lies within what is saved, however long names are."""
+    seen = []
+
+    def save(figure: plots.Any, path: Path, **how: object) -> None:
+        figure.canvas.draw()
+        box = figure.get_tightbbox(figure.canvas.get_renderer())
+        inside = figure.bbox_inches
+        cut = min(box.x0, box.y0) < 0 or box.x1 > inside.x1 or box.y1 > inside.y1
+        seen.append(not cut or how["bbox_inches"] == "tight")
+
+    monkeypatch.setattr(plots.pyplot.Figure, "savefig", save)
+    long = [row | {"machine": "A machine of a very long name " * 5} for row in recorded()]
+    plots.draw_all(tmp_path, long)
+    plots.draw_summary(tmp_path / "s.png", report.summary(long), report.conditions(long))
+    assert seen == [True] * 4
 
 
 def test_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

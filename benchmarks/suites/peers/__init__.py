@@ -12,7 +12,9 @@ from . import (
     torch_nn,
     xformers,
 )
-from .peer import Peer
+from .peer import MARK, Peer
+
+__all__ = ["MARK", "PEERS", "Peer", "marked"]
 
 PEERS: tuple[Peer, ...] = (
     *sdpa.PEERS,
@@ -26,3 +28,9 @@ PEERS: tuple[Peer, ...] = (
     *quack.PEERS,
     *onnx_runtime.PEERS,
 )
+
+
+def marked(name: str, operation: str) -> str:
+    """The name of a side for a table, with `MARK` if it writes into memory made before."""
+    reuses = any(peer.name == name and operation in peer.reuses_memory for peer in PEERS)
+    return f"{name}{MARK}" if reuses else name

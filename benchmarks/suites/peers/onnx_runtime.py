@@ -165,5 +165,6 @@ PEERS = (
         missing=_missing,
         limits=_limits,
         package="onnxruntime",
+        reuses_memory=frozenset({"attention"}),  # norms and activations of ours do so there too
     ),
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..operations.importing import import_call
 from ..problem import Prepared, Problem
 
+MARK = "†"
 PrepareOf = Callable[[Any, dict[str, Tensor]], Prepared]
 
 
@@ -35,6 +36,8 @@ class Peer:
         limits: what it has against a problem of one of its operations.
         compiles: it compiles for seconds a problem on the CPU, so that quick runs leave it out.
         package: what an import-time measurement imports.
+        reuses_memory: operations whose result it writes into memory that was made before, where
+            ours makes it anew: a report marks that.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Peer:
     limits: Callable[[Any], list[str]] = _no_limits
     compiles: bool = False
     package: str | None = None
+    reuses_memory: frozenset[str] = frozenset()
 
     def serves(self, operation: str) -> bool:
         return operation in self.operations or (operation == "import" and self.package is not None)
