@@ -8,7 +8,11 @@ BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell f
 INSTALLED := $(VENV)/installed
 EMULATOR := $(VENV)/emulator
 
-.PHONY: test demo style format bench readme gates gpu triton-3.6 sanitize venv clean
+# Who cannot run the CUDA kernels does not compile them: the emulator takes their sources, and
+# `make cuda` looks at the binary. CUDA=auto (or on) compiles them nevertheless.
+CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
+
+.PHONY: test demo style format bench readme gates gpu cuda docs triton-3.6 sanitize venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal --durations 20
@@ -44,6 +48,24 @@ readme: $(INSTALLED)
 
 gates: $(INSTALLED)
 	python benchmarks/cpu_gates.py
+
+# The CUDA kernels as nvcc compiles them, without a GPU: no spills, the registers and instructions
+# that the launches count on, no hazards. It does nothing where there is no nvcc.
+CUDA_BINARY := build/cuda
+cuda: $(INSTALLED)
+	@command -v nvcc > /dev/null || echo "make cuda: there is no nvcc, so there is nothing to check"
+	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA=on python setup.py build_ext --build-lib $(CUDA_BINARY)
+	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA_BINARY="$$(ls $(CUDA_BINARY)/fused_attn/_C.*)" \
+	  python -m pytest -q tests/cuda/test_code.py tests/cuda/test_trap.py
+
+# The documentation as a site in build/site: a warning, a dead link or anchor is an error.
+DOCS := $(VENV)/docs
+docs: $(DOCS)
+	python -m mkdocs build --strict --site-dir build/site
+
+$(DOCS): $(INSTALLED) mkdocs.yml
+	python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
 
 # The Triton kernels as Triton 3.6.0 compiles them, at lengths 2048 and 2047: the tests, or with
 # MATCH="attention bf16 128 bias" the report on the calls of that name, for sm_90, which fails on a
@@ -90,7 +112,8 @@ venv: $(INSTALLED)
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
-	python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,dev,examples,bench]'
+	FUSED_ATTN_CUDA=$(CUDA) python -m pip install --quiet -c constraints.txt --no-build-isolation \
+	  -e '.[test,dev,examples,bench]'
 	touch $@
 
 # The GPU kernels on an emulated device, which the tests take from the build folder.

@@ -1,5 +1,8 @@
 """Fused attention for PyTorch: drop-in modules and the functions behind them."""
 
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
 from ._version import __version__
 from .convert import fuse, unfuse
 from .flex.api import flex_attention
@@ -95,3 +98,12 @@ __all__ = [
     "unfuse",
     "warmup",
 ]
+
+# Named by messages and pages, and imported when somebody asks: `fused_attn.fx.symbolic_trace`.
+_LAZY = ("functional", "fx", "integrations", "testing")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name in _LAZY:
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -73,3 +73,20 @@ import fused_attn
 for name in fused_attn.__all__:
     assert getattr(fused_attn, name).__doc__ or name.startswith("__"), name
 """)
+
+
+def test_what_messages_and_pages_name_needs_no_import_of_its_own() -> None:
+    """`fused_attn.fx.symbolic_trace` and the doors, in a process that imports fused_attn alone."""
+    run("""
+import fused_attn
+assert "fused_attn.fx" not in sys.modules
+for name in ("fx.symbolic_trace", "testing.assert_parity", "functional.attention",
+             "integrations.flash_attn.install", "integrations.torch_sdpa.activate"):
+    found = fused_attn
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert callable(found), name
+assert "fused_attn.integrations.transformers" not in sys.modules
+assert not hasattr(fused_attn, "nonsense")
+assert not hasattr(fused_attn.integrations, "nonsense")
+""")

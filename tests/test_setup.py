@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ with_cuda=1
 if [ "$1" != --build ]; then
   mkdir -p "$4" && echo "$@" > "$4/configured"
   case "$*" in *-DFUSED_ATTN_CUDA=off*) with_cuda=0;; esac
+  mkdir -p "$4/CMakeFiles" && echo why > "$4/CMakeFiles/CMakeConfigureLog.yaml"
   [ "$FAILS" = configure ] && exit $with_cuda
+  [ "$FAILS" = broken ] && exit 1
   exit 0
 fi
 case "$(cat "$2/configured")" in *-DFUSED_ATTN_CUDA=off*) with_cuda=0;; esac
@@ -46,17 +49,20 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(checkout: Path, fails: str, cuda: str | None) -> tuple[int, str, list[str]]:
+def build(
+    checkout: Path, fails: str = "never", cuda: str | None = None, **more: str
+) -> tuple[int, str, list[str]]:
     """Exit status, output and the calls of CMake."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FUSED_ATTN")}
-    environment |= {"FAILS": fails, "PATH": f"{checkout / 'bin'}:{environment['PATH']}"}
+    environment |= {"FAILS": fails, "PATH": f"{checkout / 'bin'}:{environment['PATH']}", **more}
     if cuda is not None:
         environment["FUSED_ATTN_CUDA"] = cuda
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=checkout, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    calls = (checkout / "calls").read_text().splitlines()
+    log = checkout / "calls"
+    calls = log.read_text().splitlines() if log.exists() else []
     return result.returncode, result.stdout + result.stderr, calls
 
 
@@ -91,3 +97,88 @@ def test_a_build_that_works_is_built_once(checkout: Path) -> None:
     assert status == 0, output
     assert len(calls) == 2
     assert "-DFUSED_ATTN_CUDA_FAILURE= " in calls[0] + " "
+
+
+def test_what_cmake_speaks_of_outlives_the_clean_up(checkout: Path) -> None:
+    """The advice comes last, and the log that CMake's messages name is still there."""
+    status, output, _ = build(checkout, "broken", "off")
+    assert status != 0
+    [last] = output.strip().splitlines()[-1:]
+    assert "Building fused_attn._C failed: CMake found a problem" in last
+    assert "FUSED_ATTN_NATIVE=off" in last
+    kept = re.search(r"its log is kept in (\S+\.log)", last)
+    assert kept
+    assert Path(kept[1]).read_text() == "why\n"
+    assert not list((checkout / "build").glob("cmake-*/CMakeFiles"))  # the next try starts anew
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+GCC = "Copyright (C) Free Software Foundation, Inc."
+COMPILERS = {
+    "old gcc": (f"g++ (Ubuntu 9.4.0-1ubuntu1~20.04.2) 9.4.0\n{GCC}", "gcc 9.4", "gcc 11.0"),
+    "old clang": ("Debian clang version 11.0.1-2", "clang 11.0", "clang 14.0"),
+    "gcc": (f"g++ (Debian 12.2.0-14) 12.2.0\n{GCC}", "", ""),
+    "clang": ("Ubuntu clang version 14.0.0-1ubuntu1.1", "", ""),
+    "Apple's": ("Apple clang version 13.1.6 (clang-1316.0.21.2.5)", "", ""),
+    "unknown": ("some compiler 3.2", "", ""),
+}
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_a_compiler_that_is_too_old_is_named_before_anything_is_compiled(
+    checkout: Path, name: str
+) -> None:
+    said, found, needed = COMPILERS[name]
+    compiler = script(checkout / "bin" / "a-compiler", f"cat <<'END'\n{said}\nEND")
+    status, output, calls = build(checkout, cuda="off", CXX=compiler)
+    if not found:
+        assert status == 0, output
+        return
+    assert status != 0
+    assert not calls
+    assert f"is {found}, and fused_attn._C needs {needed} or later" in output
+    assert "CXX=g++-12" in output
+    assert "FUSED_ATTN_NATIVE=off" in output
+
+
+def test_without_a_compiler_it_installs_and_says_how_to_get_one(checkout: Path) -> None:
+    status, output, calls = build(checkout, CXX="no-such-compiler")
+    assert status == 0, output
+    assert not calls
+    assert "No C++ compiler found (looked for no-such-compiler). To get one: " in output
+    status, output, _ = build(checkout, CXX="no-such-compiler", FUSED_ATTN_NATIVE="on")
+    assert status != 0
+    assert "FUSED_ATTN_NATIVE=off" in output
+
+
+# What stands where it is missing or other: a module that says so before setup.py runs.
+FAKED = {
+    "no pybind11": ("sys.modules['pybind11'] = None", "pybind11 was not found", "pip install"),
+    "no cmake": ("import shutil; shutil.which = lambda n: n if n == 'c++' else None",
+                 "CMake was not found", "--no-build-isolation"),
+    "old setuptools": ("import setuptools; setuptools.__version__ = '68.1.2'",
+                       "needs setuptools 77 or later, this is 68.1.2", "pip install"),
+    "32 bits": ("sys.maxsize = 2**31 - 1", "needs a 64-bit Python", "new environment"),
+    "PyPy": ("import platform; platform.python_implementation = lambda: 'PyPy'",
+             "needs CPython, as torch does, and this is PyPy", "new environment"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAKED)
+def test_what_is_missing_is_named_with_the_next_step(checkout: Path, name: str) -> None:
+    fake, words, step = FAKED[name]
+    (checkout / "faked.py").write_text(
+        f"import runpy, sys\n{fake}\nsys.argv = ['setup.py', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "faked.py"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    last = (done.stdout + done.stderr).strip().splitlines()[-1]
+    assert done.returncode != 0
+    assert words in last
+    assert step in last

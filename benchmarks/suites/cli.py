@@ -303,17 +303,17 @@ def _report(arguments: list[str]) -> int:
 
 def _pages_of_the_checkout() -> int:
     """What else is made of the records: README's picture, and the tables of docs/performance.md."""
-    from . import levels
+    from . import levels, summary
 
     report.update_readme(levels.PAGE)
-    for folder, rows in report.recorded()[:1]:  # the first machine that has figures
+    for folder, rows in summary.recorded()[:1]:  # the first machine that has figures
         report.put(levels.PAGE, levels.BEGIN, levels.END, levels.table(folder))
         if not _can_plot():
             return 2
         from . import plots
 
         path = machine.CHECKOUT / "docs" / "images" / "speedup.png"
-        plots.draw_summary(path, report.summary(rows), report.conditions(rows))
+        plots.draw_summary(path, summary.summary(rows), summary.conditions(rows))
     print(f"{levels.PAGE}: up to date")
     return 0
 

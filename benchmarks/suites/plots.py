@@ -17,9 +17,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from .ceilings import CEILINGS
 from .peers import MARK, marked
-from .report import Line
 from .results import MAIN_CLOCKS, Row, counts, pairs, ratio
 from .suites import SUITES
+from .summary import Line
 
 # Okabe and Ito 2008: colours that the colour-blind can tell apart; ours is always the first.
 PALETTE = (

@@ -30,8 +30,8 @@ class Seq2SeqTransformer(NotScriptable, nn.Module):
     Args:
         src_vocab: tokens of the source.
         tgt_vocab: tokens of the target; None: one vocabulary and one embedding for both sides.
-        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout,
-            activation, layer_norm_eps, norm_first, bias: as of `torch.nn.Transformer`.
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward: sizes, and
+        dropout, activation, layer_norm_eps, norm_first, bias: all as of `torch.nn.Transformer`.
         padding_idx: the token that fills up sequences of unequal length.
         max_len: number of positions.
         positions: "sinusoidal", "learned", or "rotary" (in the self-attentions, fused only).

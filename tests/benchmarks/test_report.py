@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suites import cli, compare, levels, machine, plots, report, results
+from benchmarks.suites import cli, compare, levels, machine, plots, report, results, summary
 from benchmarks.suites.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_the_table_of_readme_is_short_and_leaves_no_suite_out() -> None:
     folders = [path for path in machine.RESULTS.glob("*") if list(path.glob("*.csv"))]
     rows = [line for line in table.splitlines() if line.startswith("| ") and "cases" not in line]
     assert 0 < len(rows) <= 8 * len(folders)
-    shown = {name for _, suites, _ in report.SUMMARY for name in suites}
+    shown = {name for _, suites, _ in summary.SUMMARY for name in suites}
     assert shown == {suite.name for suite in SUITES} - {"import"}
 
 
@@ -158,7 +158,7 @@ def test_the_table_has_machine_commit_and_ratios(tmp_path: Path) -> None:
 
 def test_the_tables_of_the_page_on_performance_are_those_of_the_records() -> None:
     text = levels.PAGE.read_text()
-    [(folder, _)] = report.recorded()
+    [(folder, _)] = summary.recorded()
     for begin, end, block in (
         (report.BEGIN, report.END, report.readme_table()),
         (levels.BEGIN, levels.END, levels.table(folder)),
@@ -175,7 +175,7 @@ def test_a_class_of_no_kind_is_named() -> None:
 def test_who_writes_into_memory_made_before_is_marked(tmp_path: Path) -> None:
     rows = [row("fused_attn:cpu", 128, 1.0), row("onnxruntime", 128, 1.5)]
     assert "| onnxruntime† |" in report.render(rows)
-    assert report.summary(rows)[0].fastest == "onnxruntime†"
+    assert summary.summary(rows)[0].fastest == "onnxruntime†"
     norm = {
         "operation": "add_norm",
         "suite": "layer_norm",
@@ -198,7 +198,7 @@ def test_no_label_of_a_picture_is_cut(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(plots.pyplot.Figure, "savefig", save)
     long = [row | {"machine": "A machine of a very long name " * 5} for row in recorded()]
     plots.draw_all(tmp_path, long)
-    plots.draw_summary(tmp_path / "s.png", report.summary(long), report.conditions(long))
+    plots.draw_summary(tmp_path / "s.png", summary.summary(long), summary.conditions(long))
     assert seen == [True] * 4
 
 
