@@ -12,7 +12,7 @@ EMULATOR := $(VENV)/emulator
 # `make cuda` looks at the binary. CUDA=auto (or on) compiles them nevertheless.
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 
-.PHONY: test demo style format bench readme gates gpu cuda docs triton-3.6 sanitize venv clean
+.PHONY: test demo style format bench readme gates gpu cuda docs dist triton-3.6 sanitize venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal --durations 20
@@ -65,6 +65,19 @@ docs: $(DOCS)
 
 $(DOCS): $(INSTALLED) mkdocs.yml
 	python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+# What is published, looked at: the sdist, and the wheel of this machine, built from the sdist.
+RELEASE := build/release
+dist: $(RELEASE)/installed
+	rm -rf dist && $(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+	test "$$(uname)" != Linux || $(RELEASE)/bin/auditwheel show dist/*.whl
+
+$(RELEASE)/installed:
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet auditwheel build check-wheel-contents twine
 	touch $@
 
 # The Triton kernels as Triton 3.6.0 compiles them, at lengths 2048 and 2047: the tests, or with
