@@ -61,6 +61,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="curves that would take the demo longer are left out (default 3)",
     )
     demo.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        default=["fp32", "bf16"],
+        help="precisions of the curves; bf16 is autocast over float32 weights (default both)",
+    )
+    demo.add_argument(
         "--output",
         type=Path,
         default=Path("demo.png"),
@@ -81,7 +88,8 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as missing:
         print(f"the demo needs {missing.name}: pip install 'fused-attn[demo]'", file=sys.stderr)
         return 2
-    return run(options.text, options.steps, options.output, options.minutes)
+    precisions = tuple(dict.fromkeys(options.dtype))
+    return run(options.text, options.steps, options.output, options.minutes, precisions)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ same weights and sees the same batches, so the loss curves must agree. How close
 guessed: stock torch.nn also trains in float64, and the fused curve may stray from that one at most
 three times as far as the stock curve of the same precision does (the budget of gradients).
 
-A step of every curve is timed first. What the time does not hold is left out, and said to be: some
-CPUs take seconds a step in bfloat16. Where it does not even hold the first two curves, all curves
-have fewer steps.
+A step of every curve is timed first, which gives an estimate of the whole. What the time does not
+hold is left out, and said to be: some CPUs take seconds per step in bfloat16. Where it does not
+even hold the first two curves, all curves have fewer steps. Interrupted (Ctrl-C), it shows and
+draws what it has by then.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +54,24 @@ CURVES: tuple[Curve, ...] = (
     ("stock", "fp32"), ("fused", "fp32"), ORACLE, ("stock", "bf16"), ("fused", "bf16"),
 )  # fmt: skip
 
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 MINUTES = 3.0
 MARGIN = 0.8  # of the time that is planned for: steps take longer beside busy neighbours
 LEAST_STEPS = 5  # of a curve that shows anything
 TIMING = 0.3  # of the time may be taken by steps that are only timed
 SLOW_STEP = 1.0  # seconds; of a faster one the second is timed, which warms nothing up
+
+
+# Set where the demo was interrupted; only in processes that `_apart` started.
+_stop: Any = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """The demo was interrupted; `result` is what the call had by then."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.result = result
 
 
 class LanguageModel(nn.Module):
@@ -130,7 +145,7 @@ def train(
 ) -> Result:
     """Train one model and keep its curve; "bf16" is autocast over float32 weights.
 
-    Ends early, with the step after which `limit` seconds hold no other.
+    Ends early, with the step after which `limit` seconds hold no other, or the demo is interrupted.
     """
     kind, precision = curve
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +173,8 @@ def train(
         optimizer.step()
         losses.append(loss.item())  # waits for a GPU, so the clock may stop
         seconds.append(time.perf_counter() - start)
-        if sum(seconds) + seconds[-1] > limit:
+        interrupted = _stop is not None and _stop.is_set()
+        if interrupted or sum(seconds) + seconds[-1] > limit:
             break
     return Result(losses, seconds, _memory(device) - before)
 
@@ -170,22 +186,47 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def time_steps(text: Tensor, limit: float) -> tuple[dict[Curve, float], float]:
+def curves_of(precisions: Sequence[str]) -> tuple[Curve, ...]:
+    """The curves of some precisions, with the float64 one that they are held against."""
+    pairs = [curve for curve in CURVES if curve != ORACLE and curve[1] in precisions]
+    return (*pairs[:2], ORACLE, *pairs[2:])
+
+
+def time_steps(
+    text: Tensor, limit: float, curves: Sequence[Curve] = CURVES
+) -> tuple[dict[Curve, float], float]:
     """Seconds of a step of every curve that it comes to within `limit`, and seconds of it all."""
     start, step = time.monotonic(), {}
-    for curve in CURVES:
+    for curve in curves:
         if time.monotonic() - start < limit:
             step[curve] = train(curve, text, 2, limit=2 * SLOW_STEP, quiet=True).seconds[-1]
     return step, time.monotonic() - start
 
 
 def _apart(function: Callable[..., ResultT], *args: Any) -> ResultT:
-    """Call in a process of its own: peak memory is a process's, and curves stay independent."""
+    """Call in a process of its own: peak memory is a process's, and curves stay independent.
+
+    Raises:
+        Interrupted: by Ctrl-C; the process finishes its step and gives back what it has.
+    """
     # Threads that spin while they wait take the cores from each other beside busy neighbours.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(function, *args).result()
+    stop = context.Event()
+    with ProcessPoolExecutor(1, context, _begin, (stop,)) as executor:
+        future = executor.submit(function, *args)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            stop.set()
+            raise Interrupted(future.result()) from None
+
+
+def _begin(stop: Any) -> None:
+    """A terminal's Ctrl-C reaches all processes: only the first one decides what comes of it."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def drift(a: Result, b: Result) -> float:
@@ -196,7 +237,7 @@ def drift(a: Result, b: Result) -> float:
 
 def affordable(steps: int, step: dict[Curve, float], limit: float) -> int:
     """As many of `steps` as `limit` seconds hold of the first two curves, if that is a curve."""
-    pair = [step[curve] for curve in CURVES[:2] if curve in step]
+    pair = list(step.values())[:2]
     if len(pair) < 2 or steps * sum(pair) <= limit:
         return steps
     fewer = int(MARGIN * limit / sum(pair))
@@ -213,8 +254,17 @@ def fitting(seconds: dict[Curve, float], limit: float) -> list[Curve]:
     return chosen
 
 
-def run(path: Path | None, steps: int, output: Path, minutes: float = MINUTES) -> int:
-    """Train every curve that `minutes` hold, print the table, draw them; 0 if they agree."""
+def run(
+    path: Path | None,
+    steps: int,
+    output: Path,
+    minutes: float = MINUTES,
+    precisions: Sequence[str] = PRECISIONS,
+) -> int:
+    """Train every curve that `minutes` hold, print the table, draw them; 0 if they agree.
+
+    Interrupted, it prints and draws what there is, and returns 130.
+    """
     start = time.monotonic()
     try:
         text = load_text(path)
@@ -223,44 +273,70 @@ def run(path: Path | None, steps: int, output: Path, minutes: float = MINUTES) -
         return 2
     print(f"{len(text):,} bytes of text, {steps} steps of {BATCH} x {CONTEXT} bytes a curve")
     end = start + 60.0 * minutes * MARGIN
-    results, step = _train_what_fits(text, steps, end)
+    results: dict[Curve, Result] = {}
+    step: dict[Curve, float] = {}
+    interrupted = False
+    try:
+        _train_what_fits(text, steps, end, curves_of(precisions), results, step)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: this is what there is")
+        if not results:
+            return INTERRUPTED
     print(f"\n{'curve':<12} {'loss':>8} {'tokens/s':>10} {'ratio':>6} {'memory MB':>10}")
     agree = True
-    for precision in PRECISIONS:
+    for precision in precisions:
         for kind in KINDS:
             print(_row((kind, precision), results, step))
         agree = _compare(precision, results) and agree
-    draw(results, output)
+    draw(results, output, precisions)
     print(f"curves drawn in {output}")
+    if interrupted:
+        return INTERRUPTED
     return 0 if agree else 1
 
 
 def _train_what_fits(
-    text: Tensor, steps: int, end: float
-) -> tuple[dict[Curve, Result], dict[Curve, float]]:
-    """The curves that are done by `end` (of `time.monotonic`), and seconds a step of them all."""
+    text: Tensor,
+    steps: int,
+    end: float,
+    curves: Sequence[Curve],
+    results: dict[Curve, Result],
+    step: dict[Curve, float],
+) -> None:
+    """Fill in the curves that are done by `end` (of `time.monotonic`), and seconds per step.
+
+    Raises:
+        KeyboardInterrupt: the curve that was being trained is then among `results`, a short one.
+    """
     start = time.monotonic()
-    step, timed = _apart(time_steps, text, TIMING * (end - start))
+    times, timed = _apart(time_steps, text, TIMING * (end - start), curves)
+    step.update(times)
     start_up = time.monotonic() - start - timed  # what a process takes to start here
     asked, left = steps, end - time.monotonic()
     steps = affordable(asked, step, left - 2 * start_up)
     if steps < asked:
         print(f"{steps} steps in place of {asked}: there is no time for more, see `--minutes`")
     needed = {curve: start_up + steps * seconds for curve, seconds in step.items()}
-    chosen, results = fitting(needed, left), {}
-    for curve in CURVES:
+    chosen = fitting(needed, left)
+    about = sum(needed[curve] for curve in chosen) / 60
+    print(f"{len(chosen)} curves of {steps} steps: about {about:.1f} minutes from here", flush=True)
+    for curve in curves:
         result = None
         if curve in chosen:
             chosen.remove(curve)  # one that is slower than it was timed leaves the others theirs
             left = end - time.monotonic() - start_up - sum(needed[other] for other in chosen)
-            result = _apart(train, curve, text, steps, max(left, 0.0))
+            try:
+                result = _apart(train, curve, text, steps, max(left, 0.0))
+            except Interrupted as stopped:
+                results[curve] = stopped.result
+                raise
         if result is not None and len(result.losses) == steps:
             results[curve] = result
             continue
         if result is not None:
             step[curve] = max(result.seconds)
         print(_left_out(curve, step.get(curve), steps))
-    return results, step
 
 
 def _left_out(curve: Curve, step: float | None, steps: int) -> str:
@@ -297,6 +373,9 @@ def _compare(precision: str, results: dict[Curve, Result]) -> bool:
         print(f"  curves not compared: {', '.join(missing)} left out")
         return True
     oracle, stock, fused = (results[curve] for curve in needed)
+    if len({len(result.losses) for result in (oracle, stock, fused)}) > 1:
+        print("  curves not compared: they were interrupted after different numbers of steps")
+        return True
     ours, theirs = drift(fused, oracle), drift(stock, oracle)
     agrees = ours <= BACKWARD_FACTOR * theirs
     print(
@@ -306,10 +385,14 @@ def _compare(precision: str, results: dict[Curve, Result]) -> bool:
     return agrees
 
 
-def draw(results: dict[Curve, Result], output: Path) -> None:
+def draw(
+    results: dict[Curve, Result], output: Path, precisions: Sequence[str] = PRECISIONS
+) -> None:
     """The curves of each precision, one panel each, as a PNG."""
-    figure, panels = pyplot.subplots(1, len(PRECISIONS), figsize=(10, 4), sharey=True)
-    for panel, precision in zip(panels, PRECISIONS, strict=True):
+    figure, panels = pyplot.subplots(
+        1, len(precisions), figsize=(5 * len(precisions), 4), sharey=True, squeeze=False
+    )
+    for panel, precision in zip(panels[0], precisions, strict=True):
         for kind, style in (("stock", "-"), ("fused", "--")):
             result = results.get((kind, precision))
             if result is not None:
@@ -317,7 +400,7 @@ def draw(results: dict[Curve, Result], output: Path) -> None:
                 panel.plot(result.losses, style, label=label)
         left_out = [kind for kind in KINDS if (kind, precision) not in results]
         title = f"{precision}, without {' and '.join(left_out)}" if left_out else precision
-        panel.set(title=title, xlabel="step", ylabel="loss (nats a byte)")
+        panel.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
         if len(left_out) < len(KINDS):
             panel.legend()
     figure.tight_layout()

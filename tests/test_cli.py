@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +194,72 @@ def test_a_curve_ends_where_its_time_does(small_demo: None) -> None:
     text = demo.load_text(Path(__file__))
     assert len(demo.train(demo.ORACLE, text, 3).losses) == 3
     assert len(demo.train(demo.ORACLE, text, 3, limit=0.0).losses) == 1
+
+
+def test_demo_estimates_its_time_once_steps_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Five processes to start, six seconds each, and fifty steps of a fifth of a second each."""
+    pretended = PretendedMachine(monkeypatch, dict.fromkeys(demo.CURVES, 0.2))
+    assert demo.run(Path(__file__), 50, tmp_path / "curves.png") == 0
+    said = capsys.readouterr().out
+    assert "5 curves of 50 steps: about 1.3 minutes from here" in said
+    first = said.index("about 1.3 minutes")
+    assert first < said.index("curve  ")
+    timing = 6.0 + 5 * 2 * 0.2  # a process, and two steps of every curve
+    assert abs(pretended.now - 1000.0 - timing - 1.3 * 60) < 0.05 * 60  # as it was rounded
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_demo_takes_a_dtype(
+    small_demo: None, tmp_path: Path, capsys: pytest.CaptureFixture, dtype: str
+) -> None:
+    other = {"fp32": "bf16", "bf16": "fp32"}[dtype]
+    picture = tmp_path / "curves.png"
+    command = ["demo", "--text", __file__, "--steps", "6", "--dtype", dtype]
+    assert main([*command, "--output", str(picture)]) in (0, 1)  # six steps tell little
+    text = capsys.readouterr().out
+    assert f"stock {dtype}" in text
+    assert f"stock {other}" not in text
+    assert text.count("off the float64 curve by") == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main(["demo", "--dtype", "int8"])
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_demo_that_is_interrupted_writes_what_it_has(
+    calls: int, small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """In the timing, in the first curve, in the third one: that ends with the step it is at."""
+    left = [calls]
+
+    def apart(function: Callable[..., object], *arguments: object) -> object:
+        left[0] -= 1
+        if left[0] == 0:
+            monkeypatch.setattr(demo, "_stop", SimpleNamespace(is_set=lambda: True))
+            raise demo.Interrupted(function(*arguments))
+        return function(*arguments)
+
+    monkeypatch.setattr(demo, "_apart", apart)
+    picture = tmp_path / "curves.png"
+    assert demo.run(Path(__file__), 6, picture) == 130
+    text = capsys.readouterr().out
+    assert "interrupted: this is what there is" in text
+    assert picture.exists() == (calls > 1)
+    assert ("tokens/s" in text) == (calls > 1)
+    assert ("interrupted after different numbers of steps" in text) == (calls == 4)
+
+
+def test_a_curve_gives_back_what_it_has_on_ctrl_c() -> None:
+    """The process finishes its step, and is not ended by a terminal's Ctrl-C, which it gets too."""
+    text = demo.load_text(Path(__file__))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(demo.Interrupted) as caught:
+        demo._apart(demo.train, demo.CURVES[1], text, 10_000)
+    assert 1 <= len(caught.value.result.losses) < 10_000
 
 
 def test_demo_reads_a_folder(tmp_path: Path) -> None:
