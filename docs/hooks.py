@@ -86,3 +86,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{before}{posixpath.relpath(there, posixpath.dirname(target) or '.')}{after}"
 
     return LINK.sub(changed, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Docstrings introduce code by `::`, which is none of Markdown's signs."""
+    return html.replace("::</p>", ":</p>")

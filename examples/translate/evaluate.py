@@ -44,9 +44,16 @@ def draw_attention(model: Any, vocabulary: Any, source: str, found: str, out: Pa
     device = next(model.parameters()).device
     maps = attention_maps(model, pad([src]).to(device), pad([tgt]).to(device))
     sides = {"encoder": (src, src), "decoder": (tgt, tgt), "cross": (tgt, src)}
+    titles = {
+        "encoder": ("Self-attention of the encoder", "source, query", "source, key"),
+        "decoder": ("Self-attention of the decoder", "target, query", "target, key"),
+        "cross": ("Attention of the target to the source", "target so far", "source"),
+    }
     for name, weights in maps.items():
         rows, columns = (vocabulary.pieces(side) for side in sides[name])
-        plots.attention(weights, rows, columns, name, out / f"attention_{name}.png")
+        title, *names = titles[name]
+        path = out / f"attention_{name}.png"
+        plots.attention(weights, rows, columns, title, path, (names[0], names[1]))
 
 
 def main() -> None:

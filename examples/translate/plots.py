@@ -1,4 +1,4 @@
-"""Pictures: loss curves, attention maps, time of a step against length."""
+"""Pictures: loss curves, attention maps, time per step against length."""
 
 from __future__ import annotations
 
@@ -26,27 +26,41 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
             axis.plot(x, train, ":", color=line.get_color())
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("nats a token: validation, dotted: training (smoothed labels)")
+    axes[0].set_ylabel("nats per token: validation, dotted: training (smoothed labels)")
     axes[0].legend()
     _save(figure, path)
 
 
 def attention(
-    weights: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str], title: str, path: Path
+    weights: Sequence[Tensor],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    path: Path,
+    names: tuple[str, str] = ("query", "key"),
 ) -> None:
-    """Weights (H, L, S) of each layer as a grid, a layer a line, a head a column."""
-    layers, heads = len(weights), weights[0].shape[0]
-    size = (1.2 + 2.6 * heads, 0.8 + 2.6 * layers)
-    figure, axes = pyplot.subplots(layers, heads, figsize=size, squeeze=False)
-    for i, layer in enumerate(weights):
-        for j in range(heads):
-            axis: Any = axes[i][j]
-            axis.imshow(layer[j].numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-            axis.set_title(f"layer {i + 1}, head {j + 1}", fontsize=7)
-            axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=5)
-            axis.set_yticks(range(len(rows)), rows, fontsize=5)
+    """Weights (H, L, S) of the first and the last layer, the mean of their heads: two panels.
+
+    Args:
+        names: what rows and columns are, for the axes.
+    """
+    shown = dict.fromkeys((0, len(weights) - 1))
+    size = (2.2 + (1.2 + 0.27 * len(columns)) * len(shown), 2.2 + 0.27 * len(rows))
+    figure, axes = pyplot.subplots(1, len(shown), figsize=size, squeeze=False, sharey=True)
+    image = None
+    for axis, layer in zip(axes[0], shown, strict=True):
+        mean = weights[layer].mean(0).numpy()
+        image = axis.imshow(mean, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+        axis.set_title(f"layer {layer + 1}, mean of {weights[layer].shape[0]} heads", fontsize=9)
+        axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_xlabel(names[1])
+    axes[0][0].set_ylabel(names[0])
     figure.suptitle(title)
-    _save(figure, path)
+    figure.tight_layout()
+    figure.colorbar(image, ax=list(axes[0]), label="attention weight (each row adds up to 1)")
+    figure.savefig(path, dpi=130, bbox_inches="tight")  # no label is cut
+    pyplot.close(figure)
 
 
 def step_times(times: Mapping[str, Mapping[int, float]], path: Path) -> None:
@@ -58,8 +72,8 @@ def step_times(times: Mapping[str, Mapping[int, float]], path: Path) -> None:
     axis.set_yscale("log")
     lengths = list(next(iter(times.values())))
     axis.set_xticks(lengths, [str(length) for length in lengths])
-    axis.set_xlabel("tokens a sentence")
-    axis.set_ylabel("ms a training step")
+    axis.set_xlabel("tokens per sentence")
+    axis.set_ylabel("ms per training step")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     _save(figure, path)

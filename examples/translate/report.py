@@ -61,7 +61,7 @@ def markdown(lines: list[list[str]]) -> str:
 def steps_table(times: dict[str, dict[int, float]]) -> str:
     """Milliseconds of a training step at each length as a Markdown table."""
     lengths = list(next(iter(times.values())))
-    lines = [["ms a training step at", *(f"{length} tokens" for length in lengths)]]
+    lines = [["ms per training step at", *(f"{length} tokens" for length in lengths)]]
     lines.append(["---"] * len(lines[0]))
     lines += [[name, *(f"{1e3 * found[n]:.0f}" for n in lengths)] for name, found in times.items()]
     return markdown(lines)

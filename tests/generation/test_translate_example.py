@@ -180,7 +180,7 @@ def test_report_compares_runs(corpus: Path, trained: Path, example: Example, cap
     for run in runs:
         assert f"| {run.name} |" in text
         assert f"{run.name}: 8 tokens" in text
-    assert "| ms a training step at | 4 tokens | 8 tokens |" in (report / "report.md").read_text()
+    assert "| ms per training step at | 4 tokens | 8 tokens |" in (report / "report.md").read_text()
     for name in ("loss", "steps"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
