@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from benchmarks.suites.cli import main as benchmarks
 from fused_attn import attention_backends, demo
 from fused_attn.__main__ import main
 from fused_attn.ops.operations import OPERATIONS
+from fused_attn.runtime import native
 
 
 def test_info_names_every_backend_and_why_it_is_missing(capsys: pytest.CaptureFixture) -> None:
@@ -46,6 +48,12 @@ def test_benchmarks_list_suites_shapes_and_peers(capsys: pytest.CaptureFixture) 
     text = capsys.readouterr().out
     for name in ("layer_norm", "tokens-16k", "B,H,Hkv,Lq,Lk,D", "flash-attn-3", "sdpa-cudnn"):
         assert name in text
+    who = text.partition("\nours, on ")[2]
+    told = dict(re.findall(r"^  (\S+) +((?:not )?here.*)$", who, re.M))
+    assert told["cpu"].startswith("here (" if native.why_not() is None else "not here: ")
+    assert told["sdpa-math"].startswith("here (attention")
+    if not torch.cuda.is_available():  # it is installed, and can run nothing here
+        assert told["sdpa-cudnn"] == "not here: needs an NVIDIA GPU"
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture) -> None:
