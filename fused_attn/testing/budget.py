@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: inputs, a float64 oracle, and the error budget.
+"""A float64 oracle and the error budget.
 
 The budget is FlashAttention's rule: our largest error against the oracle may be at most twice
 (forward) or three times (backward) that of plain PyTorch in the same dtype, plus one rounding step
@@ -10,12 +10,10 @@ Users may run the same check in their own CI.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
@@ -209,6 +207,7 @@ def check_against_oracle(
     tensors: dict[str, Tensor],
     output_names: Sequence[str],
     noise: Callable[..., list[float]] | None = None,
+    draws: int = DRAWS,
 ) -> None:
     """Hold `ours(**tensors)` and its gradients against `formula` in float64 and in the same dtype.
 
@@ -219,6 +218,7 @@ def check_against_oracle(
         output_names: of the outputs, for messages.
         noise: what one rounding of stored results does to each output and gradient made of them,
             as `attention_noise`.
+        draws: how often plain PyTorch's error is looked at.
 
     Raises:
         AssertionError: an output or a gradient is over its budget.
@@ -238,7 +238,7 @@ def check_against_oracle(
     actual = results(ours, tensors)
     oracle = results(formula, to_dtype(tensors, torch.float64))
     errors = [0.0] * len(names)
-    for draw in range(DRAWS):
+    for draw in range(draws):
         inputs = to_dtype(tensors, plain_dtype)
         if draw > 0:
             inputs = neighbours(inputs, draw)
@@ -256,113 +256,3 @@ def check_against_oracle(
         if mine is not None and true is not None:
             factor = FORWARD_FACTOR if i < len(output_names) else BACKWARD_FACTOR
             assert_within_budget(name, mine, errors[i], true, factor, stored[i])
-
-
-def assert_parity(
-    model: nn.Module, fused: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]
-) -> None:
-    """Hold `fused(*inputs)` and every gradient against `model` in float64: for your own CI.
-
-        fused = copy.deepcopy(model)
-        fused_attn.fuse(fused)
-        fused_attn.testing.assert_parity(model, fused, (tokens, mask))
-
-    Outputs may be a tensor, or tensors in tuples, lists, dictionaries and dataclasses of
-    transformers. Gradients are those of the parameters and of the floating inputs.
-
-    Args:
-        model: the yardstick, of plain PyTorch; both models must be in one mode, without dropout.
-        fused: the model under test, with parameters of the same names and values.
-        inputs: arguments of both, by position or by name.
-
-    Raises:
-        AssertionError: an output or a gradient is over the budget of this file; the message names
-            it, its error and what is allowed.
-        ValueError: the models have other parameters, or draw dropout.
-    """
-    _check_models(model, fused)
-    positional = list(inputs) if not isinstance(inputs, Mapping) else []
-    named = dict(inputs) if isinstance(inputs, Mapping) else {}
-    given: dict[str, Any] = {f"input {n}": x for n, x in enumerate(positional)}
-    given |= {f"input {name}": x for name, x in named.items()}
-    others = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
-    tensors = {name: x.detach() for name, x in given.items() if isinstance(x, Tensor)}
-    tensors |= {f"parameter {name}": p.detach() for name, p in model.named_parameters()}
-    for x in tensors.values():
-        x.requires_grad_(x.is_floating_point())
-    tensors |= {f"buffer {name}": b.detach() for name, b in model.named_buffers()}
-
-    def run(module: nn.Module, **tensors: Tensor) -> list[Tensor]:
-        state = {
-            name.partition(" ")[2]: x
-            for name, x in tensors.items()
-            if name.startswith(("parameter ", "buffer "))
-        }
-        args = {**tensors, **others}
-        by_place = tuple(args[f"input {n}"] for n in range(len(positional)))
-        by_name = {name: args[f"input {name}"] for name in named}
-        result = torch.func.functional_call(module, state, by_place, by_name)
-        return [x for x in _tensors_in(result) if x.is_floating_point()]
-
-    with torch.no_grad():
-        number = len(run(model, **tensors))
-    check_against_oracle(
-        functools.partial(run, fused),
-        functools.partial(run, model),
-        tensors,
-        [f"output {n}" for n in range(number)],
-    )
-
-
-def assert_matches_reference(function: Callable[..., Any], *args: Any, **options: Any) -> None:
-    """Hold a function of fused_attn and its gradients against its formula in float64.
-
-        fused_attn.testing.assert_matches_reference(fused_attn.attention, q, k, v, causal=True)
-
-    Args:
-        function: one that takes `backend=`; the call runs as it is, and by the reference.
-        args, options: of the call; gradients of the floating tensors that require them are checked.
-
-    Raises:
-        AssertionError: an output or a gradient is over the budget of this file.
-    """
-    given = {**{f"argument {n}": x for n, x in enumerate(args)}, **options}
-    others = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
-
-    def run(backend: dict[str, str], **tensors: Tensor) -> list[Tensor]:
-        all_given = {**tensors, **others, **backend}
-        by_place = [all_given.pop(f"argument {n}") for n in range(len(args))]
-        return _tensors_in(function(*by_place, **all_given))
-
-    with torch.no_grad():
-        number = len(run({}, **tensors))
-    check_against_oracle(
-        functools.partial(run, {}),
-        functools.partial(run, {"backend": "reference"}),
-        tensors,
-        [f"output {n}" for n in range(number)],
-    )
-
-
-def _check_models(model: nn.Module, fused: nn.Module) -> None:
-    mine, theirs = (dict(m.named_parameters()) for m in (fused, model))
-    if mine.keys() != theirs.keys():
-        other = sorted(mine.keys() ^ theirs.keys())
-        raise ValueError(f"`fused` must have the parameters of `model`; only one has {other[:4]}")
-    for name, p in theirs.items():
-        if not torch.equal(mine[name], p):
-            raise ValueError(f"`fused` must have the values of `model`, {name} differs")
-    for module in (*model.modules(), *fused.modules()):
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            raise ValueError("`model` and `fused` must be without dropout: call `.eval()` first")
-
-
-def _tensors_in(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, Mapping):
-        result = list(result.values())
-    if isinstance(result, (tuple, list)):
-        return [x for each in result for x in _tensors_in(each)]
-    return []
