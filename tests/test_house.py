@@ -17,9 +17,9 @@ PACKAGE = ROOT / "fused_attn"
 
 # From the top down: a room imports rooms of lower floors, and its own.
 FLOORS = (
-    ("__main__", "convert", "demo", "fx", "info", "selftest", "prepare", "generation"),
+    ("__main__", "convert", "demo", "fx", "info", "selftest", "prepare", "generation", "testing"),
     ("modules",),
-    ("flex", "functional", "testing"),
+    ("flex", "functional"),
     ("ops",),
     ("runtime", "_version"),
 )

@@ -37,8 +37,8 @@ def assert_parity(
             neighbouring numbers: in a small model it is partly luck.
 
     Raises:
-        AssertionError: an output or a gradient is over the budget of this package; the message names
-            it, its error and what is allowed.
+        AssertionError: an output or a gradient is over the budget; the message names it, its
+            error and what is allowed.
         ValueError: the models have other parameters, or draw dropout.
     """
     _check_models(model, fused)
@@ -104,7 +104,12 @@ def assert_matches_reference(function: Callable[..., Any], *args: Any, **options
     """
     given = {**{f"argument {n}": x for n, x in enumerate(args)}, **options}
     others = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    # One tensor may stand for several arguments: each gets a gradient of its own.
+    tensors = {
+        name: x.detach().requires_grad_(x.requires_grad)
+        for name, x in given.items()
+        if isinstance(x, Tensor)
+    }
 
     def run(backend: dict[str, str], **tensors: Tensor) -> list[Tensor]:
         all_given = {**tensors, **others, **backend}

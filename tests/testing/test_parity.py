@@ -84,3 +84,8 @@ def test_functions_against_their_formulas() -> None:
 
     with pytest.raises(AssertionError, match="output 0"):
         assert_matches_reference(wrong, q)
+
+
+def test_one_tensor_may_stand_for_several_arguments() -> None:
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    assert_matches_reference(fused_attn.attention, q, q, q, causal=True)
