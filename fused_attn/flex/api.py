@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from ..ops.attention.api import attention
 from ..runtime import autocast, checks
 from . import agreement, cache, known, tiles
-from .blocks import rows_of
+from .call import Call
 from .expression import MASK_INPUTS, SCORE_INPUTS, CannotRead, Expression
 
 _TORCHS = torch_flex.flex_attention  # somebody may put ours under this name
@@ -207,8 +207,8 @@ def _call(
     scale: float,
     q: Tensor,
     k: Tensor,
-) -> tiles.Call:
+) -> Call:
     change = known.Score() if score is None else known.score_of(score)
-    rows = rows_of(block_mask, q.shape[2], k.shape[2])
+    lengths = (q.shape[2], k.shape[2])
     softcap = None if change is None else change.softcap
-    return tiles.Call(score, mask, rows, scale, change is not None, softcap)
+    return Call(score, mask, block_mask, lengths, scale, change is not None, softcap)
