@@ -107,7 +107,8 @@ PyMethodDef kMethods[] = {
      "attention_backward(operands, out, lse, dout, dlse, dweights, dq, dk, dv, dbias, options, "
      "threads)"},
     {"attention_forward_with_functions", method<attention_forward_with_functions>(), METH_FASTCALL,
-     "attention_forward_with_functions(operands, out, lse, functions, options, threads). Functions: "
+     "attention_forward_with_functions(operands, out, lse, functions, options, threads). "
+     "Functions: "
      "(mask, score, sums, kinds, block_q, block_k, number of leaves, leaf, its gradient, ...)"},
     {"attention_backward_with_functions", method<attention_backward_with_functions>(),
      METH_FASTCALL,

@@ -1,8 +1,9 @@
 // Functions of pairs of a query and a key: a mask, and a change of scores with its derivatives, as
 // short lists of instructions that the kernels run on tiles (cpu/interpreter.h).
 //
-// Whatever depends on one index alone (a query, a key, or the distance of the two) is no instruction
-// but a vector, made before the call; the instructions join such vectors, tables and the score.
+// Whatever depends on one index alone (a query, a key, or the distance of the two) is no
+// instruction but a vector, made before the call; the instructions join such vectors, tables and
+// the score.
 #pragma once
 
 #include <atomic>
@@ -15,18 +16,19 @@ namespace fused_attn::attention {
 // X(name). Registers hold a number for each pair: numbers r[n], whole numbers and truths i[n].
 //   load_*: a vector (number `leaf`) by batch, head and: nothing, query, key, query - key.
 //   Arguments a, b, c, d are registers; `value` is a constant.
-#define FUSED_ATTN_PAIR_OPERATIONS(X)                                                             \
-  X(constant) X(constant_int) X(load_one) X(load_one_int) X(load_query) X(load_query_int)         \
-  X(load_key) X(load_key_int) X(load_distance) X(load_distance_int) X(load_score)                 \
-  X(load_gradient) X(load_visible) X(gather) X(gather_int)                                        \
-  X(add) X(sub) X(mul) X(div) X(max) X(min) X(pow) X(neg) X(abs) X(sign) X(floor) X(ceil)         \
-  X(trunc) X(sqrt) X(exp) X(log) X(log1p) X(expm1) X(sin) X(cos) X(tanh) X(sigmoid) X(erf)        \
-  X(to_float32) X(from_int) X(select)                                                             \
-  X(lt) X(le) X(gt) X(ge) X(eq) X(ne)                                                             \
-  X(add_int) X(sub_int) X(mul_int) X(floor_div_int) X(trunc_div_int) X(remainder_int) X(max_int)  \
-  X(min_int) X(neg_int) X(abs_int) X(sign_int) X(and_int) X(or_int) X(xor_int) X(select_int)      \
-  X(lt_int) X(le_int) X(gt_int) X(ge_int) X(eq_int) X(ne_int)                                     \
-  X(sum_one) X(sum_query) X(sum_key) X(sum_distance) X(sum_table)
+#define FUSED_ATTN_PAIR_OPERATIONS(X)                                                              \
+  X(constant)                                                                                      \
+  X(constant_int) X(load_one) X(load_one_int) X(load_query) X(load_query_int) X(load_key)          \
+      X(load_key_int) X(load_distance) X(load_distance_int) X(load_score) X(load_gradient)         \
+          X(load_visible) X(gather) X(gather_int) X(add) X(sub) X(mul) X(div) X(max) X(min) X(pow) \
+              X(neg) X(abs) X(sign) X(floor) X(ceil) X(trunc) X(sqrt) X(exp) X(log) X(log1p)       \
+                  X(expm1) X(sin) X(cos) X(tanh) X(sigmoid) X(erf) X(to_float32) X(from_int)       \
+                      X(select) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(add_int) X(sub_int)          \
+                          X(mul_int) X(floor_div_int) X(trunc_div_int) X(remainder_int) X(max_int) \
+                              X(min_int) X(neg_int) X(abs_int) X(sign_int) X(and_int) X(or_int)    \
+                                  X(xor_int) X(select_int) X(lt_int) X(le_int) X(gt_int) X(ge_int) \
+                                      X(eq_int) X(ne_int) X(sum_one) X(sum_query) X(sum_key)       \
+                                          X(sum_distance) X(sum_table)
 
 enum class PairOperation : int64_t {
 #define FUSED_ATTN_NAME(name) k_##name,
@@ -50,15 +52,16 @@ struct PairProgram {
   const PairInstruction* instructions = nullptr;
   int64_t count = 0;
   int64_t per_block = 0, per_tile = 0;
-  int64_t reals = 0, ints = 0;           // registers
-  int64_t result = -1;                   // register of the mask (int) or the score; none: -1
-  int64_t slope = -1;                    // of the derivative by the score
+  int64_t reals = 0, ints = 0;  // registers
+  int64_t result = -1;          // register of the mask (int) or the score; none: -1
+  int64_t slope = -1;           // of the derivative by the score
 
   explicit operator bool() const { return instructions != nullptr; }
 };
 
 // A vector (batch, head, place) or a table of up to four dimensions. `gradient` has the batch and
-// head strides of its own, so that heads never add to the same numbers; absent where none is wanted.
+// head strides of its own, so that heads never add to the same numbers; absent where none is
+// wanted.
 struct PairLeaf {
   View4 view;
   View4 gradient;

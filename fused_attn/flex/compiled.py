@@ -22,6 +22,7 @@ from .derivative import derivatives
 from .expression import Expression, Node
 from .lowering import Leaf, Lowering
 from .pairs import CannotCompile, Sum, Value, program
+from .rules import RULES
 from .vectors import Sizes, Vectors
 
 # Numbers that copies of tables for every head may take, beside four times those of q, k and v.
@@ -41,7 +42,13 @@ def why_not(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 
 def forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], out: Tensor, lse: Tensor
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
 ) -> bool:
     """Writes out (B, H, Lq, Dv) and lse (B, H, Lq); False where no kernel can."""
     backend, _ = _backend(q.device)
@@ -52,9 +59,7 @@ def forward(
     except CannotCompile:
         return False
     score = None if plan.score is None else program(plan.score)
-    backend.forward_with_functions(
-        plan.operands, plan.options, plan.functions(score), out, lse
-    )
+    backend.forward_with_functions(plan.operands, plan.options, plan.functions(score), out, lse)
     return True
 
 
@@ -77,9 +82,7 @@ def gradients(
     except CannotCompile:
         return None
     out, lse, dout, dlse = given
-    found = [
-        x.new_empty(x.shape) if need else None for x, need in zip(qkv, needs[:3], strict=True)
-    ]
+    found = [x.new_empty(x.shape) if need else None for x, need in zip(qkv, needs[:3], strict=True)]
     functions = plan.functions(score, sums, totals)
     backend.backward_with_functions(
         plan.operands, plan.options, functions, out, lse, dout, dlse, *found
@@ -113,9 +116,10 @@ class _Plan:
     ) -> None:
         if min(*q.shape, *k.shape, *v.shape) == 0:
             raise CannotCompile("has nothing to compute")
-        sizes = Sizes(*q.shape[:3], k.shape[2])
+        batch, heads, seqlen_q, _ = q.shape
+        sizes = Sizes(batch, heads, seqlen_q, k.shape[2])
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.lowering = Lowering(sizes, wide)
+        self.lowering = Lowering(sizes, wide, RULES)
         self.mask: Value | None = None
         self.score: Value | None = None
         self.kinds, self.block = _listed(call.block_mask)
@@ -135,7 +139,6 @@ class _Plan:
         if self.score is not None and self.score is self.lowering.score():
             self.score = None
         self.operands, self.options = _operands(q, k, v, hidden_keys, call.scale, named)
-        self._totals: list[Tensor | None] = []
 
     def _read_mask(
         self, mask: Expression, vectors: Vectors, rest: list[Node] | None
@@ -281,7 +284,8 @@ def _operands(
         max_seqlen_k=k.shape[2],
         head_dim=q.shape[3],
         scale=scale,
-        **{name: named.get(name) for name in ("window", "chunk")},
         causal=named.get("causal", False),
+        window=named.get("window"),
+        chunk=named.get("chunk"),
     )
     return operands, options

@@ -170,8 +170,6 @@ class Reader:
         self.inputs = expression.inputs
         self.captured = expression.captured
 
-    # --- masks -----------------------------------------------------------------------------------
-
     def conjuncts(self, node: Node) -> list[Node]:
         if node.operation in _AND:
             return [part for arg in node.args for part in self.conjuncts(arg)]
@@ -310,8 +308,6 @@ class Reader:
             return None
         tensor = self.captured[table.captured]
         return tensor if tensor.dim() == len(names) else None
-
-    # --- numbers ---------------------------------------------------------------------------------
 
     def linear(self, value: Any) -> tuple[int, int, int] | None:
         """(a, b, c) of a * q_idx + b * kv_idx + c."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .expression import Expression, Node
-from .pairs import CannotCompile, Builder, Value
+from .pairs import Builder, CannotCompile, Value
 from .vectors import Sizes, Vectors
 
 aten: Any = torch.ops.aten
@@ -22,6 +21,11 @@ _WHOLE = (torch.int32, torch.int64, torch.bool)
 _EXACT = {"add", "sub", "rsub", "mul", "div", "neg", "abs", "sqrt", "maximum", "minimum", "relu"}
 _EXACT |= {"where", "masked_fill", "clamp", "clamp_min", "clamp_max", "_to_copy", "sign", "index"}
 _EXACT |= {"select", "floor", "ceil", "trunc", "reciprocal"}
+
+
+SAME = {"clone", "alias", "lift_fresh", "lift_fresh_copy"}  # what gives its argument
+
+Rule: TypeAlias = "Callable[[Nodes, Node], Value]"
 
 
 @dataclass(eq=False)
@@ -46,9 +50,11 @@ class Lowering:
 
     Args:
         wide: the dtype of scores.
+        rules: what makes a value of a node, by the name of its operation (`rules.py`).
     """
 
-    def __init__(self, sizes: Sizes, wide: torch.dtype) -> None:
+    def __init__(self, sizes: Sizes, wide: torch.dtype, rules: Mapping[str, Rule]) -> None:
+        self.rules = rules
         self.build = Builder()
         self.leaves: list[Leaf] = []
         self.loads: dict[Value, Leaf] = {}  # of real numbers
@@ -60,7 +66,7 @@ class Lowering:
     def lower(self, expression: Expression, vectors: Vectors, node: Node | None = None) -> Value:
         """The value of an expression's node, its result if None."""
         result = expression.result if node is None else node
-        return _Nodes(self, expression, vectors).value(result)
+        return Nodes(self, expression, vectors).value(result)
 
     def real(self, value: Value, dtype: torch.dtype | None = None) -> Value:
         """As a real number of torch's `dtype`."""
@@ -96,7 +102,7 @@ class Lowering:
         return len(self.leaves) - 1, bounds
 
 
-class _Nodes:
+class Nodes:
     """The nodes of one expression."""
 
     def __init__(self, owner: Lowering, expression: Expression, vectors: Vectors) -> None:
@@ -128,13 +134,13 @@ class _Nodes:
         name = node.operation.overloadpacket.__name__
         if name in ("index", "select"):
             return self._gather(node)
-        rule = _RULES.get(name)
+        rule = self.owner.rules.get(name)
         if rule is None:
             raise CannotCompile(f"calls `{name}`, for which there is no instruction")
-        if node.dtype in _HALVES and name not in _SAME:
+        if node.dtype in _HALVES and name not in SAME:
             raise CannotCompile(f"computes in {node.dtype}")
         single = self.owner.wide == torch.float64 and node.dtype == torch.float32
-        if single and name not in _EXACT | _SAME.keys():
+        if single and name not in _EXACT | SAME:
             raise CannotCompile(f"calls `{name}` in float32 where scores are float64")
         return self.owner.rounded(rule(self, node), node.dtype)
 
@@ -198,243 +204,3 @@ class _Nodes:
         if self.vectors.depends(node):
             return node, []
         return node, [None] * self.vectors.value(node).dim()
-
-
-Rule = Callable[[_Nodes, Node], Value]
-
-
-def _real_rule(name: str) -> Rule:
-    return lambda nodes, node: nodes.build.make(name, nodes.arg(node, 0))
-
-
-def _arithmetic(name: str) -> Rule:
-    def rule(nodes: _Nodes, node: Node) -> Value:
-        if dict(node.options).get("alpha", 1) != 1 or len(node.args) > 2:
-            raise CannotCompile("adds a multiple")
-        if node.dtype == torch.bool:
-            raise CannotCompile("adds truths")
-        a, b = nodes.arg(node, 0), nodes.arg(node, 1)
-        if name == "rsub":
-            a, b = b, a
-        verb = {"rsub": "sub"}.get(name, name)
-        if not a.real:
-            return nodes.build.whole_binary(verb, a, b)
-        made: Value = getattr(nodes.build, verb)(a, b)
-        return made
-
-    return rule
-
-
-def _division(nodes: _Nodes, node: Node) -> Value:
-    mode = dict(node.options).get("rounding_mode")
-    if node.operation.overloadpacket is aten.floor_divide:
-        mode = "floor"
-    a, b = nodes.arg(node, 0), nodes.arg(node, 1)
-    if a.real and mode is not None:
-        raise CannotCompile("divides real numbers to whole ones")
-    if not a.real:
-        return nodes.build.whole_binary(f"{mode}_div", a, b)
-    return nodes.build.make("div", a, b)
-
-
-def _remainder(nodes: _Nodes, node: Node) -> Value:
-    a, b = nodes.arg(node, 0), nodes.arg(node, 1)
-    if a.real:
-        raise CannotCompile("takes a remainder of real numbers")
-    return nodes.build.whole_binary("remainder", a, b)
-
-
-def _extreme(name: str) -> Rule:
-    def rule(nodes: _Nodes, node: Node) -> Value:
-        a, b = nodes.arg(node, 0), nodes.arg(node, 1)
-        return nodes.build.make(name, a, b) if a.real else nodes.build.whole_binary(name, a, b)
-
-    return rule
-
-
-def _bounded(nodes: _Nodes, value: Value, bound: Value, beyond: str) -> Value:
-    return nodes.build.select(nodes.build.compare(beyond, value, bound), bound, value)
-
-
-def _clamp(nodes: _Nodes, node: Node) -> Value:
-    name = node.operation.overloadpacket.__name__
-    value = nodes.arg(node, 0)
-    given = dict(node.options)
-    low, high = (*node.args[1:], None, None)[:2]
-    if name == "clamp_max":
-        low, high = None, low
-    low, high = given.get("min", low), given.get("max", high)
-    if low is not None:
-        value = _bounded(nodes, value, nodes.as_kind(nodes.raw(low), node), "lt")
-    if high is not None:
-        value = _bounded(nodes, value, nodes.as_kind(nodes.raw(high), node), "gt")
-    return value
-
-
-def _relu(nodes: _Nodes, node: Node) -> Value:
-    value = nodes.arg(node, 0)
-    zero = nodes.build.number(0.0) if value.real else nodes.build.whole(0)
-    return nodes.build.select(nodes.build.compare("le", value, zero), zero, value)
-
-
-def _unary(name: str) -> Rule:
-    def rule(nodes: _Nodes, node: Node) -> Value:
-        a = nodes.arg(node, 0)
-        if not a.real:
-            return nodes.build.whole_unary(name, a)
-        return nodes.build.neg(a) if name == "neg" else nodes.build.make(name, a)
-
-    return rule
-
-
-def _where(nodes: _Nodes, node: Node) -> Value:
-    which = nodes.raw(node.args[0])
-    return nodes.build.select(which, nodes.arg(node, 1), nodes.arg(node, 2))
-
-
-def _masked_fill(nodes: _Nodes, node: Node) -> Value:
-    which = nodes.raw(node.args[1])
-    return nodes.build.select(which, nodes.arg(node, 2), nodes.arg(node, 0))
-
-
-def _compare(nodes: _Nodes, node: Node) -> Value:
-    a, b = nodes.raw(node.args[0]), nodes.raw(node.args[1])
-    if a.real or b.real:
-        kinds = [x.dtype for x in node.args if isinstance(x, Node) and x.dtype is not None]
-        dtype = torch.float64 if torch.float64 in kinds else torch.float32
-        a, b = (nodes.owner.rounded(nodes.owner.real(x, dtype), dtype) for x in (a, b))
-    return nodes.build.compare(node.operation.overloadpacket.__name__, a, b)
-
-
-def _logical(name: str) -> Rule:
-    def rule(nodes: _Nodes, node: Node) -> Value:
-        a, b = (nodes.raw(arg) for arg in node.args)
-        if node.dtype == torch.bool:
-            a, b = nodes.build.truth(a), nodes.build.truth(b)
-        return nodes.build.whole_binary(name, a, b)
-
-    return rule
-
-
-def _not(nodes: _Nodes, node: Node) -> Value:
-    a = nodes.raw(node.args[0])
-    if node.dtype == torch.bool:
-        return nodes.build.compare("eq", nodes.build.truth(a), nodes.build.whole(0))
-    return nodes.build.whole_binary("sub", nodes.build.whole(-1), a)
-
-
-def _power(nodes: _Nodes, node: Node) -> Value:
-    base, exponent = nodes.arg(node, 0), node.args[1]
-    if isinstance(exponent, (int, float)) and exponent in (1, 2, 3):
-        times = [base] * int(exponent)
-        if not base.real:
-            made = times[0]
-            for each in times[1:]:
-                made = nodes.build.whole_binary("mul", made, each)
-            return made
-        made = times[0]
-        for each in times[1:]:
-            made = nodes.build.mul(made, each)
-        return made
-    if not base.real:
-        raise CannotCompile("raises a whole number to a power")
-    if exponent == 0.5:
-        return nodes.build.make("sqrt", base)
-    if exponent == -1:
-        return nodes.build.make("div", nodes.build.number(1.0), base)
-    if not isinstance(exponent, (int, float)):
-        raise CannotCompile("raises to a power that is no constant")
-    return nodes.build.make("pow", base, nodes.build.number(exponent))
-
-
-def _square_root_below(nodes: _Nodes, node: Node) -> Value:
-    root = nodes.build.make("sqrt", nodes.arg(node, 0))
-    return nodes.build.make("div", nodes.build.number(1.0), root)
-
-
-def _reciprocal(nodes: _Nodes, node: Node) -> Value:
-    return nodes.build.make("div", nodes.build.number(1.0), nodes.arg(node, 0))
-
-
-def _exp2(nodes: _Nodes, node: Node) -> Value:
-    # e^(x ln 2), not a power: its derivative is a product, and powers are slow.
-    return nodes.build.make(
-        "exp", nodes.build.mul(nodes.arg(node, 0), nodes.build.number(math.log(2.0)))
-    )
-
-
-def _log2(nodes: _Nodes, node: Node) -> Value:
-    log = nodes.build.make("log", nodes.arg(node, 0))
-    return nodes.build.mul(log, nodes.build.number(1.0 / math.log(2.0)))
-
-
-def _silu(nodes: _Nodes, node: Node) -> Value:
-    a = nodes.arg(node, 0)
-    return nodes.build.mul(a, nodes.build.make("sigmoid", a))
-
-
-def _copy(nodes: _Nodes, node: Node) -> Value:
-    value, dtype = nodes.raw(node.args[0]), node.dtype
-    if dtype == torch.bool:
-        return nodes.build.truth(value)
-    if dtype == torch.float64 != nodes.owner.wide and value.real:
-        raise CannotCompile("asks for float64 where scores are float32")
-    if dtype in (torch.float32, torch.float64):
-        return nodes.as_kind(value, node)
-    if value.real or dtype not in (torch.int32, torch.int64):
-        raise CannotCompile(f"makes {dtype} of {'real' if value.real else 'whole'} numbers")
-    return value
-
-
-def _same(nodes: _Nodes, node: Node) -> Value:
-    return nodes.raw(node.args[0])
-
-
-def _detached(nodes: _Nodes, node: Node) -> Value:
-    value = nodes.raw(node.args[0])
-    return nodes.build.detached(value)
-
-
-def _filled(nodes: _Nodes, node: Node) -> Value:
-    name = node.operation.overloadpacket.__name__
-    fixed = 0.0 if "zeros" in name else 1.0
-    value: Any = fixed if "full" not in name else node.args[-1]
-    if isinstance(value, Node) or node.dtype is None:
-        raise CannotCompile("fills with a tensor")
-    if node.dtype.is_floating_point:
-        return nodes.build.number(float(value))
-    return nodes.build.whole(int(value))
-
-
-_SAME: dict[str, Rule] = dict.fromkeys(("clone", "alias", "lift_fresh", "lift_fresh_copy"), _same)
-_RULES: dict[str, Rule] = {
-    **{name: _arithmetic(name) for name in ("add", "sub", "mul", "rsub")},
-    **{name: _compare for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    **{name: _unary(name) for name in ("neg", "abs")},
-    **dict.fromkeys(("sign", "sgn"), _unary("sign")),
-    **{name: _real_rule(name) for name in ("sqrt", "exp", "log", "log1p", "expm1", "sin", "cos")},
-    **{name: _real_rule(name) for name in ("tanh", "sigmoid", "erf", "floor", "ceil", "trunc")},
-    **dict.fromkeys(("bitwise_and", "logical_and"), _logical("and")),
-    **dict.fromkeys(("bitwise_or", "logical_or"), _logical("or")),
-    **dict.fromkeys(("bitwise_xor", "logical_xor"), _logical("xor")),
-    **dict.fromkeys(("bitwise_not", "logical_not"), _not),
-    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
-    **dict.fromkeys(("div", "floor_divide"), _division),
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), _filled),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full"), _filled),
-    "maximum": _extreme("max"),
-    "minimum": _extreme("min"),
-    "remainder": _remainder,
-    "relu": _relu,
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "pow": _power,
-    "rsqrt": _square_root_below,
-    "reciprocal": _reciprocal,
-    "exp2": _exp2,
-    "log2": _log2,
-    "silu": _silu,
-    "_to_copy": _copy,
-    "detach": _detached,
-    **_SAME,
-}

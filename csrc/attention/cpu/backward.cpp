@@ -73,7 +73,8 @@ class BackwardHead {
     k_pairs_ = E::kPair == 1 ? tile_.k
                              : prepare_pairs<E>(key_view(p, p.k, sequence, head, p.head_dim), range,
                                                 tile_.keep_keys, p.head_dim, s.k_pairs, s.k_rows);
-    if (p.softcap > 0 || tile_.functions.has_slope()) tile_.slope = s.slope.template get<Real>(kTile);
+    if (p.softcap > 0 || tile_.functions.has_slope())
+      tile_.slope = s.slope.template get<Real>(kTile);
     dout_ = s.dout.template get<Unit>(units_v_ * kStrideQ);
     dp_ = s.dp.template get<Real>(kTile);
     if (E::kPair > 1) {
@@ -82,7 +83,8 @@ class BackwardHead {
       ds_pairs_ = s.ds_pairs.template get<Unit>(kTile / E::kPair);
     }
     if (tile_.functions.sums()) tile_.raw = s.raw.template get<Real>(kTile);
-    if (p.dbias.data != nullptr || tile_.functions.sums()) ds_full_ = s.ds_full.template get<Real>(kTile);
+    if (p.dbias.data != nullptr || tile_.functions.sums())
+      ds_full_ = s.ds_full.template get<Real>(kTile);
     if (p.dweights.data != nullptr) dweights_ = s.dweights.template get<Real>(kTile);
     const int64_t blocks = ceil_div(sequence.seqlen_q, kBlockQ);
     one_block_ = dq == nullptr && range.end - range.begin <= kChunk;

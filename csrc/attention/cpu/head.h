@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attention/cpu/gemm.h"
-#include "attention/cpu/tile_functions.h"
 #include "attention/cpu/score.h"
+#include "attention/cpu/tile_functions.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -38,10 +38,9 @@ class HeadScores {
         formula(params),
         dropout(params),
         functions(params, sequence_of, head_index, buffers.functions),
-        keep_keys(functions.hides()
-                      ? functions.keys_to_keep(visibility, buffers.keep)
-                      : keys_to_keep<Real>(params, sequence_of, head_index, visibility,
-                                           buffers.keep)),
+        keep_keys(functions.hides() ? functions.keys_to_keep(visibility, buffers.keep)
+                                    : keys_to_keep<Real>(params, sequence_of, head_index,
+                                                         visibility, buffers.keep)),
         buffers_(buffers),
         units_(units<E>(params.head_dim)) {
     constexpr int64_t kTile = int64_t{kBlockK} * kStrideQ;

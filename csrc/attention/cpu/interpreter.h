@@ -230,13 +230,20 @@ class Interpreter {
       });
     };
     switch (table.view.dtype) {
-      case DType::kFloat32: return from(static_cast<float*>(nullptr));
-      case DType::kFloat64: return from(static_cast<double*>(nullptr));
-      case DType::kFloat16: return from(static_cast<Float16*>(nullptr));
-      case DType::kBFloat16: return from(static_cast<BFloat16*>(nullptr));
-      case DType::kBool: return from(static_cast<uint8_t*>(nullptr));
-      case DType::kInt32: return from(static_cast<int32_t*>(nullptr));
-      case DType::kInt64: return from(static_cast<int64_t*>(nullptr));
+      case DType::kFloat32:
+        return from(static_cast<float*>(nullptr));
+      case DType::kFloat64:
+        return from(static_cast<double*>(nullptr));
+      case DType::kFloat16:
+        return from(static_cast<Float16*>(nullptr));
+      case DType::kBFloat16:
+        return from(static_cast<BFloat16*>(nullptr));
+      case DType::kBool:
+        return from(static_cast<uint8_t*>(nullptr));
+      case DType::kInt32:
+        return from(static_cast<int32_t*>(nullptr));
+      case DType::kInt64:
+        return from(static_cast<int64_t*>(nullptr));
     }
   }
 
@@ -247,37 +254,57 @@ class Interpreter {
     const Real *const a = real(x.arg[0]), *const b = real(x.arg[1]);
     const V one = V::set1(1);
     switch (x.operation) {
-      case Operation::k_add: return each(out, [&](int n) { return a[n] + b[n]; });
-      case Operation::k_sub: return each(out, [&](int n) { return a[n] - b[n]; });
-      case Operation::k_mul: return each(out, [&](int n) { return a[n] * b[n]; });
-      case Operation::k_div: return each(out, [&](int n) { return a[n] / b[n]; });
+      case Operation::k_add:
+        return each(out, [&](int n) { return a[n] + b[n]; });
+      case Operation::k_sub:
+        return each(out, [&](int n) { return a[n] - b[n]; });
+      case Operation::k_mul:
+        return each(out, [&](int n) { return a[n] * b[n]; });
+      case Operation::k_div:
+        return each(out, [&](int n) { return a[n] / b[n]; });
       // A NaN of either stays one, as in torch.
       case Operation::k_max:
         return each(out, [&](int n) { return a[n] > b[n] || a[n] != a[n] ? a[n] : b[n]; });
       case Operation::k_min:
         return each(out, [&](int n) { return a[n] < b[n] || a[n] != a[n] ? a[n] : b[n]; });
-      case Operation::k_pow: return each(out, [&](int n) { return std::pow(a[n], b[n]); });
-      case Operation::k_neg: return each(out, [&](int n) { return -a[n]; });
-      case Operation::k_abs: return each(out, [&](int n) { return std::fabs(a[n]); });
+      case Operation::k_pow:
+        return each(out, [&](int n) { return std::pow(a[n], b[n]); });
+      case Operation::k_neg:
+        return each(out, [&](int n) { return -a[n]; });
+      case Operation::k_abs:
+        return each(out, [&](int n) { return std::fabs(a[n]); });
       case Operation::k_sign:
         return each(out, [&](int n) { return Real(a[n] > 0) - Real(a[n] < 0); });
-      case Operation::k_floor: return each(out, [&](int n) { return std::floor(a[n]); });
-      case Operation::k_ceil: return each(out, [&](int n) { return std::ceil(a[n]); });
-      case Operation::k_trunc: return each(out, [&](int n) { return std::trunc(a[n]); });
-      case Operation::k_sqrt: return each(out, [&](int n) { return std::sqrt(a[n]); });
-      case Operation::k_exp: return each_vector(out, a, [](V v) { return whole_exp(v); });
-      case Operation::k_log: return each(out, [&](int n) { return std::log(a[n]); });
-      case Operation::k_log1p: return each(out, [&](int n) { return std::log1p(a[n]); });
-      case Operation::k_expm1: return each(out, [&](int n) { return std::expm1(a[n]); });
-      case Operation::k_sin: return each(out, [&](int n) { return std::sin(a[n]); });
-      case Operation::k_cos: return each(out, [&](int n) { return std::cos(a[n]); });
-      case Operation::k_tanh: return each_vector(out, a, [](V v) { return tanh(v); });
+      case Operation::k_floor:
+        return each(out, [&](int n) { return std::floor(a[n]); });
+      case Operation::k_ceil:
+        return each(out, [&](int n) { return std::ceil(a[n]); });
+      case Operation::k_trunc:
+        return each(out, [&](int n) { return std::trunc(a[n]); });
+      case Operation::k_sqrt:
+        return each(out, [&](int n) { return std::sqrt(a[n]); });
+      case Operation::k_exp:
+        return each_vector(out, a, [](V v) { return whole_exp(v); });
+      case Operation::k_log:
+        return each(out, [&](int n) { return std::log(a[n]); });
+      case Operation::k_log1p:
+        return each(out, [&](int n) { return std::log1p(a[n]); });
+      case Operation::k_expm1:
+        return each(out, [&](int n) { return std::expm1(a[n]); });
+      case Operation::k_sin:
+        return each(out, [&](int n) { return std::sin(a[n]); });
+      case Operation::k_cos:
+        return each(out, [&](int n) { return std::cos(a[n]); });
+      case Operation::k_tanh:
+        return each_vector(out, a, [](V v) { return tanh(v); });
       case Operation::k_sigmoid:
         return each_vector(out, a, [&](V v) { return one / (one + whole_exp(V::zero() - v)); });
-      case Operation::k_erf: return each(out, [&](int n) { return std::erf(a[n]); });
+      case Operation::k_erf:
+        return each(out, [&](int n) { return std::erf(a[n]); });
       case Operation::k_to_float32:
         return each(out, [&](int n) { return static_cast<Real>(static_cast<float>(a[n])); });
-      default: return compute_mixed(x);
+      default:
+        return compute_mixed(x);
     }
   }
 
@@ -306,12 +333,18 @@ class Interpreter {
         const Real *const yes = real(x.arg[1]), *const no = real(x.arg[2]);
         return each(real(x.out), [&](int n) { return chosen(which[n], yes[n], no[n]); });
       }
-      case Operation::k_lt: return each(truth, [&](int n) { return Int(a[n] < b[n]); });
-      case Operation::k_le: return each(truth, [&](int n) { return Int(a[n] <= b[n]); });
-      case Operation::k_gt: return each(truth, [&](int n) { return Int(a[n] > b[n]); });
-      case Operation::k_ge: return each(truth, [&](int n) { return Int(a[n] >= b[n]); });
-      case Operation::k_eq: return each(truth, [&](int n) { return Int(a[n] == b[n]); });
-      default: return each(truth, [&](int n) { return Int(a[n] != b[n]); });
+      case Operation::k_lt:
+        return each(truth, [&](int n) { return Int(a[n] < b[n]); });
+      case Operation::k_le:
+        return each(truth, [&](int n) { return Int(a[n] <= b[n]); });
+      case Operation::k_gt:
+        return each(truth, [&](int n) { return Int(a[n] > b[n]); });
+      case Operation::k_ge:
+        return each(truth, [&](int n) { return Int(a[n] >= b[n]); });
+      case Operation::k_eq:
+        return each(truth, [&](int n) { return Int(a[n] == b[n]); });
+      default:
+        return each(truth, [&](int n) { return Int(a[n] != b[n]); });
     }
   }
 
@@ -321,33 +354,50 @@ class Interpreter {
     Int* const out = integer(x.out);
     const Int *const a = integer(x.arg[0]), *const b = integer(x.arg[1]);
     switch (x.operation) {
-      case Operation::k_add_int: return each(out, [&](int n) { return a[n] + b[n]; });
-      case Operation::k_sub_int: return each(out, [&](int n) { return a[n] - b[n]; });
-      case Operation::k_mul_int: return each(out, [&](int n) { return a[n] * b[n]; });
+      case Operation::k_add_int:
+        return each(out, [&](int n) { return a[n] + b[n]; });
+      case Operation::k_sub_int:
+        return each(out, [&](int n) { return a[n] - b[n]; });
+      case Operation::k_mul_int:
+        return each(out, [&](int n) { return a[n] * b[n]; });
       case Operation::k_floor_div_int:
         return each(out, [&](int n) { return a[n] / b[n] - below(a[n], b[n]); });
-      case Operation::k_trunc_div_int: return each(out, [&](int n) { return a[n] / b[n]; });
+      case Operation::k_trunc_div_int:
+        return each(out, [&](int n) { return a[n] / b[n]; });
       case Operation::k_remainder_int:
         return each(out, [&](int n) { return a[n] % b[n] + below(a[n], b[n]) * b[n]; });
-      case Operation::k_max_int: return each(out, [&](int n) { return a[n] > b[n] ? a[n] : b[n]; });
-      case Operation::k_min_int: return each(out, [&](int n) { return a[n] < b[n] ? a[n] : b[n]; });
-      case Operation::k_neg_int: return each(out, [&](int n) { return -a[n]; });
-      case Operation::k_abs_int: return each(out, [&](int n) { return a[n] < 0 ? -a[n] : a[n]; });
+      case Operation::k_max_int:
+        return each(out, [&](int n) { return a[n] > b[n] ? a[n] : b[n]; });
+      case Operation::k_min_int:
+        return each(out, [&](int n) { return a[n] < b[n] ? a[n] : b[n]; });
+      case Operation::k_neg_int:
+        return each(out, [&](int n) { return -a[n]; });
+      case Operation::k_abs_int:
+        return each(out, [&](int n) { return a[n] < 0 ? -a[n] : a[n]; });
       case Operation::k_sign_int:
         return each(out, [&](int n) { return Int(a[n] > 0) - Int(a[n] < 0); });
-      case Operation::k_and_int: return each(out, [&](int n) { return a[n] & b[n]; });
-      case Operation::k_or_int: return each(out, [&](int n) { return a[n] | b[n]; });
-      case Operation::k_xor_int: return each(out, [&](int n) { return a[n] ^ b[n]; });
+      case Operation::k_and_int:
+        return each(out, [&](int n) { return a[n] & b[n]; });
+      case Operation::k_or_int:
+        return each(out, [&](int n) { return a[n] | b[n]; });
+      case Operation::k_xor_int:
+        return each(out, [&](int n) { return a[n] ^ b[n]; });
       case Operation::k_select_int: {
         const Int* no = integer(x.arg[2]);
         return each(out, [&](int n) { return chosen(a[n], b[n], no[n]); });
       }
-      case Operation::k_lt_int: return each(out, [&](int n) { return Int(a[n] < b[n]); });
-      case Operation::k_le_int: return each(out, [&](int n) { return Int(a[n] <= b[n]); });
-      case Operation::k_gt_int: return each(out, [&](int n) { return Int(a[n] > b[n]); });
-      case Operation::k_ge_int: return each(out, [&](int n) { return Int(a[n] >= b[n]); });
-      case Operation::k_eq_int: return each(out, [&](int n) { return Int(a[n] == b[n]); });
-      default: return each(out, [&](int n) { return Int(a[n] != b[n]); });
+      case Operation::k_lt_int:
+        return each(out, [&](int n) { return Int(a[n] < b[n]); });
+      case Operation::k_le_int:
+        return each(out, [&](int n) { return Int(a[n] <= b[n]); });
+      case Operation::k_gt_int:
+        return each(out, [&](int n) { return Int(a[n] > b[n]); });
+      case Operation::k_ge_int:
+        return each(out, [&](int n) { return Int(a[n] >= b[n]); });
+      case Operation::k_eq_int:
+        return each(out, [&](int n) { return Int(a[n] == b[n]); });
+      default:
+        return each(out, [&](int n) { return Int(a[n] != b[n]); });
     }
   }
 
@@ -397,7 +447,8 @@ class Interpreter {
         }
         return;
       }
-      default: return scatter(x);
+      default:
+        return scatter(x);
     }
   }
 

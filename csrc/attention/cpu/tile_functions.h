@@ -53,8 +53,7 @@ class TileFunctions {
       end = map.keys;
       if (listed) {
         const int64_t block = (j + begin) / p_.functions->block_k;
-        end = static_cast<int>(
-            smaller<int64_t>(map.keys, (block + 1) * p_.functions->block_k - j));
+        end = static_cast<int>(smaller<int64_t>(map.keys, (block + 1) * p_.functions->block_k - j));
         said = listed_in(i, rows, block);
       }
       narrow(j, begin, end, said, map);
