@@ -6,7 +6,11 @@ A backend runs them if it has `forward_with_functions`, `backward_with_functions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +39,7 @@ def why_not(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     _, reasons = _backend(q.device)
     if not reasons:
         try:
-            _Plan(call, q, k, v, call.captured())
+            _plan_of(call, q, k, v, call.captured())
         except CannotCompile as error:
             reasons = [str(error)]
     return reasons
@@ -55,11 +59,11 @@ def forward(
     if backend is None:
         return False
     try:
-        plan = _Plan(call, q, k, v, captured)
+        plan = _plan_of(call, q, k, v, captured)
     except CannotCompile:
         return False
-    score = None if plan.score is None else program(plan.score)
-    backend.forward_with_functions(plan.operands, plan.options, plan.functions(score), out, lse)
+    functions = plan.functions(plan.program_of("score"))
+    backend.forward_with_functions(plan.operands, plan.options, functions, out, lse)
     return True
 
 
@@ -77,7 +81,7 @@ def gradients(
     points = [x.detach().requires_grad_(n) for x, n in zip(captured, needs[3:], strict=True)]
     try:
         with torch.enable_grad():
-            plan = _Plan(call, *qkv, points)
+            plan = _plan_of(call, *qkv, points)
         score, sums, totals = plan.backward()
     except CannotCompile:
         return None
@@ -102,6 +106,38 @@ def _backend(device: torch.device) -> tuple[Any, list[str]]:
     return None, reasons
 
 
+def _plan_of(call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> _Plan:
+    """The plan of a call; one made before where nothing was captured that may have changed."""
+    if captured:
+        return _Plan(call, q, k, v, captured)
+    nodes = [None if e is None else e.nodes for e in (call.score, call.mask)]
+    blocks = call.block_mask if hasattr(call.block_mask, "kv_num_blocks") else None
+    key = (*map(id, (*nodes, blocks)), q.shape, k.shape, v.shape, q.dtype, call.scale)
+    kept = _plans.get(key)
+    if kept is None or (kept.blocks is not None and kept.blocks() is None):
+        plan = _Plan(call, q, k, v, captured)
+        nobody = q.new_empty(0)  # a plan must not keep a call's tensors alive
+        plan = plan.with_tensors(nobody, nobody, nobody)
+        kept = _Kept(plan, nodes, None if blocks is None else weakref.ref(blocks))
+        _plans[key] = kept
+        if len(_plans) > _MOST_PLANS:
+            _plans.popitem(last=False)
+    return kept.plan.with_tensors(q, k, v)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A plan, and what its key names by number: alive as long as the plan, or seen to be dead."""
+
+    plan: _Plan
+    nodes: list[Any]
+    blocks: weakref.ref[Any] | None
+
+
+_MOST_PLANS = 64
+_plans: OrderedDict[Hashable, _Kept] = OrderedDict()
+
+
 class _Plan:
     """What the kernels of one call are given.
 
@@ -122,6 +158,7 @@ class _Plan:
         self.lowering = Lowering(sizes, wide, RULES)
         self.mask: Value | None = None
         self.score: Value | None = None
+        self._programs: dict[str, Tensor] = {}  # shared by all that has this plan
         self.kinds, self.block = _listed(call.block_mask)
         mine, masks = call.split(captured)
         named: dict[str, Any] = {}
@@ -139,6 +176,13 @@ class _Plan:
         if self.score is not None and self.score is self.lowering.score():
             self.score = None
         self.operands, self.options = _operands(q, k, v, hidden_keys, call.scale, named)
+
+    def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
+        """The same for other numbers of the same shapes."""
+        plan = copy.copy(self)
+        plan.lowering = self.lowering.copy()  # a backward adds to it
+        plan.operands = self.operands._replace(q=q.detach(), k=k.detach(), v=v.detach())
+        return plan
 
     def _read_mask(
         self, mask: Expression, vectors: Vectors, rest: list[Node] | None
@@ -199,6 +243,13 @@ class _Plan:
         dtype = torch.float64 if leaf.place == "one" else wide
         return torch.zeros((*heads, like.shape[2]), dtype=dtype, device=like.device)
 
+    def program_of(self, name: str) -> Tensor | None:
+        """That of "mask", or of "score" without its slope."""
+        value: Value | None = getattr(self, name)
+        if value is not None and name not in self._programs:
+            self._programs[name] = program(value)
+        return None if value is None else self._programs[name]
+
     def functions(
         self,
         score: Tensor | None,
@@ -206,11 +257,18 @@ class _Plan:
         totals: dict[Value, Tensor] | None = None,
     ) -> tuple[Any, ...]:
         """The functions as the kernels take them."""
-        mask = None if self.mask is None else program(self.mask)
         by_leaf = {load.leaf: total for load, total in (totals or {}).items()}
         leaves = [x for n, leaf in enumerate(self.lowering.leaves)
                   for x in (leaf.tensor, by_leaf.get(n))]  # fmt: skip
-        return (mask, score, sums, self.kinds, *self.block, len(leaves) // 2, *leaves)
+        return (
+            self.program_of("mask"),
+            score,
+            sums,
+            self.kinds,
+            *self.block,
+            len(leaves) // 2,
+            *leaves,
+        )
 
 
 def _of_captured(

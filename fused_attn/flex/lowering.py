@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ class Lowering:
         self.leaves: list[Leaf] = []
         self.loads: dict[Value, Leaf] = {}  # of real numbers
         self.sizes, self.wide = sizes, wide
+
+    def copy(self) -> Lowering:
+        """Another that may be added to."""
+        other = copy.copy(self)
+        other.build = self.build.copy()
+        return other
 
     def score(self) -> Value:
         return self.build.make("load_score")

@@ -61,6 +61,12 @@ class Builder:
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Value] = {}
 
+    def copy(self) -> Builder:
+        """Another with the same values."""
+        other = Builder()
+        other._made = dict(self._made)
+        return other
+
     def make(
         self,
         operation: str,
