@@ -15,20 +15,21 @@ namespace fused_attn::attention {
 
 // X(name). Registers hold a number for each pair: numbers r[n], whole numbers and truths i[n].
 //   load_*: a vector (number `leaf`) by batch, head and: nothing, query, key, query - key.
-//   Arguments a, b, c, d are registers; `value` is a constant.
-#define FUSED_ATTN_PAIR_OPERATIONS(X)                                                              \
-  X(constant)                                                                                      \
-  X(constant_int) X(load_one) X(load_one_int) X(load_query) X(load_query_int) X(load_key)          \
-      X(load_key_int) X(load_distance) X(load_distance_int) X(load_score) X(load_gradient)         \
-          X(load_visible) X(gather) X(gather_int) X(add) X(sub) X(mul) X(div) X(max) X(min) X(pow) \
-              X(neg) X(abs) X(sign) X(floor) X(ceil) X(trunc) X(sqrt) X(exp) X(log) X(log1p)       \
-                  X(expm1) X(sin) X(cos) X(tanh) X(sigmoid) X(erf) X(to_float32) X(from_int)       \
-                      X(select) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(add_int) X(sub_int)          \
-                          X(mul_int) X(floor_div_int) X(trunc_div_int) X(remainder_int) X(max_int) \
-                              X(min_int) X(neg_int) X(abs_int) X(sign_int) X(and_int) X(or_int)    \
-                                  X(xor_int) X(select_int) X(lt_int) X(le_int) X(gt_int) X(ge_int) \
-                                      X(eq_int) X(ne_int) X(sum_one) X(sum_query) X(sum_key)       \
-                                          X(sum_distance) X(sum_table)
+//   Arguments are registers; `value` is a constant. Loads come first, then real numbers, whole
+//   numbers and sums: the interpreter tells the kinds by their order.
+// clang-format off
+#define FUSED_ATTN_PAIR_OPERATIONS(X)                                                            \
+  X(constant) X(constant_int) X(load_one) X(load_one_int) X(load_query) X(load_query_int)        \
+  X(load_key) X(load_key_int) X(load_distance) X(load_distance_int) X(load_score)                \
+  X(load_gradient) X(load_visible) X(gather) X(gather_int)                                       \
+  X(add) X(sub) X(mul) X(div) X(max) X(min) X(pow) X(neg) X(abs) X(sign) X(floor) X(ceil)        \
+  X(trunc) X(sqrt) X(exp) X(log) X(log1p) X(expm1) X(sin) X(cos) X(tanh) X(sigmoid) X(erf)       \
+  X(to_float32) X(from_int) X(select) X(lt) X(le) X(gt) X(ge) X(eq) X(ne)                        \
+  X(add_int) X(sub_int) X(mul_int) X(floor_div_int) X(trunc_div_int) X(remainder_int) X(max_int) \
+  X(min_int) X(neg_int) X(abs_int) X(sign_int) X(and_int) X(or_int) X(xor_int) X(select_int)     \
+  X(lt_int) X(le_int) X(gt_int) X(ge_int) X(eq_int) X(ne_int)                                    \
+  X(sum_one) X(sum_query) X(sum_key) X(sum_distance) X(sum_table)
+// clang-format on
 
 enum class PairOperation : int64_t {
 #define FUSED_ATTN_NAME(name) k_##name,

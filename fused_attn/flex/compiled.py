@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import dispatch
 from ..ops.attention import BACKENDS
 from ..ops.attention.arguments import documents
 from ..ops.attention.problem import Operands, Options, make_options
@@ -36,10 +37,11 @@ _SUMS = {"one": "sum_one", "query": "sum_query", "key": "sum_key", "distance": "
 
 def why_not(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     """Reasons why no kernel runs the functions of a call in its loop; empty if one does."""
-    _, reasons = _backend(q.device)
+    captured = call.captured()
+    _, reasons = _backend((q, k, v, *captured))
     if not reasons:
         try:
-            _plan_of(call, q, k, v, call.captured())
+            _plan_of(call, q, k, v, captured)
         except CannotCompile as error:
             reasons = [str(error)]
     return reasons
@@ -55,7 +57,7 @@ def forward(
     lse: Tensor,
 ) -> bool:
     """Writes out (B, H, Lq, Dv) and lse (B, H, Lq); False where no kernel can."""
-    backend, _ = _backend(q.device)
+    backend, _ = _backend((q, k, v, *captured))
     if backend is None:
         return False
     try:
@@ -75,7 +77,7 @@ def gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None] | None:
     """Of (q, k, v, *captured), from (out, lse, dout, dlse); None where no kernel can."""
-    backend, _ = _backend(qkv[0].device)
+    backend, _ = _backend((*qkv, *captured, *given))
     if backend is None:
         return None
     points = [x.detach().requires_grad_(n) for x, n in zip(captured, needs[3:], strict=True)]
@@ -94,9 +96,11 @@ def gradients(
     return [*found, *_of_captured(plan, totals, points)]
 
 
-def _backend(device: torch.device) -> tuple[Any, list[str]]:
-    """The first that runs functions there, and else why none does."""
-    reasons = []
+def _backend(tensors: Sequence[Tensor | None]) -> tuple[Any, list[str]]:
+    """The first that runs functions on such tensors, and else why none does."""
+    if dispatch.is_traced() or not dispatch.is_plain(tensors):
+        return None, ["no kernel can be looked into: operators are traced, or are a subclass's"]
+    reasons, device = [], next(x.device for x in tensors if x is not None)
     for backend in BACKENDS:
         why = getattr(backend, "why_not_functions", None)
         against = ["has no kernel that runs functions"] if why is None else why(device)

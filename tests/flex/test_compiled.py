@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn import flex_attention
 from fused_attn.flex import api, compiled, derivative, pairs
@@ -235,9 +236,37 @@ def test_what_has_no_instruction_goes_by_tiles():
     }
     for word, score_mod in unknown.items():
         assert word in str(reasons(score_mod, None, q, k, v)), word
+        said = api.explain_flex_attention(q, k, v, score_mod, enable_gqa=True)
+        assert said.startswith("by tiles: ")
+        assert word in said
         flex_attention(q, k, v, score_mod, enable_gqa=True).sum().backward()
+    square = api.explain_flex_attention(q, k, v, lambda s, b, h, i, j: s * s, enable_gqa=True)
+    assert square == "in the kernel's own loop"
+    known = api.explain_flex_attention(q, k, v, None, lambda b, h, i, j: i >= j, enable_gqa=True)
+    assert known == "operands of attention: causal"
     meta = q.detach().to("meta")
-    assert any("has no kernel that runs functions" in x for x in compiled._backend(meta.device)[1])
+    assert any("has no kernel that runs functions" in x for x in compiled._backend([meta])[1])
+
+
+def test_who_watches_operators_sees_them():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Marked(torch.Tensor):
+        pass
+
+    q, k, v = (x.detach() for x in points(torch.float32))
+    square = lambda s, b, h, i, j: s * s  # noqa: E731
+    wanted = flex_attention(q, k, v, square, enable_gqa=True)
+    seen = []
+    with Watch():
+        watched = flex_attention(q, k, v, square, enable_gqa=True)
+    assert torch.ops.aten.exp.default in seen
+    torch.testing.assert_close(watched, wanted)
+    marked = flex_attention(q.as_subclass(Marked), k, v, square, enable_gqa=True)
+    torch.testing.assert_close(marked.as_subclass(torch.Tensor), wanted)
 
 
 def test_gradients_do_not_depend_on_threads():
