@@ -85,7 +85,7 @@ def gradients(
         with torch.enable_grad():
             plan = _plan_of(call, *qkv, points)
         score, sums, totals = plan.backward()
-    except CannotCompile:
+    except (CannotCompile, RecursionError):
         return None
     out, lse, dout, dlse = given
     found = [x.new_empty(x.shape) if need else None for x, need in zip(qkv, needs[:3], strict=True)]
@@ -168,7 +168,10 @@ class _Plan:
         named: dict[str, Any] = {}
         hidden_keys = None
         try:
-            if call.mask is not None and not (self.kinds is not None and (self.kinds == ALL).all()):
+            shown = self.kinds is not None and bool((self.kinds == ALL).all())
+            if shown:
+                self.kinds = None
+            if call.mask is not None and not shown:
                 with torch.no_grad():
                     vectors = Vectors(call.mask, masks, sizes)
                     named, rest = _known_parts(call, q, k)
