@@ -4,6 +4,7 @@
 
 #include "attention/arguments.h"
 #include "attention/cpu/dispatch.h"
+#include "attention/function_arguments.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -53,6 +54,47 @@ void attention_backward(Arguments& args) {
   backward_cpu(p);
 }
 
+void attention_forward_with_functions(Arguments& args) {
+  Params p;
+  PairFunctions functions;
+  read_operands(args, p);
+  read_more_operands(args, p);
+  p.out = args.view("out");
+  p.lse = args.view("lse");
+  read_functions(args, functions);
+  p.functions = &functions;
+  read_scalars(args, p);
+  read_threads(args, p);
+  {
+    const py::gil_scoped_release release;
+    forward_cpu(p);
+  }
+  check_inside(functions);
+}
+
+void attention_backward_with_functions(Arguments& args) {
+  BackwardParams p;
+  PairFunctions functions;
+  read_operands(args, p);
+  read_more_operands(args, p);
+  p.out = args.view("out");
+  p.lse = args.view("lse");
+  p.dout = args.view("dout");
+  p.dlse = args.view("dlse");
+  p.dq = args.view("dq");
+  p.dk = args.view("dk");
+  p.dv = args.view("dv");
+  read_functions(args, functions);
+  p.functions = &functions;
+  read_scalars(args, p);
+  read_threads(args, p);
+  {
+    const py::gil_scoped_release release;
+    backward_cpu(p);
+  }
+  check_inside(functions);
+}
+
 PyMethodDef kMethods[] = {
     {"attention_forward", method<attention_forward>(), METH_FASTCALL,
      "attention_forward(operands, out, lse, options, threads). Operands: (q, k, v, bias, mask, "
@@ -64,6 +106,14 @@ PyMethodDef kMethods[] = {
     {"attention_backward", method<attention_backward>(), METH_FASTCALL,
      "attention_backward(operands, out, lse, dout, dlse, dweights, dq, dk, dv, dbias, options, "
      "threads)"},
+    {"attention_forward_with_functions", method<attention_forward_with_functions>(), METH_FASTCALL,
+     "attention_forward_with_functions(operands, out, lse, functions, options, threads). "
+     "Functions: "
+     "(mask, score, sums, kinds, block_q, block_k, number of leaves, leaf, its gradient, ...)"},
+    {"attention_backward_with_functions", method<attention_backward_with_functions>(),
+     METH_FASTCALL,
+     "attention_backward_with_functions(operands, out, lse, dout, dlse, dq, dk, dv, functions, "
+     "options, threads)"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -73,6 +123,7 @@ void bind_attention(py::module_& m) {
   m.def(
       "attention_last_decode_parts", [] { return last_decode_parts; },
       "Into how many parts of the keys this thread's last decoding was split.");
+  m.attr("PAIR_OPERATIONS") = pair_operations();
 }
 
 }  // namespace fused_attn::attention

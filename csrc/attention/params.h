@@ -20,6 +20,8 @@
 
 namespace fused_attn::attention {
 
+struct PairFunctions;  // attention/functions.h
+
 enum class Causal : int { kNone = 0, kUpperLeft = 1, kLowerRight = 2 };
 
 struct Params {
@@ -62,6 +64,9 @@ struct Params {
   const int64_t* prefix_lengths = nullptr;  // (B,)
   View4 query_documents;                    // (B, Lq), one dtype for both
   View4 key_documents;                      // (B, Lk)
+  // More hidden pairs, and what becomes of scale * q . k; not beside softcap, ALiBi, bias, packed
+  // problems or weights. CPU only.
+  const PairFunctions* functions = nullptr;
   int threads = 1;
 };
 

@@ -11,8 +11,8 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from ..ops.attention.api import attention
 from ..runtime import autocast, checks
-from . import agreement, cache, known, tiles
-from .blocks import rows_of
+from . import agreement, cache, compiled, known, tiles
+from .call import Call
 from .expression import MASK_INPUTS, SCORE_INPUTS, CannotRead, Expression
 
 _TORCHS = torch_flex.flex_attention  # somebody may put ours under this name
@@ -42,7 +42,8 @@ def flex_attention(
 
     The functions are read once, not called for every pair. Masks and changes that `attention` has
     operands for (causal, windows, documents, prefixes, chunks, lengths, ALiBi, softcap, and their
-    conjunctions) run as those. Any other runs block by block, forward and backward, with gradients
+    conjunctions) run as those. Any other runs inside of the CPU kernels' loop, or block by block
+    where no kernel can (`explain_flex_attention` says which), forward and backward, with gradients
     of what the functions captured; (Lq, Lk) is never held at once.
 
     Under torch.compile torch's own function is called instead.
@@ -86,11 +87,7 @@ def flex_attention(
         query, key, value = (x.to(dtype) if isinstance(x, Tensor) else x for x in given)
     key, value = _check(query, key, value, enable_gqa, block_mask)
     scale = checks.expect_finite("scale", query.shape[-1] ** -0.5 if scale is None else scale)
-    mask_mod = getattr(block_mask, "mask_mod", block_mask)
-    if mask_mod is torch_flex.noop_mask:
-        mask_mod = None
-    score = _read(score_mod, SCORE_INPUTS, "score_mod", query)
-    mask = _read(mask_mod, MASK_INPUTS, "mask_mod", query)
+    score, mask = _read_both(score_mod, block_mask, query)
     wants_lse = return_lse or (return_aux is not None and return_aux.lse)
     operands = _operands(score, mask, block_mask, query, key)
     if operands is not None:
@@ -105,6 +102,42 @@ def flex_attention(
     if return_aux.max_scores:
         peak = tiles.max_scores(_call(score, mask, block_mask, scale, query, key), query, key)
     return out, torch_flex.AuxOutput(lse=lse if return_aux.lse else None, max_scores=peak)
+
+
+def explain_flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None = None,
+    block_mask: Any = None,
+    enable_gqa: bool = False,
+) -> str:
+    """Which way `flex_attention` runs these functions, in words; nothing is computed.
+
+    It begins with "operands", "in the kernel" or "by tiles"; the last says why.
+
+    Args:
+        query, key, value, score_mod, block_mask, enable_gqa: as in `flex_attention`.
+    """
+    key, value = _check(query, key, value, enable_gqa, block_mask)
+    score, mask = _read_both(score_mod, block_mask, query)
+    operands = _operands(score, mask, block_mask, query, key)
+    if operands is not None:
+        return f"operands of attention: {', '.join(sorted(operands)) or 'none'}"
+    call = _call(score, mask, block_mask, 1.0, query, key)
+    against = compiled.why_not(call, query, key, value)
+    return f"by tiles: {'; '.join(against)}" if against else "in the kernel's own loop"
+
+
+def _read_both(
+    score_mod: Any, block_mask: Any, query: Tensor
+) -> tuple[Expression | None, Expression | None]:
+    """The change of scores and the mask."""
+    mask_mod = getattr(block_mask, "mask_mod", block_mask)
+    if mask_mod is torch_flex.noop_mask:
+        mask_mod = None
+    score = _read(score_mod, SCORE_INPUTS, "score_mod", query)
+    return score, _read(mask_mod, MASK_INPUTS, "mask_mod", query)
 
 
 def _check(
@@ -207,8 +240,8 @@ def _call(
     scale: float,
     q: Tensor,
     k: Tensor,
-) -> tiles.Call:
+) -> Call:
     change = known.Score() if score is None else known.score_of(score)
-    rows = rows_of(block_mask, q.shape[2], k.shape[2])
+    lengths = (q.shape[2], k.shape[2])
     softcap = None if change is None else change.softcap
-    return tiles.Call(score, mask, rows, scale, change is not None, softcap)
+    return Call(score, mask, block_mask, lengths, scale, change is not None, softcap)

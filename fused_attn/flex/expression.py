@@ -58,6 +58,7 @@ class Node:
     Attributes:
         operation: the operation, or None of an input or a captured tensor.
         varies: it depends on an input.
+        dtype: of what it gives for numbers.
     """
 
     operation: Any
@@ -66,6 +67,7 @@ class Node:
     varies: bool = False
     name: str = ""  # of an input
     captured: int = -1  # number of a captured tensor
+    dtype: torch.dtype | None = None
 
 
 @dataclass(eq=False)
@@ -89,7 +91,7 @@ class Expression:
         values: dict[Node, Any] = {node: inputs[name] for name, node in self.inputs.items()}
         for node in self.nodes:
             is_captured = node.captured >= 0
-            values[node] = captured[node.captured] if is_captured else _run(node, values)
+            values[node] = captured[node.captured] if is_captured else run(node, values)
         return values[self.result]
 
 
@@ -110,7 +112,7 @@ class _Partly:
         return aten.index.Tensor(self.table, chosen)
 
 
-def _run(node: Node, values: dict[Node, Any]) -> Any:
+def run(node: Node, values: dict[Node, Any]) -> Any:
     """One operation, on whole tiles where the function had numbers."""
     args = tuple(_filled(arg, values) for arg in node.args)
     options = {name: _filled(value, values) for name, value in node.options}
@@ -225,6 +227,7 @@ class _Reader(TorchDispatchMode):
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
         self._known[id(tensor)] = node
+        node.dtype = tensor.dtype
         self._kept.append(tensor)
         return node
 
@@ -242,7 +245,7 @@ class _Reader(TorchDispatchMode):
             tuple(self._noted(arg) for arg in args),
             tuple((name, self._noted(value)) for name, value in options.items()),
         )
-        made.varies = any(node.varies for node in _nodes_in((made.args, made.options)))
+        made.varies = any(node.varies for node in nodes_in((made.args, made.options)))
         self._check(func, made)
         result = func(*args, **options)
         if isinstance(result, Tensor):
@@ -284,11 +287,11 @@ class _Reader(TorchDispatchMode):
         return CannotRead(f"`{self.what}` calls `{name}`, which {reason}{_line_of_user()}")
 
 
-def _nodes_in(values: Any) -> list[Node]:
+def nodes_in(values: Any) -> list[Node]:
     if isinstance(values, Node):
         return [values]
     if isinstance(values, (list, tuple)):
-        return [node for value in values for node in _nodes_in(value)]
+        return [node for value in values for node in nodes_in(value)]
     return []
 
 

@@ -126,19 +126,22 @@ class Score:
     added: list[Node] = field(default_factory=list)
 
 
+def parts_of(expression: Expression) -> tuple[Mask, list[Node]]:
+    """The bounds of the mask's known parts, and the other parts."""
+    reader, found = Reader(expression), Mask()
+    parts = reader.conjuncts(expression.result)
+    return found, [part for part in parts if not reader.add(part, found)]
+
+
 def mask_of(expression: Expression) -> Mask | None:
     """The mask's bounds; None where a part is not known."""
-    reader = _Reader(expression)
-    found = Mask()
-    for part in reader.conjuncts(expression.result):
-        if not reader.add(part, found):
-            return None
-    return found
+    found, rest = parts_of(expression)
+    return None if rest else found
 
 
 def score_of(expression: Expression) -> Score | None:
     """The change's parts; None where the score goes into anything else."""
-    reader = _Reader(expression)
+    reader = Reader(expression)
     found = Score()
     terms = reader.terms(expression.result)
     if terms is None:
@@ -160,14 +163,12 @@ def score_of(expression: Expression) -> Score | None:
     return found
 
 
-class _Reader:
+class Reader:
     """Looks at the nodes of one expression."""
 
     def __init__(self, expression: Expression) -> None:
         self.inputs = expression.inputs
         self.captured = expression.captured
-
-    # --- masks -----------------------------------------------------------------------------------
 
     def conjuncts(self, node: Node) -> list[Node]:
         if node.operation in _AND:
@@ -187,7 +188,7 @@ class _Reader:
         """Narrow the mask by one part; False where it is not known."""
         if part.operation in _OR:
             return self._add_prefix(part, found)
-        comparison = _COMPARISONS.get(part.operation)
+        comparison = COMPARISONS.get(part.operation)
         if comparison is None:
             return False
         left, right = part.args
@@ -308,8 +309,6 @@ class _Reader:
         tensor = self.captured[table.captured]
         return tensor if tensor.dim() == len(names) else None
 
-    # --- numbers ---------------------------------------------------------------------------------
-
     def linear(self, value: Any) -> tuple[int, int, int] | None:
         """(a, b, c) of a * q_idx + b * kv_idx + c."""
         if isinstance(value, bool):
@@ -392,7 +391,7 @@ class _Reader:
 
 _PLUS = (aten.add.Tensor, aten.add.Scalar)
 _PLUS_MINUS = (*_PLUS, aten.sub.Tensor, aten.sub.Scalar)
-_COMPARISONS = {
+COMPARISONS = {
     getattr(getattr(aten, name), overload): name
     for name in ("ge", "gt", "le", "lt", "eq", "ne")
     for overload in ("Tensor", "Scalar")

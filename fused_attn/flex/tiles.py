@@ -8,7 +8,6 @@ Else the formula is computed on the block's scores. The backward computes each b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,36 +16,9 @@ from torch import Tensor
 from ..ops.attention.api import attention
 from ..ops.attention.backward import attention_backward
 from ..runtime import autocast, higher_order
+from . import compiled
 from .blocks import ALL, NOTHING, Row
-from .expression import Expression
-
-
-@dataclass(eq=False)
-class Call:
-    """What is the same in all blocks of a call.
-
-    Attributes:
-        score, mask: the functions, or None.
-        rows: the blocks of queries.
-        scale: of the scores.
-        adds: the change of scores is softcap * tanh(score / softcap) + what it makes of 0.
-        softcap: that cap, or None.
-    """
-
-    score: Expression | None
-    mask: Expression | None
-    rows: list[Row]
-    scale: float
-    adds: bool
-    softcap: float | None
-
-    def captured(self) -> list[Tensor]:
-        return [x for e in (self.score, self.mask) if e is not None for x in e.captured]
-
-    def split(self, captured: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Captured tensors of the change of scores, and those of the mask."""
-        number = 0 if self.score is None else len(self.score.captured)
-        return list(captured[:number]), list(captured[number:])
+from .call import Call
 
 
 def attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +60,8 @@ class _Flex(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out = q.new_empty(*q.shape[:3], v.shape[3])
         lse = torch.empty(q.shape[:3], dtype=_wide(q), device=q.device)
-        for row in call.rows:
+        ran = compiled.forward(call, q, k, v, captured, out, lse)
+        for row in () if ran else call.rows:
             if call.adds:
                 found = _by_kernel(call, row, q, k, v, captured)
             else:
@@ -109,8 +82,11 @@ class _Flex(torch.autograd.Function):
                 return formula(call, q, k, v, captured)
 
             return (None, *higher_order.gradients_through(whole, (q, k, v, *captured), grads))
-        sums = _Sums((q, k, v, *captured), needs)
         dout = torch.zeros_like(out) if dout is None else dout
+        found = compiled.gradients(call, (q, k, v), captured, (out, lse, dout, dlse), needs)
+        if found is not None:
+            return (None, *found)
+        sums = _Sums((q, k, v, *captured), needs)
         gradients = _kernel_gradients if call.adds else _formula_gradients
         with autocast.off(q.device):
             for row in call.rows:

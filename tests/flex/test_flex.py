@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
 from fused_attn import flex_attention
-from fused_attn.flex import api, known
+from fused_attn.flex import api, compiled, known
 from fused_attn.flex.expression import MASK_INPUTS, SCORE_INPUTS, read
 
 B, H, L, D = 2, 4, 40, 8
@@ -161,7 +161,10 @@ def make_scores():
 
 @pytest.mark.parametrize("name", make_scores())
 @pytest.mark.parametrize("masked", [False, True])
-def test_changes_of_scores_and_every_gradient(name, masked):
+@pytest.mark.parametrize("way", ["kernel", "tiles"])
+def test_changes_of_scores_and_every_gradient(name, masked, way, monkeypatch):
+    if way == "tiles":
+        monkeypatch.setattr(compiled, "_backend", lambda tensors: (None, []))
     score_mod, learned = make_scores()[name]
     q = normal(B, H, L, D, seed=0, grad=True)
     k, v = (normal(B, 2, L, D, seed=s, grad=True) for s in (1, 2))

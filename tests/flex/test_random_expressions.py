@@ -57,7 +57,9 @@ def test_forward_and_every_gradient(source, mask):
     visible = function_of(mask, "b, h, q, kv", **wide)(b, h, i, j)
     weights = torch.nan_to_num(score.masked_fill(~visible, -torch.inf).softmax(-1))
     wanted = weights @ v
-    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-9)
+    # What is made of positions alone torch computes in float32, and a last bit of that depends on
+    # where in a tensor a number stands.
+    torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
     grads = [
         torch.autograd.grad(each.square().sum(), points, allow_unused=True)
         for each in (out, wanted)
@@ -67,4 +69,5 @@ def test_forward_and_every_gradient(source, mask):
             assert mine is None or not mine.any()
             assert his is None or not his.any()
         else:
-            torch.testing.assert_close(mine, his, rtol=1e-7, atol=1e-9)
+            bound = 1e-6 * (1 + his.abs().max().item())
+            torch.testing.assert_close(mine, his, rtol=1e-6, atol=bound)

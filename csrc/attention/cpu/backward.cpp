@@ -16,7 +16,7 @@ constexpr int64_t kTileKeys = 128;  // keys of a tile
 struct Scratch {
   HeadBuffers head;
   Buffer v, k_pairs, k_rows, q_lanes, q_rows, dout, dout_rows, dout_lanes, dp, p, ds, ds_pairs,
-      ds_full, dweights, slope, dq, dk, dv, rows;
+      ds_full, dweights, slope, raw, dq, dk, dv, rows;
 };
 
 Scratch& scratch() {
@@ -73,7 +73,8 @@ class BackwardHead {
     k_pairs_ = E::kPair == 1 ? tile_.k
                              : prepare_pairs<E>(key_view(p, p.k, sequence, head, p.head_dim), range,
                                                 tile_.keep_keys, p.head_dim, s.k_pairs, s.k_rows);
-    if (p.softcap > 0) tile_.slope = s.slope.template get<Real>(kTile);
+    if (p.softcap > 0 || tile_.functions.has_slope())
+      tile_.slope = s.slope.template get<Real>(kTile);
     dout_ = s.dout.template get<Unit>(units_v_ * kStrideQ);
     dp_ = s.dp.template get<Real>(kTile);
     if (E::kPair > 1) {
@@ -81,7 +82,9 @@ class BackwardHead {
       ds_tile_ = s.ds.template get<Element>(kTile);
       ds_pairs_ = s.ds_pairs.template get<Unit>(kTile / E::kPair);
     }
-    if (p.dbias.data != nullptr) ds_full_ = s.ds_full.template get<Real>(kTile);
+    if (tile_.functions.sums()) tile_.raw = s.raw.template get<Real>(kTile);
+    if (p.dbias.data != nullptr || tile_.functions.sums())
+      ds_full_ = s.ds_full.template get<Real>(kTile);
     if (p.dweights.data != nullptr) dweights_ = s.dweights.template get<Real>(kTile);
     const int64_t blocks = ceil_div(sequence.seqlen_q, kBlockQ);
     one_block_ = dq == nullptr && range.end - range.begin <= kChunk;
@@ -239,7 +242,8 @@ class BackwardHead {
         tile_.map, tile_.formula, row,
         {tile_.scores, dp_, dweights_, tile_.slope, tile_.dropout.active() ? keep : nullptr,
          static_cast<Real>(tile_.dropout.factor()), p_tile_, ds_tile_, ds_pairs_, ds_full_});
-    if (ds_full_ != nullptr) add_to_bias_gradient<Real>(tile, p_.dbias, ds_full_);
+    if (p_.dbias.data != nullptr) add_to_bias_gradient<Real>(tile, p_.dbias, ds_full_);
+    if (tile_.functions.sums()) tile_.functions.sum_up(tile, tile_.raw, ds_full_);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T over one segment.
@@ -436,7 +440,9 @@ class Backward {
   }
 
   int64_t number_of_parts() const {
-    if (threads_ == 1 || rows_ >= kTasksPerThread * threads_ || shares(3)) return 1;
+    // Parts of a head would add to the same gradients of vectors and tables.
+    const bool sums = p_.functions != nullptr && p_.functions->sums;
+    if (threads_ == 1 || rows_ >= kTasksPerThread * threads_ || shares(3) || sums) return 1;
     return larger<int64_t>(
         1, smaller(ceil_div(kTasksPerThread * threads_, rows_), p_.seqlen_k / kMinPart));
   }

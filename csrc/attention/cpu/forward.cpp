@@ -108,12 +108,14 @@ void forward(const Params& p) {
     const int64_t heads = p.batch * p.num_heads;
     const int64_t blocks = ceil_div(p.seqlen_q, kBlockQ);
     if (heads == 0 || blocks == 0) return;
-    if (p.seqlen_q <= kDecodeRows || p.cu_seqlens_q != nullptr) {
+    // Functions of pairs know tiles of queries in lanes only.
+    const int64_t decoded = p.functions == nullptr ? kDecodeRows : 0;
+    if (p.seqlen_q <= decoded || p.cu_seqlens_q != nullptr) {
       with_decode_pass<E>(p, [&](auto* type) {
         SplitKeys<std::remove_pointer_t<decltype(type)>>(p, threads).run();
       });
     }
-    if (p.seqlen_q <= kDecodeRows) return;
+    if (p.seqlen_q <= decoded) return;
     // Several tasks per thread even out causal problems; a whole head per task saves preparing its
     // keys more than once.
     const int64_t parts =
@@ -124,7 +126,7 @@ void forward(const Params& p) {
       };
       const HeadOf head = head_of(task / parts);
       const int64_t part = parts - 1 - task % parts;  // the longest first
-      if (head.sequence.seqlen_q <= kDecodeRows) return;
+      if (head.sequence.seqlen_q <= decoded) return;
       const int64_t end = smaller(head.sequence.seqlen_q, (part + 1) * blocks / parts * kBlockQ);
       const int64_t begin = part * blocks / parts * kBlockQ;
       if (begin >= end) return;

@@ -3,6 +3,7 @@
 
 #include "attention/cpu/gemm.h"
 #include "attention/cpu/score.h"
+#include "attention/cpu/tile_functions.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
@@ -18,6 +19,7 @@ constexpr int64_t kPrefetchBytes = int64_t{512} << 10;
 
 struct HeadBuffers {
   Buffer keep, k, q_rows, q, scores, bias;
+  FunctionBuffers functions;
 };
 
 // Keys are prepared once per head, queries once per block; then any tile can be asked for.
@@ -35,7 +37,10 @@ class HeadScores {
         visibility(params, sequence_of, head_index),
         formula(params),
         dropout(params),
-        keep_keys(keys_to_keep<Real>(params, sequence_of, head_index, visibility, buffers.keep)),
+        functions(params, sequence_of, head_index, buffers.functions),
+        keep_keys(functions.hides() ? functions.keys_to_keep(visibility, buffers.keep)
+                                    : keys_to_keep<Real>(params, sequence_of, head_index,
+                                                         visibility, buffers.keep)),
         buffers_(buffers),
         units_(units<E>(params.head_dim)) {
     constexpr int64_t kTile = int64_t{kBlockK} * kStrideQ;
@@ -84,12 +89,14 @@ class HeadScores {
     const UnitRows<E> from =
         prepare_rows<E>(queries(p.q, p.head_dim), {0, rows}, nullptr, buffers_.q_rows);
     pack_columns<E>(from, rows, units_, q);
+    functions.select_queries(i, rows);
   }
 
   // Selects the keys [first, first + count); false if none of the queries sees any of them.
   bool select_keys(int64_t first, int64_t count) {
     j = first;
     visibility.tile(i, rows, j, static_cast<int>(count), map);
+    if (functions.hides() && map.seen != Seen::kNone) functions.hide(i, rows, j, map);
     return map.seen != Seen::kNone;
   }
 
@@ -132,6 +139,7 @@ class HeadScores {
     } else {
       if (p.bias.data != nullptr) prefetch_bias();
       multiply_queries(then_prefetch(Overwrite{}, prefetcher));
+      if (formula.changed) functions.change(tile(), scores, raw, slope);
       apply_formula<Real>(tile(), formula, scores, bias_, slope, largest);
     }
   }
@@ -158,11 +166,13 @@ class HeadScores {
   const Visibility visibility;
   const ScoreFormula<Real> formula;
   const Dropout dropout;
+  TileFunctions<Real> functions;
   const uint8_t* const keep_keys;  // see keys_to_keep
   UnitRows<E> k;
   Unit* q;                // [unit][query]
   Real* scores;           // [key][query]
-  Real* slope = nullptr;  // where to keep the derivative of the softcap, [key][query]
+  Real* slope = nullptr;  // where to keep the derivative of the softcap or function, [key][query]
+  Real* raw = nullptr;    // where to keep q . k that a function changes, [key][query]
 
   HeadPrefetcher prefetcher;     // steps between the tiles of products
   const HeadOf* next = nullptr;  // the head that probably follows

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "attention/cpu/pack.h"
+#include "attention/functions.h"
 #include "cpu/philox.h"
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
@@ -13,13 +14,15 @@ template <class Real>
 struct ScoreFormula {
   Real scale;
   Real softcap;
+  bool changed;  // by a function, which scales
   // Nothing but a moderate positive scale: the tile keeps q . k and the exponential scales it.
   bool plain;
 
   explicit ScoreFormula(const Params& p)
       : scale(static_cast<Real>(p.scale)),
         softcap(static_cast<Real>(p.softcap)),
-        plain(p.softcap <= 0 && p.alibi_slopes == nullptr && p.bias.data == nullptr &&
+        changed(p.functions != nullptr && p.functions->score),
+        plain(p.softcap <= 0 && p.alibi_slopes == nullptr && p.bias.data == nullptr && !changed &&
               p.scale >= 1e-3 && p.scale <= 1e3) {}
 
   // What a score in the tile is multiplied with to be a power of 2.
@@ -213,7 +216,7 @@ inline void apply_formula(const ScoreTile& t, const ScoreFormula<Real>& formula,
     return mask ? finish_scores<Real, true, false, true>(t.map, 1, nullptr, scores, largest)
                 : finish_scores<Real, true, false, false>(t.map, 1, nullptr, scores, largest);
   }
-  Real scale = formula.scale;
+  Real scale = formula.changed ? Real(1) : formula.scale;
   if (formula.softcap > 0 || t.p.alibi_slopes != nullptr) {
     shape_scores(t, formula, scores, slope);
     scale = 1;

@@ -111,6 +111,20 @@ class Visibility {
            (mask_ == nullptr || mask_[i * stride_mask_[0] + j * stride_mask_[1]] != 0);
   }
 
+  // Describes a tile of whose pairs map.visible has been narrowed, of queries `valid`.
+  static void narrow(uint64_t valid, TileMap& map) {
+    map.seen = Seen::kAll;
+    map.num_segments = 1;
+    int groups = 1;
+    while (groups < kGroups && (valid >> (groups * kLanes)) != 0) ++groups;
+    map.segments[0] = {0, map.keys, 0, groups};
+    classify(valid, map);
+  }
+
+  static uint64_t lanes_below(int rows) {
+    return rows >= 64 ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
+  }
+
   // Describes the tile of queries [i, i + rows) and keys [j, j + columns), which must not reach
   // beyond the end of keys().
   void tile(int64_t i, int rows, int64_t j, int columns, TileMap& map) const {
@@ -147,7 +161,7 @@ class Visibility {
   // Fills in the map of a tile of which something may be hidden.
   void hide(int64_t i, int rows, int64_t j, int columns, const DocumentTile* documents,
             TileMap& map) const {
-    const uint64_t valid = rows >= 64 ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
+    const uint64_t valid = lanes_below(rows);
     fill_band(i, j, columns, valid, map.visible);
     if (chunk_ > 0) hide_chunks(i, j, columns, map.visible);
     if (documents != nullptr) documents->hide(map.visible);

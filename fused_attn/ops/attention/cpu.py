@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, get_num_threads
 
@@ -75,6 +77,34 @@ def backward(
     if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
         _clear_past_the_end(operands.cu_seqlens_q, (dq, 0.0))
         _clear_past_the_end(operands.cu_seqlens_k, (dk, 0.0), (dv, 0.0))
+
+
+def why_not_functions(device: torch.device) -> list[str]:
+    """Why no function of pairs can run there (`flex`); see `csrc/attention/functions.h`."""
+    return native.why_not_on(device)
+
+
+def forward_with_functions(
+    operands: Operands, options: Options, functions: tuple[Any, ...], out: Tensor, lse: Tensor
+) -> None:
+    run = native.module().attention_forward_with_functions
+    run(operands, out, lse, functions, options, get_num_threads())
+
+
+def backward_with_functions(
+    operands: Operands,
+    options: Options,
+    functions: tuple[Any, ...],
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> None:
+    run, threads = native.module().attention_backward_with_functions, get_num_threads()
+    run(operands, out, lse, dout, dlse, dq, dk, dv, functions, options, threads)
 
 
 def _clear_past_the_end(cu_seqlens: Tensor, *results: tuple[Tensor | None, float]) -> None:
