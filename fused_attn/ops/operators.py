@@ -264,7 +264,7 @@ def recomputing(
         if higher_order.backward_needs_formula((dy,)):
             inputs = [given[place] for place in places]
             found = higher_order.gradients_through(formula_of(given, how), inputs, (dy,))
-        elif not dispatch.is_traced():
+        elif not dispatch.wants_operators((dy,)):
             rest = (given, how, ctx.backend, dy, needs)
             found = profiling.call(f"{name}_backward", ctx.backend, run_backward, *rest)
         else:

@@ -275,7 +275,7 @@ def gradients(
         out, lse, _ = _call_forward(operands, options, settings._replace(return_lse=True))
     assert lse is not None
     tail = (out, lse, dout, dlse, dweights, needs)
-    if not dispatch.is_traced():
+    if not dispatch.wants_operators((dout, dlse, dweights)):
         rest = (operands, options, settings, *tail)
         return profiling.call("attention_backward", settings.backend, run_backward, *rest)
     found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
