@@ -3,8 +3,9 @@
 One rule for every operation. Understood are torch's own tensors, subclasses that change nothing of
 how torch's functions treat them (their memory is theirs), and subclasses that have a
 `__torch_dispatch__` (DTensor, FakeTensor, nested and functional tensors): those see the operators
-and decide themselves; DTensor must be told how first, by a door that is loaded for its first guest. torch's `CausalBias` has no memory to read; it is a word for a mask, and
-taken as that. Whatever else has rules of its own would be read as plain memory: it is refused.
+and decide themselves; DTensor must be told how, by a door that is loaded for the first one. torch's
+`CausalBias` has no memory to read; it is a word for a mask, and taken as that. Whatever else has
+rules of its own would be read as plain memory: it is refused.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def understand(operands: tuple[Any, ...]) -> None:
     register()
     names = getattr(operands, "_fields", None) or [f"operand {i}" for i, _ in enumerate(operands)]
     tensors = dict(zip(names, operands, strict=True))
-    plain = [name for name, x in tensors.items() if isinstance(x, Tensor) and type(x) is not DTensor]
+    plain = [
+        name for name, x in tensors.items() if isinstance(x, Tensor) and type(x) is not DTensor
+    ]
     first = next((name for name, x in tensors.items() if isinstance(x, DTensor)), None)
     if first is not None and plain:
         mesh = tensors[first].device_mesh

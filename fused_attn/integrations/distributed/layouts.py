@@ -90,8 +90,8 @@ def positions(
     )
 
 
-def shard(x: Tensor, group: Group = None, *, dim: int = 1, order: Order = "zigzag") -> Tensor:
-    """This rank's part of `x`, which every rank has whole.
+def shard(x: Tensor, group: Group = None, *, dim: int = 1, order: Order = "contiguous") -> Tensor:
+    """Cut out this rank's part of `x`, which every rank has whole.
 
     Args:
         x: any tensor whose dimension `dim` is the sequence: (B, L, ...) as it comes.
@@ -123,8 +123,8 @@ def shard(x: Tensor, group: Group = None, *, dim: int = 1, order: Order = "zigza
 
 
 @torch.no_grad()
-def unshard(x: Tensor, group: Group = None, *, dim: int = 1, order: Order = "zigzag") -> Tensor:
-    """The whole sequence from every rank's part, on every rank; it carries no gradient.
+def unshard(x: Tensor, group: Group = None, *, dim: int = 1, order: Order = "contiguous") -> Tensor:
+    """Put the whole sequence together on every rank; it carries no gradient.
 
     Args:
         x: this rank's part, of one shape on all ranks.

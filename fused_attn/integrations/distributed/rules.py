@@ -39,9 +39,9 @@ def attention(call: Arguments) -> Iterator[Placements]:
 
 def _cut_batch(call: Arguments) -> Placements:
     batch = call["q"].shape[0]
-    of_batch = ("key_padding_mask", "key_lengths", "prefix_lengths")
-    of_batch += ("query_documents", "key_documents")
-    found: Placements = {name: Shard(0) for name in ("q", "k", "v", *of_batch)}
+    masks = ("key_padding_mask", "key_lengths", "prefix_lengths")
+    documents = ("query_documents", "key_documents")
+    found: Placements = {name: Shard(0) for name in ("q", "k", "v", *masks, *documents)}
     for name in ("bias", "mask"):
         if call[name] is not None and call[name].shape[0] == batch:
             found[name] = Shard(0)
@@ -60,7 +60,7 @@ def _cut_heads(call: Arguments) -> Placements:
 
 def _with_results(found: Placements, call: Arguments, cut: Placement) -> Placements:
     """`found`, with what belongs to the queries cut likewise, and gradients as their operands."""
-    found |= {name: cut for name in ("out", "lse", "weights", "dout", "dlse", "dweights")}
+    found |= dict.fromkeys(("out", "lse", "weights", "dout", "dlse", "dweights"), cut)
     if "needs" not in call:  # forward: an empty tensor stands for what nobody asked for
         if not call["return_lse"]:
             found["lse"] = Replicate()
@@ -144,11 +144,11 @@ def linear(call: Arguments) -> Iterator[Placements]:
     last = len(call["x"].shape) - 1
     for dim in range(last):
         cut = Shard(dim)
-        found: Placements = {name: cut for name in ("x", "residual", "y", "dy")}
+        found: Placements = dict.fromkeys(("x", "residual", "y", "dy"), cut)
         yield _add_gradients(found, call, operands, (cut, Partial(), Partial(), cut))
     if not call["gated"]:
         cut = Shard(last)
-        found = {name: cut for name in ("residual", "y", "dy")}
+        found = dict.fromkeys(("residual", "y", "dy"), cut)
         found |= {"weight": Shard(0), "bias": Shard(0)}
         yield _add_gradients(found, call, operands, (Partial(), Shard(0), Shard(0), cut))
     if not call["activation"]:

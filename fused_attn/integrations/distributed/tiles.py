@@ -7,7 +7,6 @@ that begins off the piece's diagonal is one that begins on it, of fewer queries 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,12 +61,8 @@ class Band:
         t = start - (nk - nq)
         left = self.left - t if cut_left else -1
         right = self.right + t if cut_right else -1
-        causal: Any = False
-        window: tuple[int, int] | None = (left, right)
-        if left < 0:
-            window = None if right != 0 and right < 0 else window
-            if right == 0:
-                causal, window = "lower_right", None
+        causal: Any = "lower_right" if (left, right) == (-1, 0) else False
+        window = (left, right) if (left, right) not in ((-1, 0), (-1, -1)) else None
         return Tile(
             slice(queries.row, queries.row + nq),
             slice(keys.row, keys.row + nk),
@@ -207,9 +202,9 @@ class Mathematics:
         for part in self._parts(tile, q):
             options = self._options(part, keys, documents)
             tensors = (q[:, :, part.queries], keys.k[:, :, part.keys], keys.v[:, :, part.keys])
-            out, lse, dout, dlse = (None if x is None else x[:, :, part.queries] for x in rows)
-            assert out is not None
-            assert dout is not None
+            out, lse, dout = rows[0], rows[1], rows[2]
+            out, lse, dout = (x[:, :, part.queries] for x in (out, lse, dout))
+            dlse = None if rows[3] is None else rows[3][:, :, part.queries]
             found: list[tuple[float, Any]] = []
             if self.dropout is None:
                 whole = attention_backward(dout, *tensors, out, lse, dlse=dlse, **options)
@@ -226,10 +221,10 @@ class Mathematics:
     def _through_dropout(
         self,
         tile: Tile,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Tensor, Tensor, Tensor],
         options: dict[str, Any],
         out: Tensor,
-        lse: Any,
+        lse: Tensor,
         dout: Tensor,
         dlse: Tensor | None,
     ) -> list[tuple[float, Any]]:
@@ -255,14 +250,10 @@ class Mathematics:
 
 def _gradients(
     dout: Tensor,
-    rows: tuple[tuple[Tensor, ...], Tensor, Tensor],
+    rows: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor],
     dlse: Tensor,
     options: dict[str, Any],
     mask: Tensor,
 ) -> Any:
-    tensors, out, lse = rows
-    return attention_backward(dout, *tensors, out, lse, dlse=dlse, mask=mask, **options)
-
-
-def without_dropout(mathematics: Mathematics) -> Mathematics:
-    return dataclasses.replace(mathematics, dropout=None)
+    (q, k, v), out, lse = rows
+    return attention_backward(dout, q, k, v, out, lse, dlse=dlse, mask=mask, **options)

@@ -71,9 +71,7 @@ def check_attention(rank: int, size: int) -> None:
     b, h, length, d = 4, 4, 6, 8
     q, k, v = numbers(b, h, length, d), numbers(b, h, length, d), numbers(b, h, length, d)
     for dim in (0, 1, 2, 3):
-        placed = compare(
-            attend, {"q": q, "k": k, "v": v}, mesh, dict.fromkeys("qkv", Shard(dim))
-        )
+        placed = compare(attend, {"q": q, "k": k, "v": v}, mesh, dict.fromkeys("qkv", Shard(dim)))
         kept = Shard(dim) if dim < 2 else Replicate()  # positions are gathered, never cut
         assert placed["result 0"] == placed["dk"] == kept, placed
     everything = {
@@ -89,7 +87,11 @@ def check_attention(rank: int, size: int) -> None:
     grouped = {"q": q, "k": k[:, :2].contiguous(), "v": v[:, :2].contiguous()}
     placed = compare(attend, grouped, mesh, {"q": Shard(1)})
     assert (placed["result 0"] == Shard(1)) is (2 % size == 0)
-    odd = {"q": numbers(b, 6, length, d), "k": numbers(b, 3, length, d), "v": numbers(b, 3, length, d)}
+    odd = {
+        "q": numbers(b, 6, length, d),
+        "k": numbers(b, 3, length, d),
+        "v": numbers(b, 3, length, d),
+    }
     placed = compare(attend, odd, mesh, dict.fromkeys("qkv", Shard(1)))
     assert placed["result 0"] != Shard(1) or size == 1
     if size == 2:
