@@ -278,11 +278,6 @@ def route(operands: Iterable[Any], backend: Backend) -> Route:
     return OPERATOR if is_traced() else KERNEL
 
 
-def wants_operators(tensors: Iterable[Any]) -> bool:
-    """True where a call with `tensors` must go through the operators: a route other than KERNEL."""
-    return is_traced() or not is_plain(tensors)
-
-
 class Plan(NamedTuple):
     """What a signature comes to: its scalars in the kernels' form, and who runs it, how."""
 

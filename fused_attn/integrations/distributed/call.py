@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from ...ops.attention import call as attention_call
 from ...ops.attention.api import attention
@@ -177,6 +178,7 @@ def _made(given: dict[str, Any], q: Any, k: Any, v: Any, group: dist.ProcessGrou
         _check_packed(given, q, k, group.size())
     elif given["layout"] != BHLD:
         q, k, v, _ = heads_first(given["layout"], q=q, k=k, v=v, out=None)
+    q, k, v = (x.clone() if isinstance(x, AsyncCollectiveTensor) else x for x in (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.expect_rank(name, x, 4, "(B, heads, L / n, head size)")
         if type(x) not in (Tensor, torch.nn.Parameter):

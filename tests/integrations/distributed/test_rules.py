@@ -282,3 +282,39 @@ def test_shards_give_the_numbers_of_one_process(check: Callable[..., None], size
 
 def test_two_dimensions_of_a_mesh() -> None:
     world(4).run(check_mesh)
+
+
+def check_late_results(rank: int) -> None:
+    """Tensors of torch's functional collectives, which are not there yet, forward and backward."""
+    from torch.distributed import _functional_collectives as collectives
+
+    def late(x: Tensor) -> Tensor:
+        return collectives.all_reduce(x / 2, "sum", torch.distributed.group.WORLD)
+
+    x, weight = torch.randn(4, 8), torch.randn(8, requires_grad=True)
+    torch.distributed.broadcast(x, 0)
+    q = x.view(1, 1, 4, 8)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: fused_attn.layer_norm(x, (8,), weight),
+        lambda x: fused_attn.bias_activation(x, weight, activation="gelu"),
+        lambda x: fused_attn.linear(x, weight[None], backend="cpu"),
+        lambda x: fused_attn.attention(q, x.view(1, 1, 4, 8), q, causal=True),
+    ]
+    for call in calls:
+        results = []
+        for make in (late, torch.clone):
+            weight.grad = None
+            point = x.clone().requires_grad_()
+            with torch.no_grad():
+                given = make(point)
+            given.requires_grad_()
+            y = call(given)
+            y.sin().sum().backward()
+            results.append((y, given.grad, weight.grad))
+        for a, b in zip(*results, strict=True):
+            if b is not None:
+                torch.testing.assert_close(a + 0, b)
+
+
+def test_results_of_collectives_that_are_not_there_yet() -> None:
+    world(2).run(check_late_results)
