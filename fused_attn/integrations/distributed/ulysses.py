@@ -76,7 +76,7 @@ def ulysses_attention(
 
 
 def run(call: Call, ring: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, H, Lq, Dv) and lse (B, H, Lq) of a call that is checked."""
+    """out (B, H, Lq, Dv) and, if it is asked for, lse (B, H, Lq) of a call that is checked."""
     group, size = call.group, call.group.size()
     order = call.order if ring is None else "contiguous"
     kv_heads = call.k.shape[1]
@@ -97,9 +97,9 @@ def run(call: Call, ring: dist.ProcessGroup | None = None) -> tuple[Tensor, Tens
         document_ids=_all_documents(call, order),
     )
     out, lse = rings.run(inner)
-    return _heads_for_positions(out, group, order), _heads_for_positions(
-        lse[..., None], group, order
-    )[..., 0]
+    if call.return_lse:  # else it stays where it is: nobody looks at it
+        lse = _heads_for_positions(lse[..., None], group, order)[..., 0]
+    return _heads_for_positions(out, group, order), lse
 
 
 class _Alone:

@@ -36,10 +36,7 @@ def bytes_sent(
 
         ring, forward    (r - 1) K e
         ring, backward   (r - 1) K e + r K c               (nothing where r is 1)
-        ulysses, each    B (L / (r u)) (H (D + Dv) + Hkv' (D + Dv)) e (u - 1) / u
-
-    lse, which goes back with the output, is counted in: B (L / (r u)) H c (u - 1) / u more, in the
-    forward alone unless it has a gradient.
+        Ulysses, each    B (L / (r u)) (H (D + Dv) + Hkv' (D + Dv)) e (u - 1) / u
 
     Raises:
         ValueError: the ranks do not divide the sequence or the heads.
@@ -60,7 +57,6 @@ def bytes_sent(
     keys = batch * (seqlen // ring) * (heads_kv // ulysses) * width
     rows = batch * (seqlen // (ring * ulysses))
     exchanged = rows * (num_heads + heads_kv) * width * itemsize * (ulysses - 1) // ulysses
-    lse = rows * num_heads * sums * (ulysses - 1) // ulysses
     around = (ring - 1) * keys * itemsize
     home = ring * keys * sums if ring > 1 else 0
-    return Volume(around + exchanged + lse, around + home + exchanged)
+    return Volume(around + exchanged, around + home + exchanged)
