@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from ...ops.operations import OPERATIONS
 from .rules import RULES, Rule
+
+TORCHS_CONTEXT = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 @functools.cache
@@ -60,6 +63,7 @@ def understand(operands: tuple[Any, ...]) -> None:
         TypeError: some are DTensors and others are not; the message says which.
     """
     register()
+    _refuse_reordered(operands)
     names = getattr(operands, "_fields", None) or [f"operand {i}" for i, _ in enumerate(operands)]
     tensors = dict(zip(names, operands, strict=True))
     plain = [
@@ -72,6 +76,24 @@ def understand(operands: tuple[Any, ...]) -> None:
             f"`{plain[0]}` must be a DTensor as `{first}` is, got a plain tensor\n"
             f"hint: `DTensor.from_local({plain[0]}, mesh)` where every rank has all of it, with "
             f"mesh = {first}.device_mesh = {mesh}"
+        )
+
+
+def _refuse_reordered(operands: tuple[Any, ...]) -> None:
+    """Refuse a sequence that torch's context parallelism cut up in an order of its own.
+
+    DTensor would put it together as it lies, and causal masks would count wrong positions.
+    """
+    theirs = sys.modules.get(TORCHS_CONTEXT)
+    q = getattr(operands, "q", None)
+    if theirs is None or not isinstance(q, DTensor) or not theirs._cp_options.enable_load_balance:
+        return
+    handlers = DTensor._op_dispatcher._custom_op_handlers.values()
+    if theirs._sdpa_handler in handlers and Shard(2) in q.placements:
+        raise NotImplementedError(
+            "`q` must not be cut up along the sequence in torch's balanced order, which DTensor "
+            "does not know\nhint: `fused_attn.integrations.distributed.context_parallel`, on "
+            "`q.to_local()`"
         )
 
 

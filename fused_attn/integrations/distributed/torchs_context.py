@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from .context import Spread
+from .dtensors import TORCHS_CONTEXT
 from .layouts import group_of
 
-_MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 _OLDER = "torch.distributed.tensor.experimental._attention"  # torch 2.9 and before
 
 
@@ -33,7 +33,7 @@ def shards() -> Spread | None:
     Raises:
         NotImplementedError: one is open, and does not say how.
     """
-    theirs = sys.modules.get(_MODULE) or sys.modules.get(_OLDER)
+    theirs = sys.modules.get(TORCHS_CONTEXT) or sys.modules.get(_OLDER)
     function: Any = F.scaled_dot_product_attention
     replaced = getattr(theirs, "_replaced_functions", {})
     if theirs is None or function not in replaced:

@@ -155,6 +155,54 @@ def check_torchs(rank: int) -> None:
     close(model(whole, is_causal=True), expected, "after torch's context_parallel")
 
 
+def check_reordered(rank: int) -> None:
+    """torch's other way, by DTensors: its balanced order is none that DTensor can put together."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    part = torch.randn(1, H, 4, 8)
+    q = DTensor.from_local(part, mesh, [Shard(2)])
+    theirs._enable_context_parallel_dispatcher()
+    before, theirs._cp_options.enable_load_balance = theirs._cp_options.enable_load_balance, True
+    try:
+        with pytest.raises(NotImplementedError, match="balanced order"):
+            fused_attn.attention(q, q, q, causal=True)
+    finally:
+        theirs._cp_options.enable_load_balance = before
+        theirs._disable_context_parallel_dispatcher()
+    assert fused_attn.attention(q, q, q, causal=True).shape == q.shape
+
+
+def check_compiled(rank: int) -> None:
+    """What was compiled outside of a context is not the local part's attention inside."""
+
+    @torch.compile(backend="eager")
+    def attend(q: Tensor) -> Tensor:
+        return fused_attn.attention(q, q, q, causal=True).sin()
+
+    q = torch.randn(1, 2, 8, 4, dtype=torch.float64)
+    dist.broadcast(q, 0)
+    expected = attend(q)
+    part = shard(q, dim=2)
+    assert attend(part).shape == part.shape
+    with context_parallel():
+        close(unshard(attend(part), dim=2), expected, "compiled")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = q.clone()
+    with torchs_context(mesh, buffers=[x], buffer_seq_dims=[2]):
+        found = unshard(attend(x), dim=2, order="zigzag")
+    close(found, expected, "compiled, in torch's context")
+
+
+def test_compiled_functions() -> None:
+    world(2).run(check_compiled)
+
+
+def test_torchs_order_of_its_own() -> None:
+    world(2).run(check_reordered)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("check", [check_modules, check_functions, check_refusals, check_torchs])
 def test_a_part_is_never_taken_for_the_whole(check: Callable[..., None], size: int) -> None:

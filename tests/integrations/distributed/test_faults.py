@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+import time
 from typing import Any
 
 import pytest
@@ -107,8 +109,6 @@ FAULTS = {
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_ranks_raise_alike(size: int) -> None:
-    import re
-
     for name, words in FAULTS.items():
         for text in world(size).errors(call, name):
             last = text.strip().splitlines()
@@ -142,6 +142,8 @@ def die(rank: int, function: str, when: str) -> None:
     """Rank 1 leaves before the call, or between its parts; the others must not wait for ever."""
     q = torch.randn(1, 4, 64, 8)
     k = q.clone().requires_grad_()
+    if when == "silent" and rank == 1:
+        time.sleep(6)
     attend = ring_attention if function == "ring" else ulysses_attention
     if when == "before" and rank == 1:
         os._exit(1)
@@ -163,6 +165,17 @@ def test_a_rank_that_dies_is_an_error_on_all_others(function: str, when: str) ->
         for right, text in answers:
             assert not right
             assert "a rank of the group is gone, or did not answer" in text
+    finally:
+        lonely.close()
+
+
+def test_a_silent_rank_is_an_error_after_the_time_out() -> None:
+    lonely = World(2, datetime.timedelta(seconds=3))
+    try:
+        lonely.start(die, "ring", "silent")
+        for right, text in lonely.answers(60):
+            assert not right
+            assert "did not answer within its time-out" in text
     finally:
         lonely.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,7 +277,45 @@ def test_heads_inside_a_ring_outside() -> None:
     world(4).run(check_both)
 
 
+def check_bytes_of_eight(rank: int) -> None:
+    """The formula at eight ranks, where every one of eight heads has its own."""
+    q = torch.randn(1, 8, 2, 4, requires_grad=True)
+    k = torch.randn(1, 2, 2, 4, requires_grad=True)
+    sizes = {"seqlen": 16, "num_heads": 8, "num_heads_kv": 2, "head_dim": 4, "itemsize": 4}
+    for function, way in ((ring_attention, "ring"), (ulysses_attention, "ulysses")):
+        with counting() as sent:
+            function(q, k, k * 2, causal=True).sum().backward()
+        assert sum(sent.values()) == bytes_sent(**sizes, **{way: 8}).total
+
+
 @pytest.mark.every
 def test_eight_ranks() -> None:
-    for check in (check_bytes,):
-        world(8).run(check, 8)
+    world(8).run(check_bytes_of_eight)
+
+
+def test_the_page_has_the_formulas_numbers() -> None:
+    page = Path(__file__).parents[3] / "docs/distributed.md"
+    sizes = {"seqlen": 128_000, "num_heads": 32, "num_heads_kv": 8, "head_dim": 128}
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| (\S+) \| (.+) \|$", page.read_text(), re.M)
+    assert len(rows) == 8
+    for words, ring, ulysses, both in rows:
+        ranks = int(words.replace(",", ""))
+        assert ring == f"{bytes_sent(**sizes, ring=ranks).total / 1e6:,.0f}"
+        if ulysses != "–":
+            assert ulysses == f"{bytes_sent(**sizes, ulysses=ranks).total / 1e6:,.0f}"
+        if both != "–":
+            volume = bytes_sent(**sizes, ring=ranks // 8, ulysses=8)
+            assert both == f"{volume.total / 1e6:,.0f} (8 × {ranks // 8})"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"ring": 3}, "`seqlen` must be a multiple of 3"),
+        ({"ulysses": 8}, "`num_heads` must be a multiple of 8"),
+        ({"ulysses": 4, "num_heads_kv": 3}, "`num_heads_kv` must be a multiple or a divisor of 4"),
+    ],
+)
+def test_a_volume_of_nothing_that_runs_is_refused(sizes: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        bytes_sent(**{"seqlen": 16, "num_heads": 4, "head_dim": 8} | sizes)
