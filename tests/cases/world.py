@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import functools
 import multiprocessing
 import os
 import sys
@@ -40,6 +39,7 @@ class World:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
+        self.closed = False
         os.environ["OMP_NUM_THREADS"] = "1"  # read where OpenMP loads: in the server
         for rank in range(size):
             mine, theirs = context.Pipe()
@@ -55,12 +55,13 @@ class World:
         for pipe in self._pipes:
             pipe.send((function, args))
 
-    def answers(self, seconds: float = 120.0) -> list[tuple[bool, Any]]:
+    def answers(self, seconds: float = 300.0) -> list[tuple[bool, Any]]:
         """Of each rank: (True, result) or (False, what it raised, as text); None for a dead one."""
         found = []
         for pipe in self._pipes:
             try:
                 if not pipe.poll(seconds):
+                    self.close()
                     raise TimeoutError(f"a rank hangs: no answer in {seconds} s")
                 found.append(pipe.recv())
             except (EOFError, ConnectionResetError):
@@ -83,6 +84,7 @@ class World:
         return [str(text) for _, text in answers]
 
     def close(self) -> None:
+        self.closed = True
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.close()
             process.kill()
@@ -115,9 +117,12 @@ def _serve(
         pipe.send(answer)
 
 
-@functools.cache
+_worlds: dict[int, World] = {}
+
+
 def world(size: int) -> World:
     """The session's world of that size."""
-    found = World(size)
-    atexit.register(found.close)
-    return found
+    if size not in _worlds or _worlds[size].closed:
+        _worlds[size] = World(size)
+        atexit.register(_worlds[size].close)
+    return _worlds[size]

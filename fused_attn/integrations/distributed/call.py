@@ -122,6 +122,7 @@ def prepared(
     check: bool,
     unknown: dict[str, Any],
     divides: Any = None,
+    across: Group = None,
 ) -> Call:
     """A call on which all ranks agree.
 
@@ -129,6 +130,7 @@ def prepared(
         arguments: of `described`.
         unknown: arguments that the function does not have.
         divides: (q, k, ranks) raises where heads do not divide.
+        across: another group that must agree too.
 
     Raises:
         TypeError, ValueError, UnsupportedError: here, or on another rank.
@@ -145,14 +147,17 @@ def prepared(
         return _said(call)
 
     if check:
-        agree(describe, members)
+        agree(describe, members, *([] if across is None else [group_of(across)]))
     else:
         describe()
-    [call] = found
+    call = found[-1]
     if not call.dropout_p:
         return call
     rng = philox.draw_rng(call.q.device) if call.dropout_rng is None else call.dropout_rng
-    return dataclasses.replace(call, dropout_rng=first_ranks(rng, members))
+    rng = first_ranks(rng, members)
+    if across is not None:
+        rng = first_ranks(rng, group_of(across))
+    return dataclasses.replace(call, dropout_rng=rng)
 
 
 def _refuse(function: str, unknown: dict[str, Any]) -> None:
@@ -206,8 +211,7 @@ def _made(given: dict[str, Any], q: Any, k: Any, v: Any, group: dist.ProcessGrou
     attention_call.problem_of(operands, Scalars(**{name: given[name] for name in names}))
     for rows in (q.shape[2], k.shape[2]):
         pieces(rows, group.rank(), group.size(), given["order"])
-    function_heads = Heads(0, q.shape[1])
-    given |= {"q": q, "k": k, "v": v, "document_ids": ids, "heads": function_heads}
+    given |= {"q": q, "k": k, "v": v, "document_ids": ids, "heads": Heads(0, q.shape[1])}
     given |= {"dropout_rng": operands.dropout_rng, "group": group}
     del given["function"]
     return Call(**given)

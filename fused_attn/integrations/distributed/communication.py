@@ -105,20 +105,39 @@ def first_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-def agree(describe: Callable[[], str], group: dist.ProcessGroup) -> None:
+def agree(describe: Callable[[], str], *groups: dist.ProcessGroup) -> None:
     """All ranks say the same of a call, or all of them raise.
 
     Args:
         describe: what must be equal on all ranks, as text; may raise.
+        groups: one, or two that cross each other (each of one meets each of the other): what goes
+            wrong is told in the first, and by its members in theirs of the second.
 
     Raises:
         what `describe` raised here, or a ValueError that says which rank said what.
     """
     failure: Exception | None = None
-    try:
-        mine = "+" + describe()
-    except (ValueError, TypeError, NotImplementedError) as error:
-        failure, mine = error, "-" + str(error)
+    for group in groups:
+        try:
+            _agree_in(group, describe, failure)
+        except _MISTAKES as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+_MISTAKES = (ValueError, TypeError, NotImplementedError)
+
+
+def _agree_in(
+    group: dist.ProcessGroup, describe: Callable[[], str], failure: Exception | None
+) -> None:
+    mine = f"-{failure}"
+    if failure is None:
+        try:
+            mine = "+" + describe()
+        except _MISTAKES as error:
+            failure, mine = error, f"-{error}"
     if group.size() > 1:
         said = _what_all_say(mine, group)
         for rank, text in enumerate(said):

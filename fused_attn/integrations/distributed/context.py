@@ -30,6 +30,7 @@ class Spread:
     method: Method
     check: bool
 
+    @torch.compiler.disable  # collectives and checks are no graph; what is around them may be one
     def attend(self, operands: Any, scalars: Any) -> tuple[Tensor, Tensor | None, None]:
         """One call of attention: on this rank's queries, over the keys of all ranks."""
         if operands.cu_seqlens_q is not None:
@@ -52,7 +53,7 @@ class Spread:
         uncut = ("mask", "bias", "alibi_slopes", "key_lengths", "prefix_lengths")
         unknown = {name: getattr(operands, name) for name in uncut}
         unknown |= {name: getattr(scalars, name) for name in ("chunk", "return_weights")}
-        divides = ulysses._expect_heads if self.method == "ulysses" else None
+        divides = ulysses.expect_heads if self.method == "ulysses" else None
         call = prepared(
             arguments,
             operands.q,

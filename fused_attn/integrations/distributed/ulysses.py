@@ -70,7 +70,8 @@ def ulysses_attention(
         group,
         check=check,
         unknown=unknown,
-        divides=_expect_heads,
+        divides=expect_heads,
+        across=ring,
     )
     return call.finish(*run(call, None if ring is None else group_of(ring)))
 
@@ -116,7 +117,7 @@ def _alone() -> Any:
     return _Alone()
 
 
-def _expect_heads(q: Tensor, k: Tensor, size: int) -> None:
+def expect_heads(q: Tensor, k: Tensor, size: int) -> None:
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads % size != 0:
         raise ValueError(

@@ -116,6 +116,21 @@ def test_all_ranks_raise_alike(size: int) -> None:
     world(size).run(after)  # and all of them can go on
 
 
+def wrong_in_one_of_two_groups(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
+    q = torch.randn(1, 4, 6 if rank == 1 else 8, 8)
+    ulysses_attention(q, q, q, mesh["heads"], ring=mesh["ring"])
+
+
+def test_both_groups_hear_of_a_fault_in_one() -> None:
+    for text in world(4).errors(wrong_in_one_of_two_groups):
+        assert "`q` torch.float32 (1, 4, 8, 8)" in text
+        assert "(1, 4, 6, 8)" in text
+    world(4).run(after)
+
+
 def after(rank: int) -> None:
     q = torch.randn(1, 4, 4, 8)
     assert ring_attention(q, q, q).isfinite().all()

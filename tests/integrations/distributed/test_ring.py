@@ -231,6 +231,20 @@ def check_bytes(rank: int, size: int) -> None:
                 assert found == tuple(expected), (function.__name__, found, expected)
 
 
+def check_memory(rank: int, size: int) -> None:
+    """What a rank keeps for the backward is 1/n of what one process keeps."""
+    q, k, v, _ = (shard(x, dim=2) for x in tensors())
+    kept: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.numel() * x.element_size())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ring_attention(*(x.requires_grad_() for x in (q, k, v)), causal=True)
+    assert sum(kept) * size == 8 * B * H * L * (4 * D + 1)  # q, k, v, out and lse
+
+
 def check_both(rank: int) -> None:
     """Two by two: heads inside, a ring outside."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -264,6 +278,7 @@ CHECKS = [
     check_drawn_in_parts,
     check_budget,
     check_bytes,
+    check_memory,
 ]
 
 
