@@ -86,7 +86,7 @@ def test_a_long_sequence() -> None:
             env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert found.returncode == 0, found.stderr
         shown.append(found.stdout.partition(": ")[2].split(", ")[:2])
