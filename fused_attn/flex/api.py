@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn.attention import flex_attention as torch_flex
 
 from ..ops.attention.api import attention
-from ..runtime import autocast, checks
+from ..runtime import autocast, checks, sequence
 from . import agreement, cache, compiled, known, tiles
 from .call import Call
 from .expression import MASK_INPUTS, SCORE_INPUTS, CannotRead, Expression
@@ -66,6 +66,7 @@ def flex_attention(
         TypeError, ValueError: an argument is wrong; a function cannot be read (the message names
             the operation and the line), or captured a tensor of another device.
     """
+    sequence.expect_whole("flex_attention", "`attention` by `causal`, `window`, `document_ids`")
     if is_compiling():
         return _TORCHS(
             query,

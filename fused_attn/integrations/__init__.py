@@ -7,7 +7,7 @@ puts in place it can take back.
 import importlib as _importlib
 from types import ModuleType as _ModuleType
 
-_DOORS = ("flash_attn", "flex", "torch_sdpa", "transformers")
+_DOORS = ("distributed", "flash_attn", "flex", "torch_sdpa", "transformers")
 
 
 def __getattr__(name: str) -> _ModuleType:

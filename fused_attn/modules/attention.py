@@ -11,7 +11,7 @@ from ..ops.attention import call
 from ..ops.attention.api import attention_varlen
 from ..ops.attention.call import Scalars
 from ..ops.attention.problem import BLHD, Operands, Weights
-from ..runtime import autocast, debug
+from ..runtime import autocast, debug, sequence
 from ..runtime.hints import with_hint
 from . import attention_arguments as arguments
 from . import cached_attention, nested_attention
@@ -250,6 +250,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
 
         Their keys and values are added to it. The module must be batch_first, and append no keys.
         """
+        sequence.expect_whole("a cache", "generate outside of `context_parallel`")
         q, k, v = self.project_heads(x, x, x)
         if self.rotary_base is not None:
             q, k = (self.rotate_heads(y, cache.length) for y in (q, k))
@@ -296,7 +297,7 @@ class FusedMultiheadAttention(NotScriptable, nn.MultiheadAttention):
     def rotate_heads(self, x: Tensor, offset: int = 0) -> Tensor:
         """x (N, H, L, D), turned by the positions offset .. offset + L."""
         assert self.rotary_base is not None
-        positions = torch.arange(offset, offset + x.shape[2], device=x.device)
+        positions = sequence.positions(x.shape[2], offset, x.device)
         return rotate(x, positions, self.rotary_base)
 
     def project_heads(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..runtime import checks
+from ..runtime import checks, sequence
 from .attention_arguments import Sizes
 from .cache import Cache, KeyValueCache, MemoryCache
 from .paged_cache import PagedKeyValueCache
@@ -29,6 +29,7 @@ def check(module: Any, cache: Cache | MemoryCache, sizes: Sizes) -> int:
         TypeError: `cache` is none.
         ValueError: the memory is another one than before, or its queries have no known positions.
     """
+    sequence.expect_whole("a cache", "generate outside of `context_parallel`")
     if isinstance(cache, MemoryCache):
         if module.rotary_base is not None:
             raise ValueError(

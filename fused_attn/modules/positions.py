@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..runtime import checks
+from ..runtime import checks, sequence
 
 
 class PositionalEncoding(nn.Module):
@@ -42,7 +42,9 @@ class PositionalEncoding(nn.Module):
                 f"positions must be in [0, max_len = {self.max_len}), "
                 f"got {offset} .. {offset + length - 1}"
             )
-        return x + self.table[offset : offset + length].to(x.dtype)
+        rows = sequence.rows_of(self.max_len, length, offset, x.device)
+        found = self.table[offset : offset + length] if rows is None else self.table[rows]
+        return x + found.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, max_len={self.max_len}"

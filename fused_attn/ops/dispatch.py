@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..runtime import higher_order, hints, native, verified
+from ..runtime import higher_order, hints, native, subclasses, verified
 from .explanation import BY_NAME, Explanation
 
 
@@ -272,7 +272,10 @@ def route(operands: Iterable[Any], backend: Backend) -> Route:
     """How a call with these operands gets to the backend that was chosen for it."""
     if is_formula(backend):
         return FORMULA
-    return OPERATOR if is_traced() or not is_plain(operands) else KERNEL
+    if not is_plain(operands):
+        subclasses.understand(operands)
+        return OPERATOR
+    return OPERATOR if is_traced() else KERNEL
 
 
 class Plan(NamedTuple):

@@ -145,6 +145,7 @@ def differentiate(
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
+        ctx.by_operator = True
         save(ctx, *_grouped(inputs, groups), output)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,6 +169,15 @@ def _grouped(args: tuple[Any, ...], groups: Sequence[type[Any]]) -> list[Any]:
 
 def _as_tensors(results: Results, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
+def by_operator(ctx: Any) -> bool:
+    """True where a backward must go through the operator, as its forward did or as somebody traces.
+
+    What a forward kept may be of a subclass that only an operator may look into, be the gradient
+    that comes in as plain as it likes (results of torch's functional collectives are such).
+    """
+    return getattr(ctx, "by_operator", False) or dispatch.is_traced()
 
 
 def only(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -264,7 +274,7 @@ def recomputing(
         if higher_order.backward_needs_formula((dy,)):
             inputs = [given[place] for place in places]
             found = higher_order.gradients_through(formula_of(given, how), inputs, (dy,))
-        elif not dispatch.is_traced():
+        elif not by_operator(ctx):
             rest = (given, how, ctx.backend, dy, needs)
             found = profiling.call(f"{name}_backward", ctx.backend, run_backward, *rest)
         else:

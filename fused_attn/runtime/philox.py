@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, subclasses
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -41,7 +41,7 @@ def rng_of_call(given: Any, dropout_p: Any, tensor: Any, name: str) -> Any:
         return given.contiguous() if isinstance(given, Tensor) else given
     checks.expect_tensor(name, tensor)
     checks.expect_probability("dropout_p", dropout_p)
-    return draw_rng(tensor.device)
+    return subclasses.replicated_like(draw_rng(tensor.device), tensor)
 
 
 def threshold(dropout_p: float) -> int:

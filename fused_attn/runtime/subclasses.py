@@ -3,13 +3,17 @@
 One rule for every operation. Understood are torch's own tensors, subclasses that change nothing of
 how torch's functions treat them (their memory is theirs), and subclasses that have a
 `__torch_dispatch__` (DTensor, FakeTensor, nested and functional tensors): those see the operators
-and decide themselves. torch's `CausalBias` has no memory to read; it is a word for a mask, and
-taken as that. Whatever else has rules of its own would be read as plain memory: it is refused.
+and decide themselves; DTensor must be told how, by a door that is loaded for the first one. torch's
+`CausalBias` has no memory to read; it is a word for a mask, and taken as that. Whatever else has
+rules of its own would be read as plain memory: it is refused.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,3 +67,33 @@ def split_causal_bias(
         return None, causal
     at = lengths[1] - lengths[0] if variant == "lower_right" else 0
     return torch.ones(lengths, dtype=torch.bool, device=device).tril(at), causal
+
+
+# Who knows what DTensor must be told; by name, since nothing inside imports a door.
+_DOOR_OF_DTENSORS = "fused_attn.integrations.distributed.dtensors"
+
+
+def _door_of(tensors: Iterable[Any]) -> ModuleType | None:
+    """The door for sharded tensors, where there is one among `tensors`."""
+    sharded = sys.modules.get("torch.distributed.tensor")  # who has one has loaded it
+    if sharded is None or not any(isinstance(x, sharded.DTensor) for x in tensors):
+        return None
+    return importlib.import_module(_DOOR_OF_DTENSORS)
+
+
+def understand(operands: Iterable[Any]) -> None:
+    """Before an operator sees `operands`: whoever decides for them knows it, and finds no mixture.
+
+    Raises:
+        TypeError: DTensors came together with plain tensors.
+    """
+    operands = operands if isinstance(operands, tuple) else tuple(operands)
+    door = _door_of(operands)
+    if door is not None:
+        door.understand(operands)
+
+
+def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, which is not sharded, beside `like`, which may be: one for all ranks then."""
+    door = None if type(like) in _PLAIN else _door_of((like,))
+    return tensor if door is None else door.replicated_like(tensor, like)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import checks, higher_order
+from ...runtime import checks, higher_order, sequence
 from .. import dispatch, operators
 from ..dispatch import OPERATOR
 from . import BACKENDS, call, fused, reference, values
@@ -83,6 +83,7 @@ def attention_backward(
         TypeError, ValueError: an argument is wrong; the message names it.
         UnsupportedError: no backend (or not the one asked for) can run the call.
     """
+    sequence.expect_whole("attention_backward", "`ring_attention`, which has a backward of its own")
     if layout != BHLD:
         for name, tensor in (("out", out), ("dout", dout)):
             checks.expect_rank(name, tensor, 4, "(B, Lq, H, Dv)")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import autocast, checks, debug, higher_order, hints, philox
+from ...runtime import autocast, checks, debug, higher_order, hints, philox, sequence
 from ...runtime.profiling import profiler, recorded
 from .. import dispatch
 from ..dispatch import FORMULA, KERNEL
@@ -48,6 +48,8 @@ def run(operands: Operands, scalars: Scalars, out: Tensor | None = None) -> fuse
     Args:
         out: the tensor to write the output to; a new one if None.
     """
+    if sequence.is_cut() and (parts := sequence.current()) is not None:
+        return _over_all_ranks(parts, operands, scalars, out)
     if _autocast_enabled():
         operands = _autocast(operands)
     if operands.sinks is not None and scalars.backend != reference.NAME:
@@ -87,6 +89,15 @@ def _execute(
     if out is not None and result is not out:
         result = out.copy_(result)
     return result, lse if scalars.return_lse else None, weights
+
+
+def _over_all_ranks(
+    parts: sequence.Shards, operands: Operands, scalars: Scalars, out: Tensor | None
+) -> fused.Result:
+    """Inside a context in which the sequence is spread: over the keys of all ranks."""
+    if out is not None:
+        raise dispatch.UnsupportedError("`out` must be None inside `context_parallel`")
+    return parts.attend(operands, scalars)
 
 
 def _with_sinks(operands: Operands, scalars: Scalars, out: Tensor | None) -> fused.Result:

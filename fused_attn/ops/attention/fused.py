@@ -260,10 +260,12 @@ def gradients(
     lse: Tensor | None,
     grad_outputs: Sequence[Tensor | None],
     needs: tuple[bool, ...],
+    by_operator: bool = False,
 ) -> Sequence[Tensor | None]:
     """dq, dk, dv and dbias from the gradients of out, lse and weights.
 
-    Where out and lse were not kept, both are None.
+    Where out and lse were not kept, both are None. `by_operator`: the forward went through the
+    operator, as the backward must then (`operators.by_operator`).
     """
     if higher_order.backward_needs_formula(grad_outputs):
         formula = _formula(operands, options, settings.return_weights)
@@ -275,7 +277,7 @@ def gradients(
         out, lse, _ = _call_forward(operands, options, settings._replace(return_lse=True))
     assert lse is not None
     tail = (out, lse, dout, dlse, dweights, needs)
-    if not dispatch.is_traced():
+    if not (by_operator or dispatch.is_traced()):
         rest = (operands, options, settings, *tail)
         return profiling.call("attention_backward", settings.backend, run_backward, *rest)
     found = torch.ops.fused_attn.attention_backward(*operands, *options, *settings, *tail)
@@ -308,7 +310,8 @@ def _save(
 def _operator_gradients(ctx: Any, *grad_outputs: Tensor | None) -> dict[str, Tensor | None]:
     *tensors, out, lse = ctx.saved_tensors
     operands, needs = Operands(*tensors), tuple(ctx.needs_input_grad[:4])
-    grads = gradients(operands, ctx.options, ctx.settings, out, lse, grad_outputs, needs)
+    rest = (out, lse, grad_outputs, needs)
+    grads = gradients(operands, ctx.options, ctx.settings, *rest, by_operator=True)
     return dict(zip(Operands._fields, grads, strict=False))
 
 

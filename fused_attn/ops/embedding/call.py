@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime import philox, profiling
+from ...runtime import philox, profiling, sequence
 from .. import dispatch
 from ..dispatch import FORMULA, Plan
 from . import BACKENDS, fused
@@ -33,11 +33,26 @@ plans: dispatch.PlanCache[Plan] = dispatch.PlanCache()
 
 def run(operands: Operands, scalars: Scalars) -> Tensor:
     """y, new."""
+    if sequence.is_cut():
+        operands, scalars = _of_part(operands, scalars)
     if scalars.dropout_p:
         rng = philox.rng_of_call(operands.dropout_rng, scalars.dropout_p, operands.weight, "weight")
         operands = operands._replace(dropout_rng=rng)
     plan = plans.get(_make_plan, operands, scalars)
     return profiling.call("embedding", plan.backend.NAME, _execute, plan, operands)
+
+
+def _of_part(operands: Operands, scalars: Scalars) -> tuple[Operands, Scalars]:
+    """Counted positions of one rank's part of a sequence, by their numbers."""
+    tokens, _, table, positions, _ = operands
+    if not isinstance(table, Tensor) or positions is not None or tokens.dim() == 0:
+        return operands, scalars
+    length = tokens.shape[-1]
+    rows = sequence.rows_of(table.shape[0], length, scalars.offset, tokens.device)
+    if rows is None:
+        return operands, scalars
+    expanded = rows.expand(tokens.shape).contiguous()
+    return operands._replace(positions=expanded), scalars._replace(offset=0)
 
 
 def _execute(plan: Plan, operands: Operands) -> Tensor:

@@ -219,7 +219,7 @@ def _gradients(
     )
     wanted = (needs[0], needs[1] and not shared, *needs[2:])
     tail = (mean, rstd, dy, dh, *ctx.dtypes, wanted)
-    if not dispatch.is_traced():
+    if not operators.by_operator(ctx):
         rest = (operands, options, settings, *tail)
         grads = profiling.call("layer_norm_backward", settings.backend, run_backward, *rest)
     else:
