@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.attention import flex_attention as torch_flex
 
+from ..ops import dispatch
 from ..ops.attention.api import attention
 from ..runtime import autocast, checks, sequence
 from . import agreement, cache, compiled, known, tiles
@@ -96,6 +97,8 @@ def flex_attention(
         out, lse = found if wants_lse else (found, None)
     else:
         call = _call(score, mask, block_mask, scale, query, key)
+        if dispatch.is_watched():
+            dispatch.note(f"runs {_way(call, query, key, value)}")
         out, lse = tiles.attend(call, query, key, value)
     if return_aux is None:
         return (out, lse) if return_lse else out
@@ -125,7 +128,11 @@ def explain_flex_attention(
     operands = _operands(score, mask, block_mask, query, key)
     if operands is not None:
         return f"operands of attention: {', '.join(sorted(operands)) or 'none'}"
-    call = _call(score, mask, block_mask, 1.0, query, key)
+    return _way(_call(score, mask, block_mask, 1.0, query, key), query, key, value)
+
+
+def _way(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:
+    """How functions run that are no operands."""
     against = compiled.why_not(call, query, key, value)
     return f"by tiles: {'; '.join(against)}" if against else "in the kernel's own loop"
 

@@ -35,7 +35,7 @@ class ModuleExplanation:
         lines = [self.module, *(f"  {note}" for note in self.notes)]
         for call in self.calls:
             lines += [f"  {line}" for line in str(call).splitlines()]
-        if not self.calls:
+        if not self.calls and not self.notes:
             lines.append("  runs no operation of fused_attn")
         return "\n".join(lines)
 

@@ -126,6 +126,15 @@ def test_a_function_made_of_others_explains_their_calls(name: str) -> None:
     assert [call.chosen for call in told.calls] == [fused_attn.explain(q, q, q).chosen]
 
 
+def test_functions_that_are_no_operands_are_told_of() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    told = fused_attn.explain(
+        fused_attn.flex_attention, q, q, q, score_mod=lambda s, b, h, i, j: s * s.abs()
+    )
+    assert told.notes[0].startswith(("runs in the kernel's own loop", "runs by tiles: "))
+    assert "runs no operation" not in str(told)
+
+
 def test_a_function_of_torchs_own_functions_says_so() -> None:
     q = torch.randn(1, 2, 5, 4)
     told = fused_attn.explain(fused_attn.merge_attention, q, q.sum(-1), q, q.sum(-1))
