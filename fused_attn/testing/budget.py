@@ -194,7 +194,10 @@ def attention_noise(
         found = [_largest(a) + _largest(b) for a, b in zip(from_delta, from_lse, strict=True)]
         changes = [max(pair) for pair in zip(changes, found, strict=True)]
     of_weights = 0.0 if weights is None else _largest(weights) * _largest(of_lse)
-    return [0.0, 0.0, of_weights, *changes]
+    # lse = largest score + log(sum): the score was rounded, and the sum, which is 1 and above.
+    size = _largest(torch.where(empty, 0.0, lse))
+    rounded = 2 * torch.finfo(lse_dtype).eps * max(1.0, size)
+    return [0.0, rounded, of_weights, *changes]
 
 
 def _largest(x: Tensor) -> float:
