@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -260,6 +260,15 @@ def test_demo_that_is_interrupted_writes_what_it_has(
     assert ("interrupted after different numbers of steps" in text) == (calls == 4)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Interrupts are obeyed: tests in the background of a shell ignore them otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_curve_gives_back_what_it_has_on_ctrl_c() -> None:
     """The process finishes its step, and is not ended by a terminal's Ctrl-C, which it gets too."""
     text = demo.load_text(Path(__file__))
