@@ -12,7 +12,7 @@ EMULATOR := $(VENV)/emulator
 # `make cuda` looks at the binary. CUDA=auto (or on) compiles them nevertheless.
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 
-.PHONY: test demo style format bench readme gates gpu cuda docs dist triton-3.6 sanitize venv clean
+.PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal --durations 20
@@ -57,6 +57,17 @@ cuda: $(INSTALLED)
 	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA=on python setup.py build_ext --build-lib $(CUDA_BINARY)
 	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA_BINARY="$$(ls $(CUDA_BINARY)/fused_attn/_C.*)" \
 	  python -m pytest -q tests/cuda/test_code.py tests/cuda/test_trap.py
+
+# The CPU kernels of 64-bit ARM, by a cross compiler and under qemu: Debian's g++-aarch64-linux-gnu
+# and qemu-user. Without them it does nothing; EVERY= leaves out the kernels, minutes to compile.
+EVERY ?= --every
+HAS_AARCH64 := $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64))
+aarch64: $(INSTALLED)
+ifeq ($(HAS_AARCH64),)
+	@echo "make aarch64: skipped, nothing was checked: aarch64-linux-gnu-g++ or qemu-aarch64 is missing"
+else
+	python -m pytest -q $(EVERY) tests/cpu/test_aarch64.py
+endif
 
 # The documentation as a site in build/site: a warning, a dead link or anchor is an error.
 DOCS := $(VENV)/docs

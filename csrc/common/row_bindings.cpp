@@ -2,27 +2,9 @@
 
 #include <string>
 
+#include "common/merge_dims.h"
+
 namespace fused_attn {
-namespace {
-
-// Dimensions [begin, end) of a tensor, neighbours merged where one stride leads through both.
-Dims merged(const TensorView& tensor, int begin, int end) {
-  Dims dims;
-  for (int d = begin; d < end; ++d) {
-    const int64_t size = tensor.shape[d], stride = tensor.stride[d];
-    if (size == 1) continue;
-    if (dims.count > 0 && dims.stride[dims.count - 1] == size * stride) {
-      dims.shape[dims.count - 1] *= size;
-      dims.stride[dims.count - 1] = stride;
-    } else {
-      dims.shape[dims.count] = size;
-      dims.stride[dims.count++] = stride;
-    }
-  }
-  return dims;
-}
-
-}  // namespace
 
 Rows rows(const TensorView& tensor, int dims) {
   if (!tensor) return {};
@@ -33,7 +15,8 @@ Rows rows(const TensorView& tensor, int dims) {
     fail_check(tensor.name, "have at least " + std::to_string(dims) + " dimensions",
                std::to_string(tensor.ndim));
   }
-  return {tensor.data, tensor.dtype, merged(tensor, 0, outer), merged(tensor, outer, tensor.ndim)};
+  return {tensor.data, tensor.dtype, merge_dims(tensor.shape, tensor.stride, 0, outer),
+          merge_dims(tensor.shape, tensor.stride, outer, tensor.ndim)};
 }
 
 int64_t size(const TensorView& tensor, int begin, int end) {

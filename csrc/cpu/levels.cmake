@@ -9,10 +9,13 @@
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" _fused_attn_processor)
 if(_fused_attn_processor MATCHES "^(x86_64|amd64)$" AND NOT MSVC)
   set(FUSED_ATTN_LEVEL_FAMILY x86)
+elseif(_fused_attn_processor MATCHES "^(aarch64|arm64)$" AND NOT MSVC)  # Linux's and macOS' name
+  set(FUSED_ATTN_LEVEL_FAMILY arm)
 else()
   set(FUSED_ATTN_LEVEL_FAMILY other)
 endif()
 
+get_filename_component(_fused_attn_root ${CMAKE_CURRENT_LIST_DIR}/../.. ABSOLUTE)
 file(READ ${CMAKE_CURRENT_LIST_DIR}/levels.h _fused_attn_levels_h)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/levels.h)
 string(REGEX MATCH "FUSED_ATTN_LEVELS_${FUSED_ATTN_LEVEL_FAMILY}\\(X, \\.\\.\\.\\)[^#]*"
@@ -21,15 +24,17 @@ string(REGEX MATCHALL "X\\([a-z0-9_]+" FUSED_ATTN_LEVELS "${_fused_attn_row}")
 list(TRANSFORM FUSED_ATTN_LEVELS REPLACE "X\\(" "")
 
 # Next to faster levels, the portable one is worth half of the time that -O3 takes to compile it.
-if(FUSED_ATTN_LEVEL_FAMILY STREQUAL "x86")
-  set(_fused_attn_flags_portable -O2)
-else()
+if(FUSED_ATTN_LEVEL_FAMILY STREQUAL "other")
   set(_fused_attn_flags_portable -O3)
+else()
+  set(_fused_attn_flags_portable -O2)
 endif()
 set(_fused_attn_flags_avx2 -O3 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt)
 set(_fused_attn_flags_avx512 ${_fused_attn_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
     -mavx512cd -mprefer-vector-width=512)
 set(_fused_attn_flags_avx512_bf16 ${_fused_attn_flags_avx512} -mavx512bf16)
+set(_fused_attn_flags_neon -O3)
+set(_fused_attn_flags_neon_bf16 -O3 -march=armv8.2-a+bf16)
 
 function(fused_attn_add_cpu_kernel target source)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_LEVEL_FAMILY=${FUSED_ATTN_LEVEL_FAMILY})
@@ -41,8 +46,8 @@ function(fused_attn_add_cpu_kernel target source)
     endif()
     # An object library for each level: one file with four sets of flags cannot be in one target.
     set(object ${target}_${stem}_${level})
-    add_library(${object} OBJECT ${source})
-    target_include_directories(${object} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+    add_library(${object} OBJECT ${_fused_attn_root}/${source})
+    target_include_directories(${object} PRIVATE ${_fused_attn_root}/csrc)
     target_compile_features(${object} PRIVATE cxx_std_17)
     target_compile_definitions(${object} PRIVATE
       FUSED_ATTN_LEVEL=${level} FUSED_ATTN_LEVEL_FAMILY=${FUSED_ATTN_LEVEL_FAMILY})
@@ -58,5 +63,19 @@ function(fused_attn_add_cpu_kernel target source)
       target_link_libraries(${object} PRIVATE OpenMP::OpenMP_CXX)
     endif()
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+  endforeach()
+endfunction()
+
+function(fused_attn_add_cpu_kernels target)
+  # The norms ask for fused multiply-adds where they want them: a compiler's own would keep the
+  # difference of two equal products from being 0.
+  set_source_files_properties(${_fused_attn_root}/csrc/layer_norm/cpu/forward.cpp
+    ${_fused_attn_root}/csrc/layer_norm/cpu/backward.cpp
+    PROPERTIES COMPILE_OPTIONS "$<$<CXX_COMPILER_ID:GNU,Clang,AppleClang>:-ffp-contract=off>")
+  foreach(kernel attention/cpu/forward attention/cpu/backward attention/cpu/weights
+      layer_norm/cpu/forward layer_norm/cpu/backward
+      bias_activation/cpu/forward bias_activation/cpu/backward
+      embedding/cpu/forward embedding/cpu/backward linear/cpu/product)
+    fused_attn_add_cpu_kernel(${target} csrc/${kernel}.cpp)
   endforeach()
 endfunction()
