@@ -14,6 +14,7 @@ TOKENS = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
 
 
 def test_the_swapped_model_is_the_model() -> None:
+    torch.manual_seed(0)
     model = Classifier().eval()
     fused = copy.deepcopy(model)
     fused_attn.fuse(fused, linears=True)
@@ -21,5 +22,6 @@ def test_the_swapped_model_is_the_model() -> None:
 
 
 def test_the_attention_that_we_call(fused_attn_backend: str) -> None:
+    torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, 16, 8).requires_grad_()
     assert_matches_reference(fused_attn.attention, q, k, v, causal=True, backend=fused_attn_backend)

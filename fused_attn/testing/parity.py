@@ -123,6 +123,7 @@ def assert_matches_reference(function: Callable[..., Any], *args: Any, **options
         functools.partial(run, {"backend": "reference"}),
         tensors,
         [f"output {n}" for n in range(number)],
+        _statistics_noise,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...ops.embedding.api import embedding
+from ..budget import gradients
 from .built import Built
 from .fields import DTYPES, Case, Field, flag, layout, maybe
 from .tensors import VALUES, Maker
@@ -49,4 +52,17 @@ def build(case: Case, device: str) -> Built:
             tensors[name].requires_grad_()
     if case["dropout_p"]:
         tensors["dropout_rng"] = make.rng()
-    return Built(embedding, tensors, options)
+    return Built(embedding, tensors, options, noise=_noise)
+
+
+def _noise(outputs: Any, inputs: Any, dtype: torch.dtype) -> list[float]:
+    """What the additions of a row's gradient, one for each of its tokens, come to in float64.
+
+    The yardstick, plain PyTorch in float32, is often exact there: its numbers have few bits.
+    """
+    if dtype != torch.float64:
+        return [0.0] * (1 + len(inputs))
+    additions = outputs[0].numel() // max(1, outputs[0].shape[-1])
+    found = gradients(outputs, inputs)
+    largest = [float(g.abs().max()) if g.numel() else 0.0 for g in found]
+    return [0.0, *(additions * torch.finfo(dtype).eps / 2 * size for size in largest)]

@@ -32,8 +32,8 @@ def load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE: tl.conste
 
 @triton.jit
 def _is_extreme(variance):
-    """Whether some row of a tile has a variance that float32 cannot hold."""
-    return tl.max((~((variance > SMALLEST) & (variance < LARGEST))).to(tl.int32), 0) != 0
+    """Which rows of a tile have a variance that float32 cannot hold."""
+    return ~((variance > SMALLEST) & (variance < LARGEST))
 
 
 @triton.jit
@@ -47,13 +47,17 @@ def _factor(largest, eps):
 
 
 @triton.jit
-def _statistics_of_tile(h, inside, width, RMS: tl.constexpr, TWICE: tl.constexpr = False):
-    """(mean, variance) of whole rows. TWICE: the mean of equal numbers is exactly theirs."""
+def _statistics_of_tile(h, inside, width, twice, RMS: tl.constexpr, TWICE: tl.constexpr):
+    """(mean, variance) of whole rows.
+
+    TWICE: in the rows `twice` the mean of equal numbers is exactly theirs; others do not change.
+    """
     mean = tl.zeros_like(tl.sum(h, 1))
     if not RMS:
         mean = tl.sum(h, 1) / width
         if TWICE:
-            mean += tl.sum(tl.where(inside, h - mean[:, None], 0.0), 1) / width
+            rest = tl.sum(tl.where(inside, h - mean[:, None], 0.0), 1) / width
+            mean += tl.where(twice, rest, 0.0)
     centred = tl.where(inside, h - mean[:, None], 0.0)
     return mean, tl.sum(centred * centred, 1) / width
 
@@ -70,9 +74,9 @@ def _add_eps(variance, factor, eps):
 
 
 @triton.jit
-def _layer_norm_statistics(x, residual, dropout, factor, row0, num_rows, width, eps,
+def _layer_norm_statistics(x, residual, dropout, factor, twice, row0, num_rows, width, eps,
                            DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                           RMS: tl.constexpr, TWICE: tl.constexpr = False):  # fmt: skip
+                           RMS: tl.constexpr, TWICE: tl.constexpr):  # fmt: skip
     """(mean, variance, largest number) of rows that are wider than a tile, times `factor`."""
     mean = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
@@ -87,7 +91,7 @@ def _layer_norm_statistics(x, residual, dropout, factor, row0, num_rows, width, 
                 h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
                 inside = (col0 + tl.arange(0, COLS))[None, :] < width
                 rest += tl.sum(tl.where(inside, h * factor[:, None] - mean[:, None], 0.0), 1)
-            mean += rest / width
+            mean += tl.where(twice, rest / width, 0.0)
     square = tl.zeros([ROWS], tl.float32)
     for col0 in tl.range(0, width, COLS):
         h = load_sum(x, residual, dropout, row0, col0, num_rows, width, DTYPE, ROWS, COLS)
@@ -129,24 +133,28 @@ def _layer_norm_forward_kernel(
     if WHOLE:
         inside = tl.arange(0, COLS)[None, :] < width
         h = load_sum(x, residual, dropout, row0, 0, num_rows, width, DTYPE, ROWS, COLS)
-        mean, variance = _statistics_of_tile(h, inside, width, RMS)
+        mean, variance = _statistics_of_tile(h, inside, width, None, RMS, False)
         variance += eps
-        if _is_extreme(variance):
+        extreme = _is_extreme(variance)
+        if tl.max(extreme.to(tl.int32), 0) != 0:
             factor = _factor(tl.max(tl.abs(h), 1), eps)
-            mean, variance = _statistics_of_tile(h * factor[:, None], inside, width, RMS, True)
+            mean, variance = _statistics_of_tile(h * factor[:, None], inside, width, extreme,
+                                                 RMS, True)  # fmt: skip
             variance, power = _add_eps(variance, factor, eps)
         rstd = 1.0 / tl.sqrt_rn(variance)
         _write(y, h_out, weight, bias, h, mean, rstd, factor, row0, 0, num_rows, width, ROWS, COLS)
     else:
         mean, variance, largest = _layer_norm_statistics(
-            x, residual, dropout, factor, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS
-        )
+            x, residual, dropout, factor, None, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS,
+            False,
+        )  # fmt: skip
         variance += eps
-        if _is_extreme(variance):
+        extreme = _is_extreme(variance)
+        if tl.max(extreme.to(tl.int32), 0) != 0:
             factor = _factor(largest, eps)
             mean, variance, _largest = _layer_norm_statistics(
-                x, residual, dropout, factor, row0, num_rows, width, eps, DTYPE, ROWS, COLS, RMS,
-                True,
+                x, residual, dropout, factor, extreme, row0, num_rows, width, eps, DTYPE, ROWS,
+                COLS, RMS, True,
             )  # fmt: skip
             variance, power = _add_eps(variance, factor, eps)
         rstd = 1.0 / tl.sqrt_rn(variance)
