@@ -4,39 +4,15 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
-
 namespace fused_attn {
 namespace {
-
-#if defined(__aarch64__)
-// Compilers have no name for this question yet; the systems do. `bf16` is all that is asked for.
-bool arm_has_bf16() {
-#if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which old headers lack
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
-#elif defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof(has);
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
-#else
-  return false;
-#endif
-}
-#define FUSED_ATTN_HAS(feature) (std::string(feature) == "bf16" && arm_has_bf16())
-#else
-#define FUSED_ATTN_HAS(feature) (__builtin_cpu_supports(feature) != 0)
-#endif
 
 #define FUSED_ATTN_NAME(level, ...) #level,
 constexpr const char* kNames[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_NAME)};
 constexpr int kLevels = sizeof(kNames) / sizeof(kNames[0]);
 
 bool available(int level) {
+#define FUSED_ATTN_HAS(feature) (__builtin_cpu_supports(feature) != 0)
 #define FUSED_ATTN_RUNS(level, ...) FUSED_ATTN_OF_LEVEL(PROCESSOR, level),
   static const bool runs[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_RUNS)};
   return std::all_of(runs, runs + level + 1, [](bool x) { return x; });

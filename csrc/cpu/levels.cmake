@@ -34,7 +34,6 @@ set(_fused_attn_flags_avx512 ${_fused_attn_flags_avx2} -mavx512f -mavx512bw -mav
     -mavx512cd -mprefer-vector-width=512)
 set(_fused_attn_flags_avx512_bf16 ${_fused_attn_flags_avx512} -mavx512bf16)
 set(_fused_attn_flags_neon -O3)
-set(_fused_attn_flags_neon_bf16 -O3 -march=armv8.2-a+bf16)
 
 function(fused_attn_add_cpu_kernel target source)
   target_compile_definitions(${target} PRIVATE FUSED_ATTN_LEVEL_FAMILY=${FUSED_ATTN_LEVEL_FAMILY})

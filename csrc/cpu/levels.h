@@ -12,8 +12,7 @@
 // The levels of a family of processors, lowest first: each needs what those before it need.
 #define FUSED_ATTN_LEVELS_x86(X, ...) \
   X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__)
-#define FUSED_ATTN_LEVELS_arm(X, ...) \
-  X(portable, __VA_ARGS__) X(neon, __VA_ARGS__) X(neon_bf16, __VA_ARGS__)
+#define FUSED_ATTN_LEVELS_arm(X, ...) X(portable, __VA_ARGS__) X(neon, __VA_ARGS__)
 #define FUSED_ATTN_LEVELS_other(X, ...) X(portable, __VA_ARGS__)
 
 // A row of each level:
@@ -34,8 +33,6 @@
     FUSED_ATTN_HAS("avx512bf16"))
 // NEON belongs to every 64-bit ARM. Of float64 the portable level makes NEON code, too.
 #define FUSED_ATTN_LEVEL_neon        ("cpu/vec_neon.h", 16, 32, 0, dtype != DType::kFloat64, true)
-#define FUSED_ATTN_LEVEL_neon_bf16   ("cpu/vec_neon.h", 16, 32, 1, dtype == DType::kBFloat16, \
-    FUSED_ATTN_HAS("bf16"))
 
 // Columns of a row.
 #define FUSED_ATTN_COLUMN_HEADER(header, bytes, registers, dot, dtypes, processor) header

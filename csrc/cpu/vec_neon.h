@@ -1,4 +1,4 @@
-// Vec<float> and Vec<uint32_t> as four 128-bit registers (levels neon and neon_bf16).
+// Vec<float> and Vec<uint32_t> as four 128-bit registers (level neon).
 #pragma once
 
 #include <arm_neon.h>
@@ -205,15 +205,11 @@ FUSED_ATTN_INLINE uint16x4_t narrow(float32x4_t a, Float16) {
 }
 // The upper half of each number, rounded to nearest even.
 FUSED_ATTN_INLINE uint16x4_t narrow(float32x4_t a, BFloat16) {
-#if FUSED_ATTN_BF16_DOT
-  return vreinterpret_u16_bf16(vcvt_bf16_f32(a));
-#else
   const uint32x4_t bits = vreinterpretq_u32_f32(a);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
   const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
   return vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, quiet), 16);
-#endif
 }
 template <class S>
 FUSED_ATTN_INLINE Halves narrow(VecF a, S) {
@@ -335,28 +331,6 @@ FUSED_ATTN_INLINE VecF sum_each(const VecF (&rows)[16]) {
                                             vpaddq_f32(sums[4 * i + 2], sums[4 * i + 3])));
 }
 
-#if FUSED_ATTN_BF16_DOT
-
-// Adds the products of bf16 pairs: acc + low(a) * low(b) + high(a) * high(b).
-FUSED_ATTN_INLINE VecF dot_pairs(VecU a, VecU b, VecF acc) {
-  FUSED_ATTN_EACH_REGISTER(
-      VecF, vbfdotq_f32(acc.q[i], vreinterpretq_bf16_u32(a.q[i]), vreinterpretq_bf16_u32(b.q[i])));
-}
-
-// Lane i becomes the bf16 pair (low = a[i], high = b[i]).
-FUSED_ATTN_INLINE VecU pack_pairs(VecF a, VecF b) {
-  FUSED_ATTN_EACH_REGISTER(VecU, vorrq_u32(vmovl_u16(narrow(a.q[i], BFloat16{})),
-                                           vshll_n_u16(narrow(b.q[i], BFloat16{}), 16)));
-}
-FUSED_ATTN_INLINE VecF even_of_pairs(VecU pairs) {
-  FUSED_ATTN_EACH_REGISTER(VecF, vreinterpretq_f32_u32(vshlq_n_u32(pairs.q[i], 16)));
-}
-FUSED_ATTN_INLINE VecF odd_of_pairs(VecU pairs) {
-  FUSED_ATTN_EACH_REGISTER(VecF,
-                           vreinterpretq_f32_u32(vandq_u32(pairs.q[i], vdupq_n_u32(0xffff0000u))));
-}
-
-#endif
 #undef FUSED_ATTN_EACH_REGISTER
 
 }  // namespace fused_attn::FUSED_ATTN_LEVEL

@@ -9,7 +9,6 @@
 // end is tests/cpu/aarch64/plugin.py.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -90,14 +89,10 @@ struct Call {
   std::exit(2);
 }
 
-template <class T>
-T read_number(const char* format) {
-  T number{};
-  if (std::scanf(format, &number) != 1) fail("a number was expected");
-  return number;
-}
 int64_t read_integer() {
-  return read_number<long long>("%lld");
+  long long number = 0;
+  if (std::scanf("%lld", &number) != 1) fail("a number was expected");
+  return number;
 }
 
 std::string read_word() {
@@ -119,7 +114,7 @@ bool read_call(Call& call) {
   for (auto& a : call.arguments) {
     a.kind = read_word()[0];
     if (a.kind == 'i') a.integer = read_integer();
-    if (a.kind == 'f') a.number = read_number<double>("%lf");
+    if (a.kind == 'f') a.number = std::strtod(read_word().c_str(), nullptr);
     if (a.kind == 's') a.text = read_word();
     if (a.kind != 't') continue;
     const size_t block = static_cast<size_t>(read_integer());

@@ -182,22 +182,6 @@ void sixteen_bits(const char* word) {
   }
 }
 
-#if FUSED_ATTN_BF16_DOT
-void pairs() {
-  VecU a = pack_pairs(load(kA), load(kB)), b = pack_pairs(load(kB), load(kC));
-  const auto rounded = [](float x) { return to_float(to_bfloat16(x)); };
-  check("even_of_pairs", even_of_pairs(a), [&](int i) { return rounded(kA[i]); });
-  check("odd_of_pairs", odd_of_pairs(a), [&](int i) { return rounded(kB[i]); });
-  check(
-      "dot_pairs", dot_pairs(a, b, load(kC)),
-      [&](int i) {
-        return double{rounded(kA[i])} * rounded(kB[i]) + double{rounded(kB[i])} * rounded(kC[i]) +
-               kC[i];
-      },
-      1e-5);
-}
-#endif
-
 }  // namespace
 
 int wrong_words() {
@@ -216,9 +200,6 @@ int wrong_words() {
   partial("float16, a part", halves);
   sixteen_bits<BFloat16>("bfloat16");
   sixteen_bits<Float16>("float16");
-#if FUSED_ATTN_BF16_DOT
-  pairs();
-#endif
   std::printf("%d lanes checked, %d wrong\n", checked, wrong);
   return wrong;
 }
