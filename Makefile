@@ -55,7 +55,7 @@ CUDA_BINARY := build/cuda
 cuda: $(INSTALLED)
 	@command -v nvcc > /dev/null || echo "make cuda: there is no nvcc, so there is nothing to check"
 	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA=on python setup.py build_ext --build-lib $(CUDA_BINARY)
-	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA_BINARY="$$(ls $(CUDA_BINARY)/fused_attn/_C.*)" \
+	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA_BINARY="$$(ls $(CURDIR)/$(CUDA_BINARY)/fused_attn/_C.*)" \
 	  python -m pytest -q tests/cuda/test_code.py tests/cuda/test_trap.py
 
 # The CPU kernels of 64-bit ARM, by a cross compiler and under qemu: Debian's g++-aarch64-linux-gnu
