@@ -22,9 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.models import by_turns
-from benchmarks.suites.machine import RESULTS, folder_name
-from benchmarks.suites.results import save_rows
+from benchmarks.models import by_turns, tell
 from fused_attn import fuse
 from fused_attn.integrations.transformers import register
 
@@ -156,10 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
             wanted = [work for work in wanted if work != "generate" or which.generates]
             models = sides(which, DTYPES[dtype]) if wanted else {}
             for work in wanted:
-                found = row(name, dtype, work, models)
-                print(" ".join(f"{key}={value}" for key, value in found.items()), flush=True)
-                if options.save:
-                    save_rows(RESULTS / folder_name() / "doors.csv", [found], "model")
+                tell(row(name, dtype, work, models), "doors.csv" if options.save else None)
     return 0
 
 

@@ -138,6 +138,13 @@ def _row(label: str, stock: nn.Module, ours: nn.Module, x: Tensor) -> dict[str, 
     }
 
 
+def tell(row: dict[str, object], file: str | None) -> None:
+    """Print a row and, where there is a file, record it there."""
+    print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if file is not None:
+        save_rows(RESULTS / folder_name() / file, [row], "model")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only models whose name contains this")
@@ -145,9 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for row in rows(options.only):
-        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        if options.save:
-            save_rows(RESULTS / folder_name() / "models.csv", [row], "model")
+        tell(row, "models.csv" if options.save else None)
     return 0
 
 

@@ -17,7 +17,18 @@ PACKAGE = ROOT / "fused_attn"
 
 # From the top down: a room imports rooms of lower floors, and its own.
 FLOORS = (
-    ("__main__", "convert", "demo", "fx", "info", "selftest", "prepare", "generation", "testing"),
+    (
+        "__main__",
+        "convert",
+        "demo",
+        "demo_model",
+        "fx",
+        "info",
+        "selftest",
+        "prepare",
+        "generation",
+        "testing",
+    ),
     ("modules",),
     ("flex", "functional"),
     ("ops",),

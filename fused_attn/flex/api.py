@@ -44,8 +44,8 @@ def flex_attention(
     The functions are read once, not called for every pair. Masks and changes that `attention` has
     operands for (causal, windows, documents, prefixes, chunks, lengths, ALiBi, softcap, and their
     conjunctions) run as those. Any other runs inside of the CPU kernels' loop, or block by block
-    where no kernel can (`explain_flex_attention` says which), forward and backward, with gradients
-    of what the functions captured; (Lq, Lk) is never held at once.
+    where no kernel can (`explain` says which), forward and backward, with gradients of what the
+    functions captured; (Lq, Lk) is never held at once.
 
     Under torch.compile torch's own function is called instead.
 
@@ -106,29 +106,6 @@ def flex_attention(
     if return_aux.max_scores:
         peak = tiles.max_scores(_call(score, mask, block_mask, scale, query, key), query, key)
     return out, torch_flex.AuxOutput(lse=lse if return_aux.lse else None, max_scores=peak)
-
-
-def explain_flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Callable[..., Tensor] | None = None,
-    block_mask: Any = None,
-    enable_gqa: bool = False,
-) -> str:
-    """Which way `flex_attention` runs these functions, in words; nothing is computed.
-
-    It begins with "operands", "in the kernel" or "by tiles"; the last says why.
-
-    Args:
-        query, key, value, score_mod, block_mask, enable_gqa: as in `flex_attention`.
-    """
-    key, value = _check(query, key, value, enable_gqa, block_mask)
-    score, mask = _read_both(score_mod, block_mask, query)
-    operands = _operands(score, mask, block_mask, query, key)
-    if operands is not None:
-        return f"operands of attention: {', '.join(sorted(operands)) or 'none'}"
-    return _way(_call(score, mask, block_mask, 1.0, query, key), query, key, value)
 
 
 def _way(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:

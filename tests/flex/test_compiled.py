@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn import flex_attention
+from fused_attn import explain, flex_attention
 from fused_attn.flex import api, compiled, derivative, pairs
 from fused_attn.flex.expression import MASK_INPUTS, SCORE_INPUTS
 from fused_attn.runtime import native
@@ -236,14 +236,16 @@ def test_what_has_no_instruction_goes_by_tiles():
     }
     for word, score_mod in unknown.items():
         assert word in str(reasons(score_mod, None, q, k, v)), word
-        said = api.explain_flex_attention(q, k, v, score_mod, enable_gqa=True)
-        assert said.startswith("by tiles: ")
+        [said] = explain(flex_attention, q, k, v, score_mod, enable_gqa=True).notes
+        assert said.startswith("runs by tiles: ")
         assert word in said
         flex_attention(q, k, v, score_mod, enable_gqa=True).sum().backward()
-    square = api.explain_flex_attention(q, k, v, lambda s, b, h, i, j: s * s, enable_gqa=True)
-    assert square == "in the kernel's own loop"
-    known = api.explain_flex_attention(q, k, v, None, lambda b, h, i, j: i >= j, enable_gqa=True)
-    assert known == "operands of attention: causal"
+    square = explain(flex_attention, q, k, v, lambda s, b, h, i, j: s * s, enable_gqa=True)
+    assert square.notes == ("runs in the kernel's own loop",)
+    known = explain(flex_attention, q, k, v, None, lambda b, h, i, j: i >= j, enable_gqa=True)
+    assert known.notes == ()
+    [call] = known.calls
+    assert "causal=upper_left" in str(call)
     meta = q.detach().to("meta")
     assert any("has no kernel that runs functions" in x for x in compiled._backend([meta])[1])
 
