@@ -33,8 +33,8 @@ from matplotlib import pyplot
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import demo_model
 from .convert import fuse
-from .demo_model import CONTEXT, LanguageModel
 from .testing import BACKWARD_FACTOR
 
 ResultT = TypeVar("ResultT")
@@ -84,7 +84,7 @@ class Result:
     @property
     def tokens_per_second(self) -> float:
         steady = sorted(self.seconds[len(self.seconds) // 5 :])
-        return BATCH * CONTEXT / steady[len(steady) // 2]
+        return BATCH * demo_model.CONTEXT / steady[len(steady) // 2]
 
 
 def load_text(path: Path | None) -> Tensor:
@@ -103,15 +103,16 @@ def load_text(path: Path | None) -> Tensor:
     else:
         raise FileNotFoundError(f"`--text` must be a file or a folder, found nothing at {path}")
     text = b"".join(file.read_bytes() for file in files)[:MAX_TEXT]
-    if len(text) < 2 * CONTEXT:
-        raise ValueError(f"`--text` must hold at least {2 * CONTEXT} bytes, got {len(text)}")
+    if len(text) < 2 * demo_model.CONTEXT:
+        least = 2 * demo_model.CONTEXT
+        raise ValueError(f"`--text` must hold at least {least} bytes, got {len(text)}")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def build(kind: str, device: torch.device) -> LanguageModel:
+def build(kind: str, device: torch.device) -> demo_model.LanguageModel:
     """The model of a run, always from the same weights."""
     torch.manual_seed(SEED)
-    model = LanguageModel().to(device)
+    model = demo_model.LanguageModel().to(device)
     if kind == "fused":
         fuse(model, linears=True)
     return model
@@ -135,8 +136,9 @@ def train(
     losses, seconds = [], []
     before = _memory(device)
     for _ in tqdm(range(steps), desc=f"{kind:>5} {precision}", unit="step", disable=quiet):
-        starts = torch.randint(0, len(text) - CONTEXT - 1, (BATCH, 1), generator=batches)
-        rows = text[starts.to(device) + torch.arange(CONTEXT + 1, device=device)]
+        highest = len(text) - demo_model.CONTEXT - 1
+        starts = torch.randint(0, highest, (BATCH, 1), generator=batches)
+        rows = text[starts.to(device) + torch.arange(demo_model.CONTEXT + 1, device=device)]
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(rows[:, :-1])
@@ -248,7 +250,8 @@ def run(
     except (FileNotFoundError, ValueError) as error:
         print(error)
         return 2
-    print(f"{len(text):,} bytes of text, {steps} steps of {BATCH} x {CONTEXT} bytes a curve")
+    batch = f"{BATCH} x {demo_model.CONTEXT}"
+    print(f"{len(text):,} bytes of text, {steps} steps of {batch} bytes a curve")
     end = start + 60.0 * minutes * MARGIN
     results: dict[Curve, Result] = {}
     step: dict[Curve, float] = {}
@@ -333,7 +336,7 @@ def _row(curve: Curve, results: dict[Curve, Result], step: dict[Curve, float]) -
     def speed(curve: Curve) -> float:
         if curve in results:
             return results[curve].tokens_per_second
-        return BATCH * CONTEXT / step.get(curve, float("inf"))
+        return BATCH * demo_model.CONTEXT / step.get(curve, float("inf"))
 
     result, name, stock = results.get(curve), " ".join(curve), speed(("stock", curve[1]))
     loss = "left out" if result is None else f"{result.losses[-1]:.4f}"

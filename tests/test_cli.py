@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.suites.cli import main as benchmarks
-from fused_attn import attention_backends, demo
+from fused_attn import attention_backends, demo, demo_model
 from fused_attn.__main__ import main
 from fused_attn.ops.operations import OPERATIONS
 from fused_attn.runtime import native
@@ -68,7 +68,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture) 
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo at a size that takes a second, in this process."""
     for name, value in {"WIDTH": 32, "HEADS": 2, "FEED_FORWARD": 64, "CONTEXT": 32}.items():
-        monkeypatch.setattr(demo, name, value)
+        monkeypatch.setattr(demo_model, name, value)
     monkeypatch.setattr(demo, "_apart", lambda function, *arguments: function(*arguments))
 
 
