@@ -103,9 +103,6 @@ def _accumulate_queries(
             kept = tl.where(keep != 0, p * params.keep_scale, 0.0)
         doutput = load_rows(dout, None, index, head, first_query, last, CONFIG.BLOCK_M,
                             CONFIG.HEAD_DIM_V, CONFIG.BLOCK_DV, not MASKED)  # fmt: skip
-        if HIDING:  # who sees no key may have any gradient, NaN too
-            looks = tl.max(p, 0) > 0.0
-            doutput = tl.where(looks[:, None], doutput, tl.zeros_like(doutput))
         dv = tl.dot(kept.to(doutput.dtype), doutput, dv, input_precision=CONFIG.PRECISION)
         from_dout = (dout, head, first_query, last)
         if IN_ORDER:

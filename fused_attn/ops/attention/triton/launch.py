@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
-from ..problem import Operands, Options
+from ..problem import LOWER_RIGHT, Operands, Options
 from . import config
 from .backward import (
     _attention_backward_dkdv_kernel,
@@ -142,6 +142,8 @@ def backward(
     grads: tuple[Tensor | None, ...],
 ) -> None:
     dq, dk, dv, dbias = grads
+    if _may_see_nothing(operands, options):  # such a row may have any gradient, and 0 * NaN is NaN
+        dout = torch.where((lse == -math.inf)[..., None], 0.0, dout)
     with triton_device.on_device_of(out):
         launcher = Launcher(operands, options, BACKWARD_PRODUCTS, dweights)
         if launcher.plan.packed:
@@ -157,6 +159,18 @@ def backward(
         _queries(launcher, given, shares, dq)
         if dbias is not None:
             _bias(launcher, given, shares, dbias)
+
+
+def _may_see_nothing(operands: Operands, options: Options) -> bool:
+    """Whether there may be a query that sees no key.
+
+    Asked here and not in the kernel: a choice on its tiles of dout costs registers, which spill.
+    """
+    hiding = ("bias", "mask", "key_padding_mask", "key_lengths", "cu_seqlens_q", "query_documents")
+    if any(getattr(operands, name) is not None for name in hiding) or options.chunk:
+        return True
+    beyond = options.causal == LOWER_RIGHT and options.max_seqlen_q > options.max_seqlen_k
+    return beyond or max(options.window_left, options.window_right) >= 0
 
 
 def _statistics(
