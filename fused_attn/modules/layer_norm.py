@@ -17,14 +17,50 @@ _DISABLED = torch._C._disabled_torch_function_impl
 
 
 class FusedLayerNorm(NotScriptable, torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` on fused kernels: same arguments, parameters, results and errors."""
+    """`torch.nn.LayerNorm` on fused kernels: same arguments, parameters, results and errors.
+
+    Args:
+        weight_offset: added to the weight (1 where a checkpoint says what the weight differs from
+            1 by); the weight starts as 1 - weight_offset.
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.nn.LayerNorm.
+    """
+
+    weight_offset: float = 0.0  # on the class as well, see FusedAddLayerNorm
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_offset: float = 0.0,
+    ) -> None:
+        self.weight_offset = _checked_offset(weight_offset, elementwise_affine)
+        shape: Any = normalized_shape
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _start_at_one(self)
 
     def forward(self, input: Tensor) -> Tensor:
         if _wants_torch(input, self.weight, self.bias):
-            return super().forward(input)
+            if not self.weight_offset:
+                return super().forward(input)
+            wide, weight = input.to(_wide(self.weight)), _raised(self)
+            bias = None if self.bias is None else self.bias.to(weight.dtype)
+            y = F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps)
+            return y.to(input.dtype)
         return _as_torch_raises(
-            norms.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps
-        )
+            norms.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps,
+            weight_offset=self.weight_offset,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _offset_repr(self.weight_offset)
 
 
 class FusedRMSNorm(NotScriptable, torch.nn.RMSNorm):
@@ -58,8 +94,8 @@ class FusedRMSNorm(NotScriptable, torch.nn.RMSNorm):
         if _wants_torch(x, self.weight):
             if not self.weight_offset:
                 return super().forward(x)
-            y = F.rms_norm(x.float(), self.normalized_shape, None, self.eps)
-            return (y * (self.weight.float() + self.weight_offset)).to(x.dtype)
+            wide, weight = x.to(_wide(self.weight)), _raised(self)
+            return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
         return _as_torch_raises(
             norms.rms_norm, x, self.normalized_shape, self.weight, self.eps,
             weight_offset=self.weight_offset,
@@ -80,12 +116,14 @@ class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
     Args:
         dropout: probability of dropping an element of x in training.
         return_sum: return (y, h), as a pre-norm block wants, instead of y.
+        weight_offset: as in `FusedLayerNorm`.
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.nn.LayerNorm.
     """
 
-    # On the class as well: an nn.LayerNorm whose class is swapped has neither attribute.
+    # On the class as well: an nn.LayerNorm whose class is swapped has none of these attributes.
     dropout: float = 0.0
     return_sum: bool = False
+    weight_offset: float = 0.0
 
     def __init__(
         self,
@@ -98,11 +136,17 @@ class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
         *,
         dropout: float = 0.0,
         return_sum: bool = False,
+        weight_offset: float = 0.0,
     ) -> None:
+        self.weight_offset = _checked_offset(weight_offset, elementwise_affine)
         shape: Any = normalized_shape
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout = dropout
         self.return_sum = return_sum
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _start_at_one(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -126,6 +170,7 @@ class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
             self.weight,
             self.bias,
             self.eps,
+            weight_offset=self.weight_offset,
             dropout_p=self.dropout if self.training else 0.0,
             return_sum=self.return_sum,
             out=out,
@@ -133,7 +178,8 @@ class FusedAddLayerNorm(NotScriptable, torch.nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dropout={self.dropout}, return_sum={self.return_sum}"
+        own = f"dropout={self.dropout}, return_sum={self.return_sum}"
+        return f"{super().extra_repr()}, {own}{_offset_repr(self.weight_offset)}"
 
 
 class FusedAddRMSNorm(NotScriptable, torch.nn.RMSNorm):
@@ -203,9 +249,18 @@ def _checked_offset(weight_offset: Any, elementwise_affine: bool) -> float:
     return offset
 
 
-def _start_at_one(norm: FusedRMSNorm | FusedAddRMSNorm) -> None:
+def _start_at_one(norm: Any) -> None:
     if norm.weight is not None:
         torch.nn.init.constant_(norm.weight, 1.0 - norm.weight_offset)
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """The dtype in which the kernels add an offset to `weight`: float32, or float64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _raised(norm: Any) -> Tensor:
+    return norm.weight.to(_wide(norm.weight)) + norm.weight_offset
 
 
 def _offset_repr(weight_offset: float) -> str:

@@ -70,6 +70,7 @@ def _fused(x: Tensor, residual: Tensor, dropout: Any, norm: Any, return_sum: boo
         "eps": norm.eps,
         "dropout_p": dropout.p if dropout.training else 0.0,
         "return_sum": return_sum,
+        "weight_offset": getattr(norm, "weight_offset", 0.0),
     }
     if type(norm) in _RMS_NORMS:
         return norms.add_rms_norm(x, residual, norm.normalized_shape, norm.weight, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from fused_attn import FusedAddLayerNorm, FusedAddRMSNorm, FusedLayerNorm, FusedRMSNorm
+from fused_attn import (
+    FusedAddLayerNorm,
+    FusedAddRMSNorm,
+    FusedLayerNorm,
+    FusedRMSNorm,
+    FusedTransformerEncoderLayer,
+)
 from fused_attn.testing import check_against_oracle
 
 PAIRS = {
@@ -238,3 +245,46 @@ def test_rms_norm_with_an_offset_is_gemmas() -> None:
         assert "offset" not in repr(kind(16))
     with pytest.raises(ValueError, match="`weight_offset` must be 0 where `elementwise_affine`"):
         FusedRMSNorm(16, elementwise_affine=False, weight_offset=1.0)
+
+
+@pytest.mark.parametrize("kind", [FusedLayerNorm, FusedAddLayerNorm, FusedRMSNorm, FusedAddRMSNorm])
+def test_an_offset_is_added_to_the_weight(kind: Any) -> None:
+    """As the same module whose weight is larger by it; it starts as torch's does."""
+    ours, plain = (kind(8, dtype=torch.float64, weight_offset=w) for w in (0.75, 0.0))
+    assert (ours.weight == 0.25).all()
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(8))
+        plain.weight.copy_(ours.weight + 0.75)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    rows = (x,) if kind in (FusedLayerNorm, FusedRMSNorm) else (x, torch.randn_like(x))
+    for module in (ours, plain):
+        module(*rows).sin().sum().backward()
+    torch.testing.assert_close(ours(*rows), plain(*rows))
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    if kind in (FusedLayerNorm, FusedRMSNorm):
+        traced = torch.fx.symbolic_trace(ours)
+        torch.testing.assert_close(traced(x), plain(x), rtol=1e-12, atol=1e-12)
+    if kind is FusedLayerNorm:  # torch has no RMSNorm of nested tensors
+        parts = torch.nested.nested_tensor([x[:1].detach(), x[1:].detach()])
+        for mine, theirs in zip(ours(parts).unbind(), plain(parts).unbind(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="`weight_offset` must be 0 where `elementwise_affine`"):
+        kind(16, elementwise_affine=False, weight_offset=1.0)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", [FusedLayerNorm, FusedRMSNorm])
+def test_a_layer_adds_its_norms_offset(kind: Any, norm_first: bool) -> None:
+    """Add and norm in one pass: the offset of a norm that somebody put there counts."""
+    layer = FusedTransformerEncoderLayer(
+        8, 2, 16, 0.0, batch_first=True, norm_first=norm_first, dtype=torch.float64
+    )
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    layer.norm1, layer.norm2 = (kind(8, dtype=torch.float64) for _ in range(2))
+    expected = layer(x)
+    for name in ("norm1", "norm2"):
+        setattr(layer, name, kind(8, dtype=torch.float64, weight_offset=0.5))
+    torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():
+        layer.norm2.weight.add_(1.0)
+    assert not torch.allclose(layer(x), expected)
