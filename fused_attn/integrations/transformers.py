@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.attention.api import attention
-from .transformers_check import Attention, Report, check, why_not
+from .transformers_check import Attention, Report, check, keep_theirs, why_not
 
 __all__ = ["Attention", "Report", "attention_forward", "check", "register", "unregister"]
 
@@ -231,6 +231,14 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             if cls.__module__.startswith("transformers."):
                 raise ValueError(message)
             warnings.warn(message, UserWarning, stacklevel=2)  # its parts may well be able to
+        elif asked in _NAMES and (theirs := keep_theirs(cls)):
+            warnings.warn(
+                f"attn_implementation={asked!r} does not reach {', '.join(theirs)} of "
+                f"{cls.__name__}, where it has them: they compute attention themselves\n"
+                "hint: `fused_attn.integrations.transformers.check(model)` lists all layers",
+                UserWarning,
+                stacklevel=2,
+            )
         return method(model, *args, **kwargs)
 
     return guarded

@@ -137,6 +137,44 @@ def why_not(model_class: Any) -> str | None:
 
 
 @functools.cache
+def keep_theirs(model_class: Any) -> tuple[str, ...]:
+    """The attention classes that a model of this class may use and that never ask, beside others.
+
+    They are found by name, from the class on through the classes of its file; the parts that
+    another file has are models themselves.
+    """
+    classes: dict[str, Any] = {
+        name: found
+        for name, found in vars(sys.modules[model_class.__module__]).items()
+        if inspect.isclass(found) and issubclass(found, nn.Module)
+    }
+    reached, ahead = set[str](), [model_class.__name__]
+    while ahead:
+        name = ahead.pop()
+        if name in reached or name not in classes:
+            continue
+        reached.add(name)
+        ahead += [word for cls in classes[name].__mro__ for word in _words(cls) & classes.keys()]
+    return tuple(sorted(n for n in reached if _NAMED.search(n) and _how(classes[n]) == "computed"))
+
+
+@functools.cache
+def _words(cls: type) -> set[str]:
+    """The words in the source of a class that says what a model is made of.
+
+    torch's say nothing of it, and the base of all models of a file names the parts of all.
+    """
+    if cls.__module__.startswith(("torch.", "builtins")) or cls.__name__.endswith(
+        "PreTrainedModel"
+    ):
+        return set()
+    try:
+        return set(re.findall(r"\w+", inspect.getsource(cls)))
+    except (OSError, TypeError):
+        return set()
+
+
+@functools.cache
 def _how(layer_class: Any) -> str | None:
     """How a class comes to its attention; None if around another layer, or without source."""
     found = None

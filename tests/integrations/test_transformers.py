@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import masking_utils
 
 import fused_attn
 from fused_attn.integrations import transformers as door
+from fused_attn.integrations import transformers_check
 from fused_attn.integrations import transformers_masks as masks
 from tests.cases import transformers_models as zoo
 
@@ -293,6 +295,26 @@ IGNORING = {
     "MPNet": ("MPNetConfig", {"hidden_size": 32, "num_hidden_layers": 1,
                               "num_attention_heads": 2, "intermediate_size": 32}),
 }  # fmt: skip
+
+
+def test_models_with_layers_that_never_ask_name_them() -> None:
+    """Some layers ask, some do not: a warning before the first forward, `check` the same."""
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    for kind in ("local", "transient-global"):
+        config = transformers.LongT5Config(
+            vocab_size=zoo.VOCABULARY, encoder_attention_type=kind, local_radius=2, **small
+        )
+        with pytest.warns(UserWarning, match="not reach LongT5LocalAttention, LongT5Tr"):
+            model = transformers.LongT5Model._from_config(config, attn_implementation="fused_attn")
+        theirs = [layer.kind for layer in door.check(model).layers if not layer.ours]
+        assert theirs
+        assert set(theirs) <= {"LongT5LocalAttention", "LongT5TransientGlobalAttention"}
+    plain = transformers.T5Config(vocab_size=zoo.VOCABULARY, **small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transformers.T5Model._from_config(plain, attn_implementation="fused_attn")
+        assert not transformers_check.keep_theirs(transformers.Gemma3nTextModel)
+    assert transformers_check.keep_theirs(transformers.PegasusXModel)
 
 
 @pytest.mark.parametrize("name", IGNORING)
