@@ -10,6 +10,9 @@ EMULATOR := $(VENV)/emulator
 
 # Who cannot run the CUDA kernels does not compile them: the emulator takes their sources, and
 # `make cuda` looks at the binary. CUDA=auto (or on) compiles them nevertheless.
+# Whoever changes the kernels compiles all of them, those of other machines too.
+export FUSED_ATTN_CPU_LEVELS ?= all
+
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 
 .PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize workflows venv clean
@@ -114,7 +117,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 SANITIZER_LIBRARIES = $(foreach library,libasan libstdc++,$(shell $${CXX:-c++} -print-file-name=$(library).so))
 sanitize: $(INSTALLED)
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSED_ATTN_VERSION=sanitized \
-	  -DFUSED_ATTN_CUDA=off -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
+	  -DFUSED_ATTN_CUDA=off -DFUSED_ATTN_CPU_LEVELS=native -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
 	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
 	cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/site $(SANITIZED)/report* && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site

@@ -2,6 +2,8 @@
 
 FUSED_ATTN_NATIVE=auto (default): build it where there is a C++ compiler, else install without it.
 FUSED_ATTN_NATIVE=on: no compiler is an error. FUSED_ATTN_NATIVE=off: install without it.
+FUSED_ATTN_CPU_LEVELS=native (default): the CPU kernels for what this machine has; all: for every
+machine of its kind, as a wheel for others wants.
 FUSED_ATTN_CUDA=auto|on|off: the CUDA kernels, likewise. FUSED_ATTN_CUDA_ARCHS: what for (80;90a).
 FUSED_ATTN_CUDA_TRAP=1: they trap after a second in an mbarrier, for debugging.
 FUSED_ATTN_CUDA_LATE_EXP=1: a second module in the build folder, which `make gpu` compares with.
@@ -122,6 +124,13 @@ def build_wanted() -> bool:
     return False
 
 
+def cpu_levels() -> str:
+    choice = os.environ.get("FUSED_ATTN_CPU_LEVELS", "native")
+    if choice not in ("native", "all"):
+        raise SystemExit(f"FUSED_ATTN_CPU_LEVELS must be native or all, got {choice!r}")
+    return choice
+
+
 class CMakeBuild(build_ext):
     """Runs CMake in a build folder that is kept, so that the next build compiles what changed."""
 
@@ -150,6 +159,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
+        configure.append(f"-DFUSED_ATTN_CPU_LEVELS={cpu_levels()}")
         if "FUSED_ATTN_CUDA_ARCHS" in os.environ:
             configure.append(f"-DFUSED_ATTN_CUDA_ARCHS={os.environ['FUSED_ATTN_CUDA_ARCHS']}")
         for option in ("FUSED_ATTN_CUDA_TRAP", LATE_EXP):
@@ -161,7 +171,7 @@ class CMakeBuild(build_ext):
         if ninja is None:
             build += ["--parallel", str(os.cpu_count())]
         say(
-            f"Compiling fused_attn._C on {os.cpu_count()} cores: some six minutes of processor "
+            f"Compiling fused_attn._C on {os.cpu_count()} cores: two to five minutes of processor "
             "time, and more with the CUDA kernels (FUSED_ATTN_CUDA=off leaves them out)."
         )
         start = time.monotonic()

@@ -56,6 +56,11 @@ def _native() -> str:
         return _table("compiled part", {"missing": reason})
     module = native.module()
     rows = {"CPU level": f"{module.cpu_level()} (of {', '.join(module.available_cpu_levels())})"}
+    if module.cpu_level_left_out():
+        rows["CPU level left out"] = (
+            f"{module.cpu_level_left_out()}, which this machine has and the one lacked that "
+            "compiled this; install again, here or with FUSED_ATTN_CPU_LEVELS=all"
+        )
     rows.update({name: str(value) for name, value in module.build_info().items()})
     return _table("compiled part", rows)
 

@@ -66,6 +66,17 @@ def build(
     return result.returncode, result.stdout + result.stderr, calls
 
 
+def test_the_levels_are_those_of_the_machine_or_all(checkout: Path) -> None:
+    for given, passed in (({}, "native"), ({"FUSED_ATTN_CPU_LEVELS": "all"}, "all")):
+        assert build(checkout, **given)[0] == 0
+        assert f"-DFUSED_ATTN_CPU_LEVELS={passed}" in (checkout / "calls").read_text()
+        (checkout / "calls").unlink()
+    status, output, calls = build(checkout, FUSED_ATTN_CPU_LEVELS="avx2")
+    assert status != 0
+    assert "FUSED_ATTN_CPU_LEVELS must be native or all, got 'avx2'" in output
+    assert not calls
+
+
 @pytest.mark.parametrize("fails", ["configure", "build"])
 @pytest.mark.parametrize("cuda", [None, "auto"])
 def test_cuda_that_fails_to_build_is_left_out(checkout: Path, fails: str, cuda: str | None) -> None:

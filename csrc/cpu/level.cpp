@@ -24,6 +24,16 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
+// The names of all levels of processors such as this, also of those that were left out.
+bool known(const std::string& name) {
+#if defined(__x86_64__)
+  for (const char* each : {FUSED_ATTN_LEVELS_x86(FUSED_ATTN_NAME)}) {
+    if (name == each) return true;
+  }
+#endif
+  return std::find(kNames, kNames + kLevels, name) != kNames + kLevels;
+}
+
 struct Choice {
   CpuLevel level = CpuLevel::portable;
   std::string error;
@@ -39,15 +49,13 @@ Choice choose() {
   for (int i = 0; i < kLevels; ++i) {
     if (std::string(wanted) != kNames[i]) continue;
     choice.level = static_cast<CpuLevel>(i);
-    if (!available(i)) {
-      choice.error =
-          std::string("FUSED_ATTN_CPU=") + wanted +
-          ": this machine or build lacks that level; available: " + join(available_levels());
-    }
-    return choice;
+    if (available(i)) return choice;
   }
-  choice.error = std::string("FUSED_ATTN_CPU must be one of ") + join(available_levels()) +
-                 ", got '" + wanted + "'";
+  const std::string there = join(available_levels());
+  choice.error = known(wanted)
+                     ? std::string("FUSED_ATTN_CPU=") + wanted +
+                           ": this machine or build lacks that level; available: " + there
+                     : "FUSED_ATTN_CPU must be one of " + there + ", got '" + wanted + "'";
   return choice;
 }
 
@@ -79,6 +87,25 @@ std::vector<std::string> available_levels() {
     if (available(i)) names.push_back(kNames[i]);
   }
   return names;
+}
+
+std::string level_left_out() {
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FUSED_ATTN_KNOWN(level, ...) {#level, FUSED_ATTN_OF_LEVEL(PROCESSOR, level)},
+  static const struct {
+    const char* name;
+    bool runs;
+  } known[] = {FUSED_ATTN_LEVELS_x86(FUSED_ATTN_KNOWN)};
+  const char* best = "";
+  int count = 0;
+  for (const auto& level : known) {
+    if (!level.runs) break;
+    best = level.name;
+    ++count;
+  }
+  if (count > kLevels) return best;
+#endif
+  return "";
 }
 
 std::string cpu_vendor() {

@@ -24,6 +24,9 @@ const char* level_name(CpuLevel level);
 std::string current_level_name();
 std::vector<std::string> available_levels();  // lowest first
 
+// The best level of this machine where this build was made for a lower one, else "".
+std::string level_left_out();
+
 // "amd", "intel", or "" for any other.
 std::string cpu_vendor();
 

@@ -15,6 +15,12 @@ else()
   set(FUSED_ATTN_LEVEL_FAMILY other)
 endif()
 
+set(FUSED_ATTN_CPU_LEVELS all CACHE STRING
+  "all: every level of this family of processors; native: those that this machine has")
+if(NOT FUSED_ATTN_CPU_LEVELS MATCHES "^(all|native)$")
+  message(FATAL_ERROR "FUSED_ATTN_CPU_LEVELS must be all or native, got ${FUSED_ATTN_CPU_LEVELS}")
+endif()
+
 get_filename_component(_fused_attn_root ${CMAKE_CURRENT_LIST_DIR}/../.. ABSOLUTE)
 file(READ ${CMAKE_CURRENT_LIST_DIR}/levels.h _fused_attn_levels_h)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/levels.h)
@@ -22,6 +28,27 @@ string(REGEX MATCH "FUSED_ATTN_LEVELS_${FUSED_ATTN_LEVEL_FAMILY}\\(X, \\.\\.\\.\
   _fused_attn_row "${_fused_attn_levels_h}")
 string(REGEX MATCHALL "X\\([a-z0-9_]+" FUSED_ATTN_LEVELS "${_fused_attn_row}")
 list(TRANSFORM FUSED_ATTN_LEVELS REPLACE "X\\(" "")
+
+# Each level is a minute of compiling, so a build for one machine has those that run there.
+if(FUSED_ATTN_CPU_LEVELS STREQUAL "native" AND FUSED_ATTN_LEVEL_FAMILY STREQUAL "x86"
+    AND NOT CMAKE_CROSSCOMPILING)
+  try_run(_fused_attn_count _fused_attn_compiled ${CMAKE_CURRENT_BINARY_DIR}/levels_here
+    ${CMAKE_CURRENT_LIST_DIR}/levels_here.cpp
+    CMAKE_FLAGS -DINCLUDE_DIRECTORIES=${_fused_attn_root}/csrc)
+  list(LENGTH FUSED_ATTN_LEVELS _fused_attn_all)
+  if(NOT _fused_attn_compiled OR NOT _fused_attn_count MATCHES "^[0-9]+$")
+    message(STATUS "fused_attn: this machine's CPU level cannot be told, all are compiled")
+  elseif(_fused_attn_count LESS 2)
+    set(FUSED_ATTN_LEVEL_FAMILY other)
+    set(FUSED_ATTN_LEVELS portable)
+  elseif(_fused_attn_count LESS _fused_attn_all)
+    list(SUBLIST FUSED_ATTN_LEVELS 0 ${_fused_attn_count} FUSED_ATTN_LEVELS)
+    list(GET FUSED_ATTN_LEVELS -1 _fused_attn_last)
+    set(FUSED_ATTN_LEVEL_FAMILY x86_${_fused_attn_last})
+  endif()
+  list(JOIN FUSED_ATTN_LEVELS ", " _fused_attn_words)
+  message(STATUS "fused_attn: CPU levels of this machine: ${_fused_attn_words}")
+endif()
 
 # Next to faster levels, the portable one is worth half of the time that -O3 takes to compile it.
 if(FUSED_ATTN_LEVEL_FAMILY STREQUAL "other")

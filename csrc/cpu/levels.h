@@ -12,6 +12,10 @@
 // The levels of a family of processors, lowest first: each needs what those before it need.
 #define FUSED_ATTN_LEVELS_x86(X, ...) \
   X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__)
+// The first of them, in a build for machines that have no more (levels.cmake, "native").
+#define FUSED_ATTN_LEVELS_x86_avx2(X, ...) X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__)
+#define FUSED_ATTN_LEVELS_x86_avx512(X, ...) \
+  X(portable, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__)
 #define FUSED_ATTN_LEVELS_arm(X, ...) X(portable, __VA_ARGS__) X(neon, __VA_ARGS__)
 #define FUSED_ATTN_LEVELS_other(X, ...) X(portable, __VA_ARGS__)
 

@@ -6,7 +6,9 @@ The level is chosen when the compiled part is loaded, so each runs in a process 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +89,34 @@ def test_levels_are_asked_for_what_they_can_do() -> None:
         if path.suffix in (".h", ".cpp"):
             code = re.sub(r"//.*|\"[^\"\n]*\"", "", path.read_text())
             assert not named.search(code) or path.name in ("levels.h", "level.cpp"), path
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86")
+@pytest.mark.skipif(native.why_not() is not None, reason="installed without the compiled part")
+def test_a_build_for_this_machine_would_have_its_levels(tmp_path: Path) -> None:
+    """What CMake asks for FUSED_ATTN_CPU_LEVELS=native, against what the module finds."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no c++")
+    program = tmp_path / "levels_here"
+    source = ROOT / "csrc/cpu/levels_here.cpp"
+    subprocess.run([compiler, f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
+    count = subprocess.run([program], check=False).returncode
+    module = native.module()
+    if module.cpu_level_left_out():
+        assert count > len(module.available_cpu_levels())
+    else:
+        assert count == len(module.available_cpu_levels())
+
+
+def test_an_unknown_level_and_one_that_is_not_there_are_refused() -> None:
+    if native.why_not() is not None:
+        pytest.skip("installed without the compiled part")
+    command = [sys.executable, "-m", "fused_attn", "info"]
+    for name, words in (("avx", "must be one of portable"), ("avx512_bf16", "lacks that level")):
+        if name in native.module().available_cpu_levels() or platform.machine() != "x86_64":
+            continue
+        done = subprocess.run(
+            command, env={**os.environ, "FUSED_ATTN_CPU": name}, capture_output=True, text=True
+        )
+        assert words in done.stdout + done.stderr
