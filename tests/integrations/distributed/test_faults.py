@@ -77,6 +77,9 @@ def call(rank: int, name: str) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
         options["group"] = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    elif name == "group of one":
+        alone = [dist.new_group([n]) for n in range(dist.get_world_size())]
+        options["group"] = alone[dist.get_rank()]
     elif name == "method":
         with context_parallel(method="star"):
             return None
@@ -103,6 +106,7 @@ FAULTS = {
     "zigzag sequence": "`x` must have a sequence .* pieces divide",
     "DTensor": "`q` must be a plain tensor, this rank's part, got DTensor",
     "mesh": "`group` must be a mesh of one dimension",
+    "group of one": "`group` must have more than one rank, got a group of one in a world of",
     "method": "`method` must be 'ring' or 'ulysses', got 'star'",
 }
 
@@ -137,13 +141,17 @@ def after(rank: int) -> None:
 
 
 def outside(rank: int) -> None:
-    """A rank that is not in the group is told so; those in it, a group of one among them, go on."""
+    """A rank that is not in the group is told so; those in it go on, if it is none of one."""
     q = torch.randn(1, 4, 4, 8)
     for members in ([0], [0, 1]):
         group = dist.new_group(members)
         if rank in members:
-            assert ring_attention(q, q, q, group).shape == q.shape
-            assert ulysses_attention(q, q, q, group).shape == q.shape
+            for function in (ring_attention, ulysses_attention):
+                if len(members) == 1:
+                    with pytest.raises(ValueError, match="`group` must have more than one rank"):
+                        function(q, q, q, group)
+                else:
+                    assert function(q, q, q, group).shape == q.shape
         else:
             with pytest.raises(RuntimeError, match=f"a process group that this rank .*{rank}"):
                 ring_attention(q, q, q, group)
