@@ -127,8 +127,9 @@ sanitize: $(INSTALLED)
 	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
 	    ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/report \
 	    UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
-	    pytest -q -p no:cacheprovider --fuzz 100 -k 'cpu and not compile' \
-	    tests/ops \
+	    FUSED_ATTN_TESTED_VERSION=sanitized \
+	    pytest -q -p no:cacheprovider -o pythonpath="$(SANITIZED)/site ." --fuzz 100 \
+	    -k 'cpu and not compile' tests/ops \
 	    || { cat $(SANITIZED)/report*; exit 1; }; \
 	done
 

@@ -23,7 +23,7 @@ from torch._dynamo.exc import TorchDynamoException  # it imports Triton: after t
 import fused_attn
 from fused_attn.ops import dispatch
 from fused_attn.ops.operations import OPERATIONS, Operation
-from fused_attn.runtime import verified
+from fused_attn.runtime import native, verified
 from fused_attn.runtime.triton import device as triton_device
 
 
@@ -36,6 +36,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, names, indirect=True)
     if "fuzz_seed" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz")))
+
+
+def pytest_sessionstart() -> None:
+    """`make sanitize` wants its own `_C` to be the one that is tested."""
+    wanted = os.environ.get("FUSED_ATTN_TESTED_VERSION")
+    if wanted is not None and native.module().build_info()["version"] != wanted:
+        raise pytest.UsageError(f"the tests run {native.module().__file__}, which is not {wanted}")
 
 
 LACKING_DTYPES = (
