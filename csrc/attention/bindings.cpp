@@ -5,6 +5,7 @@
 #include "attention/arguments.h"
 #include "attention/cpu/dispatch.h"
 #include "attention/function_arguments.h"
+#include "attention/machine_calls.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -124,6 +125,8 @@ void bind_attention(py::module_& m) {
       "attention_last_decode_parts", [] { return last_decode_parts; },
       "Into how many parts of the keys this thread's last decoding was split.");
   m.attr("PAIR_OPERATIONS") = pair_operations();
+  m.attr("MACHINE_LAYOUT") = machine_layout();
+  m.attr("MACHINE_CALLS") = machine_calls();
 }
 
 }  // namespace fused_attn::attention

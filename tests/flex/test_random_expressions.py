@@ -39,35 +39,51 @@ def inputs(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@settings(max_examples=60, deadline=None)
+def formula(points, source, mask, exact):
+    """out by the formula on all pairs; parts made of positions alone as torch has them.
+
+    Args:
+        exact: have such parts in float64, where torch's own rules make float32 of them.
+    """
+    q, k, v, table, vector = points
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if exact else before)
+    try:
+        scores = q @ k.mT / math.sqrt(D)
+        places = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+        captured = {"table": table, "vector": vector}
+        text = source.replace("table[h][q]", "table[h, q]")
+        score = function_of(f"({text}) + 0 * s", "s, b, h, q, kv", **captured)(scores, *places)
+        visible = function_of(mask, "b, h, q, kv", **captured)(*places)
+    finally:
+        torch.set_default_dtype(before)
+    return torch.nan_to_num(score.masked_fill(~visible, -torch.inf).softmax(-1)) @ v
+
+
+def with_gradients(out, points):
+    grads = torch.autograd.grad(out.square().sum(), points, allow_unused=True)
+    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(points, grads, strict=True))
+    return [out.detach(), *zeros]
+
+
+@settings(max_examples=600, deadline=None)
 @given(EXPRESSIONS, MASKS)
 def test_forward_and_every_gradient(source, mask):
+    """Parts made of positions alone are float32: what that costs torch's own operations is known.
+
+    Ours may be as far from the exact result twice over, and where torch loses nothing by it, ours
+    must not either.
+    """
     q, k, v = inputs(0, B, H, LQ, D), inputs(3, B, H, LK, D), inputs(4, B, H, LK, D)
     points = [x.requires_grad_() for x in (q, k, v, TABLE.clone(), VECTOR.clone())]
-    q, k, v, table, vector = points
+    *qkv, table, vector = points
     captured = {"table": table, "vector": vector}
     score_mod = function_of(f"({source}) + 0 * s", "s, b, h, q, kv", **captured)
     mask_mod = function_of(mask, "b, h, q, kv", **captured)
-    out = flex_attention(q, k, v, score_mod, mask_mod)
-    scores = q @ k.mT / math.sqrt(D)
-    b, h, i, j = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
-    wide = {"table": table, "vector": vector}
-    text = source.replace("table[h][q]", "table[h, q]")
-    score = function_of(f"({text}) + 0 * s", "s, b, h, q, kv", **wide)(scores, b, h, i, j)
-    visible = function_of(mask, "b, h, q, kv", **wide)(b, h, i, j)
-    weights = torch.nan_to_num(score.masked_fill(~visible, -torch.inf).softmax(-1))
-    wanted = weights @ v
-    # What is made of positions alone torch computes in float32, and a last bit of that depends on
-    # where in a tensor a number stands.
-    torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
-    grads = [
-        torch.autograd.grad(each.square().sum(), points, allow_unused=True)
-        for each in (out, wanted)
-    ]
-    for mine, his in zip(*grads, strict=True):
-        if mine is None or his is None:
-            assert mine is None or not mine.any()
-            assert his is None or not his.any()
-        else:
-            bound = 1e-6 * (1 + his.abs().max().item())
-            torch.testing.assert_close(mine, his, rtol=1e-6, atol=bound)
+    ours = with_gradients(flex_attention(*qkv, score_mod, mask_mod), points)
+    torchs = with_gradients(formula(points, source, mask, exact=False), points)
+    exact = with_gradients(formula(points, source, mask, exact=True), points)
+    for mine, his, right in zip(ours, torchs, exact, strict=True):
+        rounding = 1e-9 * (1 + right.abs().max().item())
+        bound = 2 * (his - right).abs().max().item() + rounding
+        assert (mine - right).abs().max().item() <= bound

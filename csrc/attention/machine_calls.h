@@ -1,0 +1,51 @@
+// Functions that machine code (attention/functions.h) calls on a few numbers, where a formula of
+// its own would not give what the interpreter gives.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+
+#include "common/float16.h"
+
+namespace fused_attn::attention {
+
+namespace py = pybind11;
+
+// f(a, b, out, n), with b for powers alone; n numbers each.
+template <class Real, class Function>
+inline void call_each(const Real* a, const Real* b, Real* out, int64_t n, Function function) {
+  for (int64_t i = 0; i < n; ++i) out[i] = function(a[i], b[i]);
+}
+
+#define FUSED_ATTN_MACHINE_CALLS(X)                                                         \
+  X(pow, std::pow(a, b))                                                                    \
+  X(log, std::log(a)) X(log1p, std::log1p(a)) X(expm1, std::expm1(a)) X(sin, std::sin(a))   \
+      X(cos, std::cos(a)) X(tanh, std::tanh(a)) X(erf, std::erf(a)) X(floor, std::floor(a)) \
+          X(ceil, std::ceil(a)) X(trunc, std::trunc(a))
+
+#define FUSED_ATTN_CALL(name, formula)                                                \
+  template <class Real>                                                               \
+  void call_##name(const Real* a, const Real* b, Real* out, int64_t n) {              \
+    call_each(a, b, out, n, [](Real a, [[maybe_unused]] Real b) { return formula; }); \
+  }
+FUSED_ATTN_MACHINE_CALLS(FUSED_ATTN_CALL)
+#undef FUSED_ATTN_CALL
+
+inline void call_half(const Float16* a, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(a[i]);
+}
+
+// Addresses by name: of float32, of float64.
+inline py::dict machine_calls() {
+  const auto address = [](auto* function) { return reinterpret_cast<uintptr_t>(function); };
+  py::dict calls;
+#define FUSED_ATTN_CALL(name, formula) \
+  calls[#name] = py::make_tuple(address(&call_##name<float>), address(&call_##name<double>));
+  FUSED_ATTN_MACHINE_CALLS(FUSED_ATTN_CALL)
+#undef FUSED_ATTN_CALL
+  calls["half"] = py::make_tuple(address(&call_half), address(&call_half));
+  return calls;
+}
+
+}  // namespace fused_attn::attention
