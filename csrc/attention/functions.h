@@ -63,20 +63,22 @@ static_assert(sizeof(PairInstruction) == 64);
 //   distance         the place of (first - key) in a vector by distance
 //   outside          is set to 1 where an index left its table
 // clang-format off
-#define FUSED_ATTN_STRIP_FIELDS(X)                                                               \
-  X(const void*, reals) X(const void*, ints) X(int64_t, register_size) X(const MachineLeaf*, leaves) \
-  X(const void*, scores) X(const void*, gradient) X(int64_t, stride) X(const uint64_t*, visible) \
-  X(void*, result) X(void*, slope) X(uint64_t*, truths) X(uint64_t, valid) X(int64_t, rows)      \
-  X(int64_t, width) X(int64_t, keys) X(int64_t, first) X(int64_t, key) X(int64_t, distance)      \
-  X(double, scale) X(int64_t, outside)
+#define FUSED_ATTN_STRIP_FIELDS(X)                                                           \
+  X(const void*, reals) X(const void*, ints) X(int64_t, register_size)                      \
+  X(const MachineLeaf*, leaves) X(const void*, scores) X(const void*, gradient)             \
+  X(int64_t, stride) X(const uint64_t*, visible) X(void*, result) X(void*, slope)           \
+  X(uint64_t*, truths) X(uint64_t, valid) X(int64_t, rows) X(int64_t, width)                \
+  X(int64_t, keys) X(int64_t, first) X(int64_t, key) X(int64_t, distance) X(double, scale)  \
+  X(int64_t, outside)
 // clang-format on
 
 // `table` is the leaf as a table, `vector` as a vector of the batch and head at hand; its gradient
 // too is that of the batch and head.
+// clang-format off
 #define FUSED_ATTN_LEAF_FIELDS(X)                                                           \
-  X(const void*, table, 1)                                                                  \
-  X(const void*, vector, 1) X(void*, gradient, 1) X(int64_t, size, 4) X(int64_t, stride, 4) \
-      X(int64_t, gradient_stride, 4)
+  X(const void*, table, 1) X(const void*, vector, 1) X(void*, gradient, 1)                  \
+  X(int64_t, size, 4) X(int64_t, stride, 4) X(int64_t, gradient_stride, 4)
+// clang-format on
 
 struct MachineLeaf {
 #define FUSED_ATTN_FIELD(type, name, count) std::conditional_t<count == 1, type, type[count]> name;

@@ -18,11 +18,12 @@ inline void call_each(const Real* a, const Real* b, Real* out, int64_t n, Functi
   for (int64_t i = 0; i < n; ++i) out[i] = function(a[i], b[i]);
 }
 
+// clang-format off
 #define FUSED_ATTN_MACHINE_CALLS(X)                                                         \
-  X(pow, std::pow(a, b))                                                                    \
-  X(log, std::log(a)) X(log1p, std::log1p(a)) X(expm1, std::expm1(a)) X(sin, std::sin(a))   \
-      X(cos, std::cos(a)) X(tanh, std::tanh(a)) X(erf, std::erf(a)) X(floor, std::floor(a)) \
-          X(ceil, std::ceil(a)) X(trunc, std::trunc(a))
+  X(pow, std::pow(a, b)) X(log, std::log(a)) X(log1p, std::log1p(a))                        \
+  X(expm1, std::expm1(a)) X(sin, std::sin(a)) X(cos, std::cos(a)) X(tanh, std::tanh(a))     \
+  X(erf, std::erf(a)) X(floor, std::floor(a)) X(ceil, std::ceil(a)) X(trunc, std::trunc(a))
+// clang-format on
 
 #define FUSED_ATTN_CALL(name, formula)                                                \
   template <class Real>                                                               \

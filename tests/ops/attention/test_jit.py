@@ -81,8 +81,10 @@ def test_every_instruction_and_its_derivative(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_numbers_that_are_none(dtype):
     """Infinite and missing numbers, those whose exponential is none, and 16-bit tensors."""
-    source = "torch.where(s.abs() < 50, torch.tanh(s), torch.maximum(torch.sigmoid(s), s * 0))"
-    for source in (source, "torch.exp(s) - torch.minimum(torch.floor(s), s.abs())"):
+    for source in (
+        "torch.where(s.abs() < 50, torch.tanh(s), torch.maximum(torch.sigmoid(s), s * 0))",
+        "torch.exp(s) - torch.minimum(torch.floor(s), s.abs())",
+    ):
         assert same(source, flex.MASKS[3], dtype, spoil=[torch.inf, -torch.inf, 1e4])
         assert same(source, flex.MASKS[2], dtype, spoil=[torch.nan, -1e30, 90.0])
     assert len(every_program()) > 3
@@ -177,9 +179,15 @@ def square(s, b, h, q, kv):
     return s * s
 
 
-def noted():
-    points = [x.detach() for x in flex.points(torch.float32)]
-    return explain(flex_attention, *points, square, enable_gqa=True).notes
+def sine(s, b, h, q, kv):
+    return torch.sin(s)
+
+
+def noted(function=square, part=150):
+    """How a call on so many keys is run."""
+    q, k, v = (x.detach() for x in flex.points(torch.float32))
+    given = (q, k[:, :, :part], v[:, :, :part], function)
+    return explain(flex_attention, *given, enable_gqa=True).notes
 
 
 @needs_llvm
@@ -193,6 +201,9 @@ def test_code_is_made_when_it_is_worth_it(monkeypatch):
     said = [noted() for _ in range(3)]
     assert ["few pairs so far" in each[1] for each in said] == [True, True, False]
     assert said[2] == ("runs in the kernel's own loop", CODE)
+    assert noted(part=20)[1] == "functions are interpreted: few pairs"
+    monkeypatch.setattr(engine, "_WORTH", 0)
+    assert "calls of the C library" in noted(sine)[1]
     monkeypatch.setenv("FUSED_ATTN_JIT", "off")
     assert noted()[1] == "functions are interpreted: FUSED_ATTN_JIT=off"
     monkeypatch.setenv("FUSED_ATTN_JIT", "perhaps")

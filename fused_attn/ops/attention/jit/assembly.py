@@ -251,9 +251,7 @@ class Assembly:
         word = text.room("i64")
         with text.inside("key"):
             text.line(f"store i64 0, ptr {word}")
-        bits = text.make(
-            f"bitcast {text.truth} {self.truth(self.program.result)} to i{text.lanes}"
-        )
+        bits = text.make(f"bitcast {text.truth} {self.truth(self.program.result)} to i{text.lanes}")
         moved = text.make(f"shl i64 {text.make(f'zext i{text.lanes} {bits} to i64')}, %q")
         joined = text.make(f"or i64 {text.make(f'load i64, ptr {word}')}, {moved}")
         text.line(f"store i64 {joined}, ptr {word}")

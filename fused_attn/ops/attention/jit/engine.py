@@ -14,13 +14,15 @@ from torch import Tensor
 
 from . import llvm
 from .assembly import assembly_of
-from .program import Leaf, bytes_of, leaf_of, read
+from .operations import CALLED
+from .program import Leaf, Program, bytes_of, leaf_of, read
 
 _MODES = ("auto", "on", "off")
 _MOST = 128  # programs
 # Code takes 10 to 25 ms to make. So many instructions on pairs later it has been worth that: it
 # saves 0.05 to 0.4 ns of each (Zen 3, L 512 and 2048).
 _WORTH = 1 << 27
+_FEW_PAIRS = 1 << 14  # of a call: to look for code would take part of its time, and save none
 _ADDRESS = 6  # its place in a program's header (csrc/attention/function_arguments.h)
 
 
@@ -76,6 +78,10 @@ def why_not() -> str | None:
     return "FUSED_ATTN_JIT=off" if mode() == "off" else llvm.why_not()
 
 
+def _said(reason: str) -> str:
+    return f"functions are interpreted: {reason}"
+
+
 def ready(functions: tuple[Any, ...], dtype: torch.dtype, pairs: int) -> Ready:
     """The same functions, with machine code where there is or should be some.
 
@@ -86,8 +92,10 @@ def ready(functions: tuple[Any, ...], dtype: torch.dtype, pairs: int) -> Ready:
         pairs: of queries and keys, in all heads.
     """
     against = why_not()
+    if against is None and pairs < _FEW_PAIRS and mode() != "on":
+        against = "few pairs"
     if against is not None:
-        return Ready(functions, note=f"functions are interpreted: {against}")
+        return Ready(functions, note=_said(against))
     programs, rest = functions[:3], functions[3:]
     leaves = [leaf_of(*both) for both in zip(rest[4::2], rest[5::2], strict=True)]
     wide, found, code, failures = dtype == torch.float64, [], [], []
@@ -98,7 +106,7 @@ def ready(functions: tuple[Any, ...], dtype: torch.dtype, pairs: int) -> Ready:
             code.append(kept.code)
         elif kept is not None:
             failures.append(kept.failure or "few pairs so far, machine code would take longer")
-    note = f"functions are interpreted: {failures[0]}" if failures else "functions are machine code"
+    note = _said(failures[0]) if failures else "functions are machine code"
     return Ready((*found, *rest), code, note)
 
 
@@ -127,10 +135,22 @@ def _make(
     if kept.failure is not None:
         return
     try:
-        kept.code = llvm.Code(assembly_of(read(rows), leaves, llvm.target(wide), mask))
+        program = read(rows)
+        if mode() != "on" and _mostly_calls(program):
+            kept.failure = "they are calls of the C library, and take their time either way"
+            return
+        kept.code = llvm.Code(assembly_of(program, leaves, llvm.target(wide), mask))
     except Exception as error:  # LLVM's refusals; the interpreter runs what it can not
         kept.failure = f"LLVM refuses the code of them: {error}"
         return
     with_address = torch.frombuffer(bytearray(data), dtype=torch.int64).view(-1, 8)
     with_address[0, _ADDRESS] = kept.code.address
     kept.rows = with_address
+
+
+def _mostly_calls(program: Program) -> bool:
+    """sin(score) alone is 7 % slower as code; with its derivative as much faster."""
+    last = program.stages[2]
+    calls = sum(x.operation in CALLED for x in last)
+    others = sum(not x.operation.startswith(("load_", "constant")) for x in last) - calls
+    return calls > 0 and others < 4 * calls and program.slope < 0

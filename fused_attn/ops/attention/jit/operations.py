@@ -101,6 +101,8 @@ def _select(a: Assembly, x: Instruction) -> str:
     return a.formulas.select(a.truth(which), a.real(yes), a.real(no))
 
 
+CALLED = ("log", "log1p", "expm1", "sin", "cos", "erf", "pow")
+
 REALS: dict[str, Rule] = {
     **{name: _binary(f"f{name}") for name in ("add", "sub", "mul", "div")},
     "constant": lambda a, x: a.text.numbers(x.value),
@@ -114,8 +116,7 @@ REALS: dict[str, Rule] = {
     "exp": lambda a, x: a.formulas.exp(a.real(x.args[0])),
     "sigmoid": lambda a, x: a.formulas.sigmoid(a.real(x.args[0])),
     "tanh": _tanh,
-    **{name: _called(name) for name in ("log", "log1p", "expm1", "sin", "cos", "erf")},
-    "pow": _called("pow", 2),
+    **{name: _called(name, 2 if name == "pow" else 1) for name in CALLED},
     "to_float32": _to_float32,
     "from_int": lambda a, x: a.text.make(
         f"sitofp {a.text.whole} {a.whole(x.args[0])} to {a.text.real}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ....runtime import native
@@ -66,12 +68,16 @@ def bytes_of(rows: Tensor) -> bytes:
 
 def leaf_of(tensor: Tensor, gradient: Tensor | None) -> Leaf:
     """What code has to know of a leaf."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    spans = [_span(x) for x in (tensor, gradient) if x is not None]
-    return Leaf(dtype, tensor.dim(), max(spans) < 2**31)
+    narrow = _is_narrow(tensor) and (gradient is None or _is_narrow(gradient))
+    return Leaf(_name_of(tensor.dtype), tensor.dim(), narrow)
 
 
-def _span(tensor: Tensor) -> int:
-    """More than any place in it, and than any of its sizes."""
-    places = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + max([sum((n - 1) * stride for n, stride in places), *tensor.shape, 0])
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    """No place in it, and none of its sizes, is beyond 31 bits."""
+    most = max(tensor.shape, default=0)
+    return most < 2**31 and tensor.untyped_storage().nbytes() < 2**31

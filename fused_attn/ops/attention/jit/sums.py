@@ -155,7 +155,7 @@ class Sums:
         mark = text.mark()
         value = text.load_vector(text.scalar, room, n)
         last = self._add_queries(base, value, n)
-        text.line(f"{more} = add i64 {n}, {text.lanes}", )
+        text.line(f"{more} = add i64 {n}, {text.lanes}")
         again = text.make(f"icmp ult i64 {more}, {strip.field('rows')}")
         text.line(f"br i1 {again}, label %{loop}, label %{done}")
         text.label(done)

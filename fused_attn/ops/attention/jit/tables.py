@@ -65,9 +65,7 @@ class Tables:
             )
         given, found = text.room(half), text.room(single)
         text.line(f"store {half} {bits}, ptr {given}")
-        text.line(
-            f"call void {called('half', False)}(ptr {given}, ptr {found}, i64 {text.lanes})"
-        )
+        text.line(f"call void {called('half', False)}(ptr {given}, ptr {found}, i64 {text.lanes})")
         return text.make(f"load {single}, ptr {found}")
 
     def places(self, x: Instruction, strides: str) -> list[str]:
