@@ -66,7 +66,7 @@ def with_gradients(out, points):
     return [out.detach(), *zeros]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(EXPRESSIONS, MASKS)
 def test_forward_and_every_gradient(source, mask):
     """Parts made of positions alone are float32: what that costs torch's own operations is known.

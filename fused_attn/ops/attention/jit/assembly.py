@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ....runtime import native
 from .formulas import Formulas
 from .operations import REALS, WHOLES
 from .program import Instruction, Leaf, Program
 from .sums import Sums
 from .tables import Tables
 from .text import Target, Text
+from .writer import Strip
 
 _WHOLE_RESULTS = {"lt", "le", "gt", "ge", "eq", "ne", "load_visible"}
 
@@ -29,44 +29,6 @@ def assembly_of(program: Program, leaves: Sequence[Leaf], target: Target, mask: 
     return Assembly(program, leaves, target, mask).text.finished()
 
 
-class Strip:
-    """What code is given, by its fields' names."""
-
-    def __init__(self, text: Text) -> None:
-        self.text = text
-        layout = native.module().MACHINE_LAYOUT
-        self._fields = _offsets(layout["strip"])
-        self._leaf, self._leaf_words = _offsets(layout["leaf"]), sum(n for _, n in layout["leaf"])
-        self._loaded: dict[tuple[str, int, int], str] = {}
-
-    def place(self, name: str) -> str:
-        """Address of a field."""
-        return self.text.address("i64", "%strip", str(self._fields[name]))
-
-    def field(self, name: str, scalar: str = "i64") -> str:
-        return self._once((name, -1, 0), scalar, "%strip", self._fields[name])
-
-    def of_leaf(self, leaf: int, name: str, scalar: str = "i64", number: int = 0) -> str:
-        word = leaf * self._leaf_words + self._leaf[name] + number
-        return self._once((name, leaf, number), scalar, self.field("leaves", "ptr"), word)
-
-    def _once(self, key: tuple[str, int, int], scalar: str, base: str, word: int) -> str:
-        if key not in self._loaded:
-            with self.text.inside("entry"):
-                at = self.text.address("i64", base, str(word))
-                self._loaded[key] = self.text.make(f"load {scalar}, ptr {at}")
-        return self._loaded[key]
-
-
-def _offsets(fields: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """First words of fields of so many words."""
-    found, at = {}, 0
-    for name, words in fields:
-        found[name] = at
-        at += words
-    return found
-
-
 class Assembly:
     """Writes one program."""
 
@@ -76,7 +38,8 @@ class Assembly:
         self.program, self.leaves = program, leaves
         self.text = text = Text(target)
         self.formulas, self.strip = Formulas(text), Strip(text)
-        self.tables, self.sums = Tables(self), Sums(self)
+        self.tables = Tables(self)
+        self.sums = Sums(self, self.tables)
         self._first = {_register(x): (stage, x) for stage in (0, 1) for x in program.stages[stage]}
         self._values: dict[tuple[str, int], str] = {}
         self._begin()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from ....runtime import native
 from .program import Instruction
+from .writer import Writer
 
-if TYPE_CHECKING:
-    from .assembly import Assembly
-
-Rule: TypeAlias = "Callable[[Assembly, Instruction], str]"
+Rule: TypeAlias = "Callable[[Writer, Instruction], str]"
 
 
 def _binary(operation: str) -> Rule:
@@ -21,7 +19,7 @@ def _binary(operation: str) -> Rule:
 def _extreme(comparison: str) -> Rule:
     """A NaN of either stays one, as in torch."""
 
-    def rule(a: Assembly, x: Instruction) -> str:
+    def rule(a: Writer, x: Instruction) -> str:
         one, other = a.real(x.args[0]), a.real(x.args[1])
         beyond = a.formulas.compare(comparison, one, other)
         nan = a.formulas.compare("uno", one, one)
@@ -38,7 +36,7 @@ def _intrinsic(name: str) -> Rule:
 def _step(name: str) -> Rule:
     """floor, ceil, trunc."""
 
-    def rule(a: Assembly, x: Instruction) -> str:
+    def rule(a: Writer, x: Instruction) -> str:
         return (_intrinsic(name) if a.text.target.rounds else _called(name))(a, x)
 
     return rule
@@ -47,7 +45,7 @@ def _step(name: str) -> Rule:
 def _called(name: str, args: int = 1) -> Rule:
     """A function of the compiled module (`csrc/attention/machine_calls.h`)."""
 
-    def rule(a: Assembly, x: Instruction) -> str:
+    def rule(a: Writer, x: Instruction) -> str:
         text = a.text
         rooms = [text.room(text.real) for _ in range(args)]
         out = text.room(text.real)
@@ -72,7 +70,7 @@ def called(name: str, wide: bool) -> str:
     return f"inttoptr (i64 {address} to ptr)"
 
 
-def _sign(a: Assembly, x: Instruction) -> str:
+def _sign(a: Writer, x: Instruction) -> str:
     value, zero, one = a.real(x.args[0]), a.text.numbers(0.0), a.text.numbers(1.0)
     above, below = (
         a.formulas.select(a.formulas.compare(name, value, zero), one, zero)
@@ -81,13 +79,13 @@ def _sign(a: Assembly, x: Instruction) -> str:
     return a.formulas.sub(above, below)
 
 
-def _tanh(a: Assembly, x: Instruction) -> str:
+def _tanh(a: Writer, x: Instruction) -> str:
     if a.text.target.wide:
         return _called("tanh")(a, x)
     return a.formulas.tanh(a.real(x.args[0]))
 
 
-def _to_float32(a: Assembly, x: Instruction) -> str:
+def _to_float32(a: Writer, x: Instruction) -> str:
     value, text = a.real(x.args[0]), a.text
     if not text.target.wide:
         return value
@@ -96,7 +94,7 @@ def _to_float32(a: Assembly, x: Instruction) -> str:
     return text.make(f"fpext {single} {rounded} to {text.real}")
 
 
-def _select(a: Assembly, x: Instruction) -> str:
+def _select(a: Writer, x: Instruction) -> str:
     which, yes, no = x.args[:3]
     return a.formulas.select(a.truth(which), a.real(yes), a.real(no))
 
@@ -131,11 +129,11 @@ def _whole(operation: str) -> Rule:
     return lambda a, x: _of(a, operation, a.whole(x.args[0]), a.whole(x.args[1]))
 
 
-def _of(a: Assembly, operation: str, one: str, other: str) -> str:
+def _of(a: Writer, operation: str, one: str, other: str) -> str:
     return a.text.make(f"{operation} {a.text.whole} {one}, {other}")
 
 
-def _below(a: Assembly, one: str, other: str, rest: str) -> str:
+def _below(a: Writer, one: str, other: str, rest: str) -> str:
     """A truth: division rounds to 0 and the floor is one below."""
     zero = "zeroinitializer"
     left = _of(a, "icmp ne", rest, zero)
@@ -144,13 +142,13 @@ def _below(a: Assembly, one: str, other: str, rest: str) -> str:
     return a.text.make(f"and {a.text.truth} {left}, {differ}")
 
 
-def _floor_div(a: Assembly, x: Instruction) -> str:
+def _floor_div(a: Writer, x: Instruction) -> str:
     one, other = a.whole(x.args[0]), a.whole(x.args[1])
     below = _below(a, one, other, _of(a, "srem", one, other))
     return _of(a, "sub", _of(a, "sdiv", one, other), a.from_truth(below))
 
 
-def _remainder(a: Assembly, x: Instruction) -> str:
+def _remainder(a: Writer, x: Instruction) -> str:
     one, other = a.whole(x.args[0]), a.whole(x.args[1])
     rest = _of(a, "srem", one, other)
     below = _below(a, one, other, rest)
@@ -159,36 +157,36 @@ def _remainder(a: Assembly, x: Instruction) -> str:
 
 
 def _whole_extreme(comparison: str) -> Rule:
-    def rule(a: Assembly, x: Instruction) -> str:
+    def rule(a: Writer, x: Instruction) -> str:
         one, other = a.whole(x.args[0]), a.whole(x.args[1])
         return a.formulas.select(_of(a, comparison, one, other), one, other, a.text.whole)
 
     return rule
 
 
-def _neg_int(a: Assembly, x: Instruction) -> str:
+def _neg_int(a: Writer, x: Instruction) -> str:
     return _of(a, "sub", a.text.wholes(0), a.whole(x.args[0]))
 
 
-def _abs_int(a: Assembly, x: Instruction) -> str:
+def _abs_int(a: Writer, x: Instruction) -> str:
     value = a.whole(x.args[0])
     negative = _of(a, "icmp slt", value, "zeroinitializer")
     return a.formulas.select(negative, _neg_int(a, x), value, a.text.whole)
 
 
-def _sign_int(a: Assembly, x: Instruction) -> str:
+def _sign_int(a: Writer, x: Instruction) -> str:
     value, zero = a.whole(x.args[0]), "zeroinitializer"
     above, below = (a.from_truth(_of(a, f"icmp {name}", value, zero)) for name in ("sgt", "slt"))
     return _of(a, "sub", above, below)
 
 
-def _select_int(a: Assembly, x: Instruction) -> str:
+def _select_int(a: Writer, x: Instruction) -> str:
     which, yes, no = x.args[:3]
     return a.formulas.select(a.truth(which), a.whole(yes), a.whole(no), a.text.whole)
 
 
 def _compare(name: str) -> Rule:
-    def rule(a: Assembly, x: Instruction) -> str:
+    def rule(a: Writer, x: Instruction) -> str:
         return a.from_truth(a.formulas.compare(name, a.real(x.args[0]), a.real(x.args[1])))
 
     return rule

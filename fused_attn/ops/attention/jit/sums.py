@@ -5,12 +5,9 @@ Sums over queries are kept in sixteen numbers, as a vector of the kernels has (`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .assembly import Assembly
+from .tables import Tables
+from .writer import Writer
 
 _LANES = 16
 _QUERIES = 64  # of a block
@@ -19,8 +16,8 @@ _QUERIES = 64  # of a block
 class Sums:
     """The sums of a program."""
 
-    def __init__(self, owner: Assembly) -> None:
-        self.owner, self.text = owner, owner.text
+    def __init__(self, owner: Writer, tables: Tables) -> None:
+        self.owner, self.tables, self.text = owner, tables, owner.text
         self._by_query: list[tuple[Instruction, str]] = []
         self._ones: list[tuple[Instruction, str]] = []
 
@@ -166,6 +163,6 @@ class Sums:
         text = self.text
         value = self.owner.real(x.out)
         base = self._gradient(x)
-        for lane, place in enumerate(self.owner.tables.places(x, "gradient_stride")):
+        for lane, place in enumerate(self.tables.places(x, "gradient_stride")):
             one = text.make(f"extractelement {text.real} {value}, i32 {lane}")
             self._add_to(text.scalar, text.address(text.scalar, base, place), one)

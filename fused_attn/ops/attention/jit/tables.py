@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .operations import called
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .assembly import Assembly
+from .writer import Writer
 
 # What stands in memory, by torch's names of dtypes.
 _STORED = {"float32": "float", "float64": "double", "float16": "i16", "bfloat16": "i16"}
@@ -18,7 +14,7 @@ _STORED |= {"bool": "i8", "int32": "i32", "int64": "i64"}
 class Tables:
     """The gathers of a program; an index that leaves its table is noted, and counts as 0."""
 
-    def __init__(self, owner: Assembly) -> None:
+    def __init__(self, owner: Writer) -> None:
         self.owner, self.text = owner, owner.text
         self._outside: str | None = None
 
