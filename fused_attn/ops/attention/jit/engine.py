@@ -98,7 +98,10 @@ def ready(functions: tuple[Any, ...], dtype: torch.dtype, pairs: int) -> Ready:
         return Ready(functions, note=_said(against))
     programs, rest = functions[:3], functions[3:]
     leaves = [leaf_of(*both) for both in zip(rest[4::2], rest[5::2], strict=True)]
-    wide, found, code, failures = dtype == torch.float64, [], [], []
+    wide = dtype == torch.float64
+    found: list[Tensor | None] = []
+    code: list[llvm.Code] = []
+    failures: list[str] = []
     for rows, mask in zip(programs, (True, False, False), strict=True):
         kept = None if rows is None else _made(rows, leaves, wide, mask, pairs)
         found.append(rows if kept is None or kept.rows is None else kept.rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import platform
 import re
 import sys
 from typing import Any
@@ -89,8 +90,6 @@ def target(wide: bool) -> Target:
 
 @functools.cache
 def _machine() -> str:
-    import platform
-
     return platform.machine().lower().replace("amd64", "x86_64")
 
 

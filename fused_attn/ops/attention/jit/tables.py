@@ -69,7 +69,8 @@ class Tables:
         text = self.text
         leaf = self.owner.leaves[x.leaf]
         scalar = "i32" if leaf.narrow else "i64"
-        kind, total = text.vector_of(scalar), None
+        kind = text.vector_of(scalar)
+        total: str | None = None
         for d in range(leaf.dims):
             index = self._inside(x, d, scalar)
             stride = self._spread(x.leaf, strides, d, scalar)
