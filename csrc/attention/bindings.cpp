@@ -5,7 +5,6 @@
 #include "attention/arguments.h"
 #include "attention/cpu/dispatch.h"
 #include "attention/function_arguments.h"
-#include "attention/machine_calls.h"
 
 namespace fused_attn::attention {
 namespace {
@@ -126,7 +125,7 @@ void bind_attention(py::module_& m) {
       "Into how many parts of the keys this thread's last decoding was split.");
   m.attr("PAIR_OPERATIONS") = pair_operations();
   m.attr("MACHINE_LAYOUT") = machine_layout();
-  m.attr("MACHINE_CALLS") = machine_calls();
+  m.attr("MACHINE_CALLS") = addresses_of_calls();
 }
 
 }  // namespace fused_attn::attention

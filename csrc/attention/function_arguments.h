@@ -3,6 +3,7 @@
 
 #include "attention/arguments.h"
 #include "attention/functions.h"
+#include "attention/machine_calls.h"
 
 namespace fused_attn::attention {
 
@@ -73,6 +74,15 @@ inline py::tuple pair_operations() {
   FUSED_ATTN_PAIR_OPERATIONS(FUSED_ATTN_NAME)
 #undef FUSED_ATTN_NAME
   return py::tuple(names);
+}
+
+// Addresses of what machine code may call, by name: for float32, for float64.
+inline py::dict addresses_of_calls() {
+  py::dict found;
+  for (const MachineCall& call : machine_calls()) {
+    found[call.name] = py::make_tuple(call.single, call.wide);
+  }
+  return found;
 }
 
 // Names and sizes in words, in order, of what machine code is given.

@@ -2,15 +2,13 @@
 // its own would not give what the interpreter gives.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cmath>
+#include <cstdint>
+#include <vector>
 
 #include "common/float16.h"
 
 namespace fused_attn::attention {
-
-namespace py = pybind11;
 
 // f(a, b, out, n), with b for powers alone; n numbers each.
 template <class Real, class Function>
@@ -37,16 +35,20 @@ inline void call_half(const Float16* a, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(a[i]);
 }
 
-// Addresses by name: of float32, of float64.
-inline py::dict machine_calls() {
+// A function's addresses, for float32 and float64.
+struct MachineCall {
+  const char* name;
+  uintptr_t single, wide;
+};
+
+inline std::vector<MachineCall> machine_calls() {
   const auto address = [](auto* function) { return reinterpret_cast<uintptr_t>(function); };
-  py::dict calls;
+  return {
 #define FUSED_ATTN_CALL(name, formula) \
-  calls[#name] = py::make_tuple(address(&call_##name<float>), address(&call_##name<double>));
-  FUSED_ATTN_MACHINE_CALLS(FUSED_ATTN_CALL)
+  {#name, address(&call_##name<float>), address(&call_##name<double>)},
+      FUSED_ATTN_MACHINE_CALLS(FUSED_ATTN_CALL)
 #undef FUSED_ATTN_CALL
-  calls["half"] = py::make_tuple(address(&call_half), address(&call_half));
-  return calls;
+          {"half", address(&call_half), address(&call_half)}};
 }
 
 }  // namespace fused_attn::attention

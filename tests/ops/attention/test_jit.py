@@ -137,9 +137,9 @@ def test_few_queries(seqlen_q):
 def test_the_slowest_level():
     code = (
         "from tests.ops.attention import test_jit as t\n"
-        "for given in t.every_source(3):\n"
+        "for given in t.every_source(5):\n"
         "    assert t.same(*given), given\n"
-        "assert len(t.every_program()) > 10\n"
+        "assert len(t.every_program()) > 8\n"
         "assert not any(kept.failure for kept in t.engine._kept.values())\n"
     )
     env = {**os.environ, "FUSED_ATTN_CPU": "portable", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -22,16 +22,12 @@ class Sums:
         self._ones: list[tuple[Instruction, str]] = []
 
     def write(self, x: Instruction) -> None:
-        name = x.operation
-        if name == "sum_table":
+        if x.operation == "sum_table":
             return self._into_table(x)
         value = self.owner.real(x.args[0])
-        if name == "sum_distance":
-            base = self.text.address(self.text.scalar, self._gradient(x), self.owner.distance)
-            return self._add_queries(base, value)
-        if name == "sum_query":
-            return self._into_query(x, value)
-        return self._into_one(x, value) if name == "sum_one" else self._into_key(x, value)
+        rules = {"sum_one": self._into_one, "sum_key": self._into_key}
+        rules |= {"sum_query": self._into_query, "sum_distance": self._into_distance}
+        return rules[x.operation](x, value)
 
     def finish(self) -> None:
         """What is added up at the end of all keys; written into "exit"."""
@@ -84,6 +80,10 @@ class Sums:
         room = self._zeros(_QUERIES, "entry")
         self._by_query.append((x, room))
         self._add_vector(room, "%q", value)
+
+    def _into_distance(self, x: Instruction, value: str) -> None:
+        base = self.text.address(self.text.scalar, self._gradient(x), self.owner.distance)
+        self._add_queries(base, value)
 
     def _lane(self) -> str:
         return self.text.make(f"and i64 %q, {_LANES - 1}")
