@@ -1,12 +1,16 @@
 """Random functions of score and positions, against float64."""
 
 import math
+import os
+from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_attn import flex_attention
+from fused_attn.ops.attention.jit import llvm
 
 B, H, LQ, LK, D = 2, 2, 13, 17, 4
 TABLE = torch.randn(H, LQ + LK, generator=torch.Generator().manual_seed(1)).double()
@@ -66,6 +70,19 @@ def with_gradients(out, points):
     return [out.detach(), *zeros]
 
 
+def made_points(dtype):
+    shapes = ((B, H, LQ, D), (B, H, LK, D), (B, H, LK, D))
+    qkv = [inputs(3 * n, *shape) for n, shape in enumerate(shapes)]
+    return [x.to(dtype, copy=True).requires_grad_() for x in (*qkv, TABLE, VECTOR)]
+
+
+def by_flex(points, source, mask):
+    *qkv, table, vector = points
+    captured = {"table": table, "vector": vector}
+    score_mod = function_of(f"({source}) + 0 * s", "s, b, h, q, kv", **captured)
+    return flex_attention(*qkv, score_mod, function_of(mask, "b, h, q, kv", **captured))
+
+
 @settings(max_examples=60, deadline=None)
 @given(EXPRESSIONS, MASKS)
 def test_forward_and_every_gradient(source, mask):
@@ -74,16 +91,23 @@ def test_forward_and_every_gradient(source, mask):
     Ours may be as far from the exact result twice over, and where torch loses nothing by it, ours
     must not either.
     """
-    q, k, v = inputs(0, B, H, LQ, D), inputs(3, B, H, LK, D), inputs(4, B, H, LK, D)
-    points = [x.requires_grad_() for x in (q, k, v, TABLE.clone(), VECTOR.clone())]
-    *qkv, table, vector = points
-    captured = {"table": table, "vector": vector}
-    score_mod = function_of(f"({source}) + 0 * s", "s, b, h, q, kv", **captured)
-    mask_mod = function_of(mask, "b, h, q, kv", **captured)
-    ours = with_gradients(flex_attention(*qkv, score_mod, mask_mod), points)
+    points = made_points(torch.float64)
+    ours = with_gradients(by_flex(points, source, mask), points)
     torchs = with_gradients(formula(points, source, mask, exact=False), points)
     exact = with_gradients(formula(points, source, mask, exact=True), points)
     for mine, his, right in zip(ours, torchs, exact, strict=True):
         rounding = 1e-9 * (1 + right.abs().max().item())
         bound = 2 * (his - right).abs().max().item() + rounding
         assert (mine - right).abs().max().item() <= bound
+
+
+@pytest.mark.skipif(llvm.why_not() is not None, reason=str(llvm.why_not()))
+@settings(max_examples=25, deadline=None)
+@given(EXPRESSIONS, MASKS, st.sampled_from([torch.float32, torch.float64]))
+def test_machine_code_gives_the_same_bits(source, mask, dtype):
+    found = []
+    for mode in ("on", "off"):
+        with mock.patch.dict(os.environ, FUSED_ATTN_JIT=mode):
+            points = made_points(dtype)
+            found.append(with_gradients(by_flex(points, source, mask), points))
+    assert all(torch.equal(code, interpreted) for code, interpreted in zip(*found, strict=True))
