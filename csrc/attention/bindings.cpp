@@ -124,6 +124,8 @@ void bind_attention(py::module_& m) {
       "attention_last_decode_parts", [] { return last_decode_parts; },
       "Into how many parts of the keys this thread's last decoding was split.");
   m.attr("PAIR_OPERATIONS") = pair_operations();
+  m.attr("MACHINE_LAYOUT") = machine_layout();
+  m.attr("MACHINE_CALLS") = addresses_of_calls();
 }
 
 }  // namespace fused_attn::attention

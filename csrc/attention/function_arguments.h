@@ -3,6 +3,7 @@
 
 #include "attention/arguments.h"
 #include "attention/functions.h"
+#include "attention/machine_calls.h"
 
 namespace fused_attn::attention {
 
@@ -23,6 +24,7 @@ inline PairProgram read_program(Arguments& args, const char* name) {
   program.ints = header[3];
   program.result = header[4];
   program.slope = header[5];
+  program.code = reinterpret_cast<MachineCode>(static_cast<uintptr_t>(header[6]));
   return program;
 }
 
@@ -39,6 +41,7 @@ inline PairLeaf read_leaf(Arguments& args) {
     read.gradient = view4(gradient);
     return read;
   }
+  read.gradient_by_head = true;
   read.gradient.data = gradient.data;
   read.gradient.dtype = gradient.dtype;
   const auto stride = [&](int d) { return gradient.shape[d] > 1 ? gradient.stride[d] : 0; };
@@ -71,6 +74,27 @@ inline py::tuple pair_operations() {
   FUSED_ATTN_PAIR_OPERATIONS(FUSED_ATTN_NAME)
 #undef FUSED_ATTN_NAME
   return py::tuple(names);
+}
+
+// Addresses of what machine code may call, by name: for float32, for float64.
+inline py::dict addresses_of_calls() {
+  py::dict found;
+  for (const MachineCall& call : machine_calls()) {
+    found[call.name] = py::make_tuple(call.single, call.wide);
+  }
+  return found;
+}
+
+// Names and sizes in words, in order, of what machine code is given.
+inline py::dict machine_layout() {
+  py::list strip, leaf;
+#define FUSED_ATTN_FIELD(type, name) strip.append(py::make_tuple(#name, 1));
+  FUSED_ATTN_STRIP_FIELDS(FUSED_ATTN_FIELD)
+#undef FUSED_ATTN_FIELD
+#define FUSED_ATTN_FIELD(type, name, count) leaf.append(py::make_tuple(#name, count));
+  FUSED_ATTN_LEAF_FIELDS(FUSED_ATTN_FIELD)
+#undef FUSED_ATTN_FIELD
+  return py::dict(py::arg("strip") = strip, py::arg("leaf") = leaf);
 }
 
 }  // namespace fused_attn::attention

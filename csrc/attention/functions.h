@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 #include <vector>
 
 #include "common/types.h"
@@ -47,6 +48,52 @@ struct PairInstruction {
 };
 static_assert(sizeof(PairInstruction) == 64);
 
+// Machine code that Python made of a program's last stage, those instructions from `per_tile` on
+// (fused_attn/ops/attention/jit). It runs them on `keys` rows of `width` queries and gives what the
+// interpreter gives. All fields are eight bytes; Python knows them by their names and order.
+//   reals, ints      the registers, `register_size` numbers each; the code reads those of the first
+//                    two stages
+//   leaves           as many as the program's vectors and tables
+//   scores, gradient q . k and the gradient of the scores, rows `stride` apart
+//   visible          which queries see a key, a word of bits each
+//   result, slope    where numbers go, rows `stride` apart; `result` may be `scores`
+//   truths           where truths go, a word of bits a key
+//   valid            the bits of the block's `rows` queries; `width` is a multiple of 16
+//   first, key       the first query and key
+//   distance         the place of (first - key) in a vector by distance
+//   outside          is set to 1 where an index left its table
+// clang-format off
+#define FUSED_ATTN_STRIP_FIELDS(X)                                                           \
+  X(const void*, reals) X(const void*, ints) X(int64_t, register_size)                      \
+  X(const MachineLeaf*, leaves) X(const void*, scores) X(const void*, gradient)             \
+  X(int64_t, stride) X(const uint64_t*, visible) X(void*, result) X(void*, slope)           \
+  X(uint64_t*, truths) X(uint64_t, valid) X(int64_t, rows) X(int64_t, width)                \
+  X(int64_t, keys) X(int64_t, first) X(int64_t, key) X(int64_t, distance) X(double, scale)  \
+  X(int64_t, outside)
+// clang-format on
+
+// `table` is the leaf as a table, `vector` as a vector of the batch and head at hand; its gradient
+// too is that of the batch and head.
+// clang-format off
+#define FUSED_ATTN_LEAF_FIELDS(X)                                                           \
+  X(const void*, table, 1) X(const void*, vector, 1) X(void*, gradient, 1)                  \
+  X(int64_t, size, 4) X(int64_t, stride, 4) X(int64_t, gradient_stride, 4)
+// clang-format on
+
+struct MachineLeaf {
+#define FUSED_ATTN_FIELD(type, name, count) std::conditional_t<count == 1, type, type[count]> name;
+  FUSED_ATTN_LEAF_FIELDS(FUSED_ATTN_FIELD)
+#undef FUSED_ATTN_FIELD
+};
+
+struct MachineStrip {
+#define FUSED_ATTN_FIELD(type, name) type name;
+  FUSED_ATTN_STRIP_FIELDS(FUSED_ATTN_FIELD)
+#undef FUSED_ATTN_FIELD
+};
+
+using MachineCode = void (*)(MachineStrip*);
+
 // The instructions before `per_block` run once a head, those before `per_tile` once a block of
 // queries, the rest on every few keys.
 struct PairProgram {
@@ -56,6 +103,7 @@ struct PairProgram {
   int64_t reals = 0, ints = 0;  // registers
   int64_t result = -1;          // register of the mask (int) or the score; none: -1
   int64_t slope = -1;           // of the derivative by the score
+  MachineCode code = nullptr;   // null: the last stage is interpreted
 
   explicit operator bool() const { return instructions != nullptr; }
 };
@@ -66,6 +114,7 @@ struct PairProgram {
 struct PairLeaf {
   View4 view;
   View4 gradient;
+  bool gradient_by_head = false;                  // a table's: batch and head stand before it
   int64_t gradient_batch = 0, gradient_head = 0;  // strides of a table's, beside those of the table
   int64_t size[4] = {1, 1, 1, 1};
   int dims = 0;

@@ -28,7 +28,9 @@ def expression_of(
     """
     tensors: list[Tensor] = []
     try:
-        key: Hashable = (names, like.dtype, like.device, _key_of(function, tensors, 0))
+        what_it_is = _key_of(function, tensors, 0)
+        # torch makes numbers of whole positions in its default dtype.
+        key: Hashable = (names, like.dtype, like.device, torch.get_default_dtype(), what_it_is)
         hash(key)
     except TypeError:  # something around it cannot be told from what it may become
         return read(function, names, what, like)

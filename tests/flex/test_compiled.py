@@ -241,7 +241,8 @@ def test_what_has_no_instruction_goes_by_tiles():
         assert word in said
         flex_attention(q, k, v, score_mod, enable_gqa=True).sum().backward()
     square = explain(flex_attention, q, k, v, lambda s, b, h, i, j: s * s, enable_gqa=True)
-    assert square.notes == ("runs in the kernel's own loop",)
+    assert square.notes[0] == "runs in the kernel's own loop"
+    assert square.notes[1].startswith("functions are interpreted: ")  # few pairs, or no llvmlite
     known = explain(flex_attention, q, k, v, None, lambda b, h, i, j: i >= j, enable_gqa=True)
     assert known.notes == ()
     [call] = known.calls

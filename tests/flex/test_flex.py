@@ -317,6 +317,21 @@ def test_a_function_is_read_once_and_again_when_bound_anew(monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_the_default_dtype_is_that_of_the_call():
+    q = normal(1, H, L, D).double()
+    before, found = torch.get_default_dtype(), []
+    mods = (lambda s, b, h, q, kv: s + (q * kv * 0.1).sin() * s, lambda b, h, q, kv: q >= kv)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            found.append(flex_attention(q, q, q, *mods))
+            wanted, _ = oracle(q, q, q, *mods)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found[1], wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(*found, rtol=1e-12, atol=1e-12)
+
+
 def test_torchs_function_becomes_ours():
     from torch.nn.attention import flex_attention as torch_flex
 

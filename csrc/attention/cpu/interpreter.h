@@ -2,8 +2,10 @@
 // so that a register of all its numbers stays in the first cache.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "attention/cpu/sequence.h"
 #include "attention/functions.h"
@@ -24,6 +26,28 @@ struct Strip {
   const uint64_t* visible = nullptr;  // bit = query; null: all rows see all
 };
 
+inline constexpr std::array<uint64_t, kBlockK> all_visible() {
+  std::array<uint64_t, kBlockK> words{};
+  for (int c = 0; c < kBlockK; ++c) words[c] = ~uint64_t{0};
+  return words;
+}
+inline constexpr auto kAllVisible = all_visible();
+
+inline int64_t bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kBool:
+      return 1;
+    default:
+      return 4;
+  }
+}
+
 // One program with its registers, for one head.
 template <class Real>
 class Interpreter {
@@ -43,6 +67,7 @@ class Interpreter {
         scale_(scale),
         reals_(reals.get<Real>(program.reals * kStrip)),
         ints_(ints.get<Int>(program.ints * kStrip)) {
+    if (has_code()) find_leaves();
     width_ = kBlockQ;
     count_ = kStrip;
     run(0, program_.per_block, {0, kStripKeys});
@@ -63,6 +88,36 @@ class Interpreter {
     run(program_.per_tile, program_.count, strip);
   }
 
+  // Is the last stage machine code? Then run_code() takes run()'s place, with its results where
+  // they belong, on any number of keys of a tile.
+  bool has_code() const { return program_.code != nullptr; }
+
+  void run_code(const Strip<Real>& strip, Real* result, Real* slope, uint64_t* truths) {
+    MachineStrip s;
+    s.reals = reals_;
+    s.ints = ints_;
+    s.register_size = kStrip;
+    s.leaves = leaves_.data();
+    s.scores = strip.scores;
+    s.gradient = strip.gradient;
+    s.stride = kStrideQ;
+    s.visible = strip.visible == nullptr ? kAllVisible.data() : strip.visible;
+    s.result = result;
+    s.slope = slope;
+    s.truths = truths;
+    s.valid = ~uint64_t{0} >> (kBlockQ - rows_);
+    s.rows = rows_;
+    s.width = width_;
+    s.keys = strip.keys;
+    s.first = first_;
+    s.key = strip.key;
+    s.distance = distance(strip.key);
+    s.scale = static_cast<double>(scale_);
+    s.outside = 0;
+    program_.code(&s);
+    if (s.outside != 0) functions_->outside = true;
+  }
+
   // Rows of a result, `width()` numbers each.
   int width() const { return width_; }
   const Real* result() const { return real(program_.result); }
@@ -71,6 +126,29 @@ class Interpreter {
   bool has_slope() const { return program_.slope >= 0; }
 
  private:
+  void find_leaves() {
+    const auto moved = [&](void* data, DType dtype, int64_t by_batch, int64_t by_head) {
+      const int64_t numbers = batch_ * by_batch + head_ * by_head;
+      return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) +
+                                     static_cast<uintptr_t>(numbers * bytes_of(dtype)));
+    };
+    leaves_.resize(functions_->leaves.size());
+    for (size_t n = 0; n < leaves_.size(); ++n) {
+      const PairLeaf& from = functions_->leaves[n];
+      const View4 &view = from.view, &gradient = from.gradient;
+      MachineLeaf& to = leaves_[n];
+      to.table = view.data;
+      to.vector = moved(view.data, view.dtype, view.stride[0], view.stride[1]);
+      to.gradient =
+          from.gradient_by_head
+              ? moved(gradient.data, gradient.dtype, from.gradient_batch, from.gradient_head)
+              : moved(gradient.data, gradient.dtype, gradient.stride[0], gradient.stride[1]);
+      std::memcpy(to.size, from.size, sizeof to.size);
+      std::memcpy(to.stride, view.stride, sizeof to.stride);
+      std::memcpy(to.gradient_stride, gradient.stride, sizeof to.gradient_stride);
+    }
+  }
+
   Real* real(int64_t n) const { return reals_ + n * kStrip; }
   Int* integer(int64_t n) const { return ints_ + n * kStrip; }
 
@@ -464,6 +542,7 @@ class Interpreter {
 
   const PairFunctions* functions_ = nullptr;
   PairProgram program_;
+  std::vector<MachineLeaf> leaves_;  // of machine code
   int64_t batch_ = 0, head_ = 0, seqlen_k_ = 0;
   Real scale_ = 1;
   Real* reals_ = nullptr;

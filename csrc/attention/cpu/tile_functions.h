@@ -64,6 +64,7 @@ class TileFunctions {
   // q . k of the tile's visible part becomes the score. `raw` and `slope` may be null; they receive
   // q . k and the score's derivative by scale * q . k, 0 where hidden.
   void change(const ScoreTile& t, Real* scores, Real* raw, Real* slope) {
+    if (score_.has_code()) return change_by_code(t, scores, raw, slope);
     for_each_strip(t.map, [&](int c, int keys) {
       Real* at = scores + c * kStrideQ;
       score_.run({t.j + c, keys, at, nullptr, visible(t.map, c)});
@@ -73,10 +74,24 @@ class TileFunctions {
     });
   }
 
+  // The same where registers are no place for a strip's numbers.
+  void change_by_code(const ScoreTile& t, Real* scores, Real* raw, Real* slope) {
+    for (int s = 0; s < t.map.num_segments; ++s) {
+      const int c = t.map.segments[s].begin, keys = t.map.segments[s].end - c;
+      const int64_t at = int64_t{c} * kStrideQ;
+      if (raw != nullptr) copy(scores + at, kStrideQ, keys, raw + at);
+      score_.run_code({t.j + c, keys, scores + at, nullptr, visible(t.map, c)}, scores + at,
+                      slope == nullptr ? nullptr : slope + at, nullptr);
+    }
+  }
+
   // Adds the tile's part to the gradients of leaves; `ds` is the gradient of the scores.
   void sum_up(const ScoreTile& t, const Real* raw, const Real* ds) {
     for_each_strip(t.map, [&](int c, int keys) {
-      sums_.run({t.j + c, keys, raw + c * kStrideQ, ds + c * kStrideQ, visible(t.map, c)});
+      const Strip<Real> strip{t.j + c, keys, raw + c * kStrideQ, ds + c * kStrideQ,
+                              visible(t.map, c)};
+      if (sums_.has_code()) return sums_.run_code(strip, nullptr, nullptr, nullptr);
+      sums_.run(strip);
     });
   }
 
@@ -136,13 +151,19 @@ class TileFunctions {
       const int keys = smaller(end - c, kStripKeys);
       uint64_t open = 0;
       for (int n = 0; n < keys; ++n) open |= map.visible[c + n];
-      if ((open & said.mixed) != 0) mask_.run({j + c, keys});
+      uint64_t words[kStripKeys] = {};
+      if ((open & said.mixed) != 0) find_truths({j + c, keys}, words);
       for (int n = 0; n < keys; ++n) {
-        uint64_t& word = map.visible[c + n];
-        if ((word & said.mixed) != 0) word &= said.seen | (said.mixed & truths(n));
-        word &= said.seen | said.mixed;
+        map.visible[c + n] &= said.seen | (said.mixed & words[n]);
       }
     }
+  }
+
+  // A word of bits for each key.
+  void find_truths(const Strip<Real>& strip, uint64_t* words) {
+    if (mask_.has_code()) return mask_.run_code(strip, nullptr, nullptr, words);
+    mask_.run(strip);
+    for (int n = 0; n < strip.keys; ++n) words[n] = truths(n);
   }
 
   // One bit a query.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
 
 from ...runtime import native
+from .. import dispatch
+from . import jit
 from .problem import AttentionProblem, Operands, Options
 
 NAME = "cpu"
@@ -87,8 +90,10 @@ def why_not_functions(device: torch.device) -> list[str]:
 def forward_with_functions(
     operands: Operands, options: Options, functions: tuple[Any, ...], out: Tensor, lse: Tensor
 ) -> None:
+    prepared = _ready(operands, functions)
+    dispatch.note(prepared.note)
     run = native.module().attention_forward_with_functions
-    run(operands, out, lse, functions, options, get_num_threads())
+    run(operands, out, lse, prepared.functions, options, get_num_threads())
 
 
 def backward_with_functions(
@@ -103,8 +108,15 @@ def backward_with_functions(
     dk: Tensor | None,
     dv: Tensor | None,
 ) -> None:
+    prepared = _ready(operands, functions)
     run, threads = native.module().attention_backward_with_functions, get_num_threads()
-    run(operands, out, lse, dout, dlse, dq, dk, dv, functions, options, threads)
+    run(operands, out, lse, dout, dlse, dq, dk, dv, prepared.functions, options, threads)
+
+
+def _ready(operands: Operands, functions: tuple[Any, ...]) -> jit.Ready:
+    """Functions with their machine code, which lives as long as this."""
+    pairs = math.prod(operands.q.shape[:3]) * operands.k.shape[2]
+    return jit.ready(functions, operands.q.dtype, pairs)
 
 
 def _clear_past_the_end(cu_seqlens: Tensor, *results: tuple[Tensor | None, float]) -> None:
