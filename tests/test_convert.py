@@ -98,6 +98,21 @@ def test_fused_twice_one_unfuse_takes_it_all_back() -> None:
     assert unfuse(model).swapped == ()
 
 
+def test_what_was_switched_off_is_put_back_once() -> None:
+    class Own(nn.TransformerEncoderLayer):
+        pass
+
+    layer = Own(E, H, 32, batch_first=True)
+    kept = layer.activation_relu_or_gelu
+    fuse(layer)
+    assert layer.activation_relu_or_gelu == 0
+    unfuse(layer)
+    assert layer.activation_relu_or_gelu == kept != 0
+    layer.activation_relu_or_gelu = 0  # the user's own switch
+    unfuse(layer)
+    assert layer.activation_relu_or_gelu == 0
+
+
 def test_the_model_itself_may_be_the_module() -> None:
     module = nn.MultiheadAttention(E, H)
     report = fuse(module)

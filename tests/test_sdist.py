@@ -69,6 +69,12 @@ def test_a_wheel_of_the_sdist_runs_and_passes_tests(source: Path, tmp_path: Path
         files.extractall(tmp_path / "site")
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_attn"}
+    licences = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
+    assert licences == {"LICENSE", "THIRD_PARTY.md"}
+    kinds = {name.rpartition(".")[2] for name in names if name.startswith("fused_attn/")}
+    assert kinds <= {"py", "typed", "json", "md", "so", "pyd"}
+    [metadata] = (tmp_path / "site").glob("*.dist-info/METADATA")
+    assert "\nLicense-Expression: BSD-3-Clause\n" in metadata.read_text()
     site = {"PYTHONPATH": str(tmp_path / "site")}
     where = "import fused_attn; print(fused_attn.__file__)"
     assert str(tmp_path) in run(sys.executable, "-c", where, cwd=tmp_path, **site)

@@ -35,7 +35,8 @@ touch "$2/_C{suffix}"
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     (tmp_path / "fused_attn").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_attn/_version.py"):
+    licences = ("LICENSE", "THIRD_PARTY.md")
+    for name in ("setup.py", "pyproject.toml", "README.md", *licences, "fused_attn/_version.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "fused_attn/__init__.py").touch()
     cmake = tmp_path / "bin" / "cmake"

@@ -6,19 +6,28 @@
 #include <new>
 
 #include "common/macros.h"
+#include "cpu/threads.h"
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 
 // Calls task(i) for i in [0, count), on up to `threads` threads, each taking the next i when it is
-// free. One thread never touches OpenMP, which keeps a forked child safe.
+// free. One thread never touches OpenMP, which keeps a forked child safe. What a task throws comes
+// out of the loop once the other tasks are done.
 template <class Task>
 inline void parallel_for(int threads, int64_t count, const Task& task) {
   if (count < threads) threads = static_cast<int>(count);
 #if defined(_OPENMP)
   if (threads > 1) {
+    TaskFailure failure;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
+    for (int64_t i = 0; i < count; ++i) {
+      try {
+        task(i);
+      } catch (...) {
+        failure.keep();
+      }
+    }
+    return failure.rethrow();
   }
 #endif
   for (int64_t i = 0; i < count; ++i) task(i);

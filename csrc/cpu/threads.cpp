@@ -22,4 +22,15 @@ int usable_threads(int64_t wanted) {
   return in_forked_child ? 1 : static_cast<int>(std::clamp<int64_t>(wanted, 1, 1024));
 }
 
+TaskFailure::TaskFailure() : taken_(false) {}
+TaskFailure::~TaskFailure() = default;
+
+void TaskFailure::keep() noexcept {
+  if (!taken_.exchange(true)) what_ = std::current_exception();
+}
+
+void TaskFailure::rethrow() const {
+  if (what_ != nullptr) std::rethrow_exception(what_);
+}
+
 }  // namespace fused_attn

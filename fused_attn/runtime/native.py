@@ -9,12 +9,21 @@ from types import ModuleType
 # First: `_C` then shares torch's copy of libgomp, and with it one pool of threads.
 import torch
 
+from .._version import __version__
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     name = f"{__package__.partition('.')[0]}._C"
     try:
-        return importlib.import_module(name), None
+        module = importlib.import_module(name)
+        built = module.build_info()["version"]
+        if built != __version__:
+            return None, (
+                f"{name} was built for fused_attn {built}, and this is {__version__}: "
+                "install or build again"
+            )
+        return module, None
     except ModuleNotFoundError as error:
         if error.name != name:
             return None, f"{name} failed to load: {error}"

@@ -316,6 +316,12 @@ def test_unknown_checkpoints_and_vocabularies_are_refused(tmp_path: Path, exampl
     torch.save({"model": {}}, path)
     with pytest.raises(error, match="is no checkpoint of this program"):
         load(path)
+    example.load("checkpoint").save(path, {"model": {"weight": torch.randn(99)}})
+    whole = path.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):  # truncated
+        path.write_bytes(whole[:length])
+        with pytest.raises(error, match="is no checkpoint"):
+            load(path)
     vocabulary = example.load("vocabulary").Vocabulary
     with pytest.raises(error, match="holds no vocabulary"):
         vocabulary.from_text("{}", path)

@@ -72,6 +72,23 @@ def test_appending_to_a_cache_and_attending_to_it(kind, name):
             assert torch.equal(written, keys), "new keys and nothing else"
 
 
+def test_padding_that_covers_all_keys_leaves_nothing_to_see():
+    q, k, v = heads(2, 3, 4, 8, seed=1), heads(2, 9, 2, 8, seed=2), heads(2, 9, 2, 8, seed=3)
+    out, lse = kvcache.flash_attn_with_kvcache(
+        q,
+        k,
+        v,
+        cache_seqlens=torch.tensor([5, 6], dtype=torch.int32),
+        cache_leftpad=torch.tensor([7, 2], dtype=torch.int32),
+        return_softmax_lse=True,
+    )
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert bool((lse[0] == -torch.inf).all())
+    wanted, its_lse = oracle(q[1], k[1, 2:6], v[1, 2:6])
+    torch.testing.assert_close(out[1].double(), wanted, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(lse[1].double(), its_lse, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_cache_with_rotary_positions(interleaved, causal):

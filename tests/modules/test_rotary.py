@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fused_attn
 from fused_attn import FusedMultiheadAttention, FusedTransformerEncoderLayer
+from fused_attn.modules.packing import Sequences
 from fused_attn.modules.positions import rotate
 
 E, H, D = 24, 3, 8
@@ -67,6 +68,22 @@ def test_packed_layers_agree_with_padded_ones() -> None:
     layer.pack_padding = False
     padded = layer(x, src_key_padding_mask=padding)
     torch.testing.assert_close(packed[~padding], padded[~padding])
+
+
+def test_packed_queries_and_keys_count_in_their_own_sequences() -> None:
+    """Of unequal lengths: a position that counted on from the sequence before would tell."""
+    module = FusedMultiheadAttention(E, H, batch_first=True)
+    module.rotary_base = 100.0
+    queries, keys = torch.randn(8, E).split([3, 5]), torch.randn(9, E).split([7, 2])
+    together = module.attend_packed(
+        torch.cat(queries),
+        torch.cat(keys),
+        torch.cat(keys),
+        Sequences(torch.tensor([0, 3, 8], dtype=torch.int32), 5),
+        Sequences(torch.tensor([0, 7, 9], dtype=torch.int32), 7),
+    )
+    alone = [module(q, k, k, need_weights=False)[0] for q, k in zip(queries, keys, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_scores_depend_on_distances_alone() -> None:

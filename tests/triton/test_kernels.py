@@ -56,6 +56,21 @@ def test_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(decoded) > 1
 
 
+def test_a_bias_gradient_whose_steps_do_not_fall_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems give each program one step; long ones share them out."""
+    from fused_attn.ops.attention.triton import config
+
+    monkeypatch.setattr(config, "ENOUGH_PROGRAMS", 3)  # for 2 * 2 heads
+    case = Case(2, 2, 2, 5, 7, bias="11qk")
+    check_against_oracle(
+        functools.partial(run_backend, case, "triton"),
+        functools.partial(run_plain, case),
+        case.tensors(torch.float32),
+        ("out", "lse"),
+        attention_noise,
+    )
+
+
 GUARDED = {
     "causal, keys past the queries": Case(causal=True, seqlen_q=20, seqlen_k=150),
     "window past the keys": Case(window=(3, 3), seqlen_q=150, seqlen_k=20),

@@ -112,6 +112,15 @@ def test_results_do_not_depend_on_threads() -> None:
             assert torch.equal(a, b)
 
 
+def test_a_bias_gets_the_sum_over_many_rows(linear_backend: str) -> None:
+    """Sums so deep are made of groups of parts."""
+    x, weight, bias = torch.randn(1300, 3), torch.randn(20, 3), torch.randn(20, requires_grad=True)
+    dy = torch.randn(1300, 20)
+    out = fused_attn.linear(x, weight, bias, backend=linear_backend)
+    [found] = torch.autograd.grad(out, bias, dy)
+    torch.testing.assert_close(found.double(), dy.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
 def test_one_output_without_a_dimension(linear_backend: str) -> None:
     x, weight, bias = torch.randn(3, 5), torch.randn(5), torch.randn(())
     y = fused_attn.linear(x, weight, bias, backend=linear_backend)
