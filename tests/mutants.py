@@ -148,13 +148,13 @@ class Copy:
         return done.stdout
 
     def _configure(self) -> None:
-        version = re.search(r'"(.+)"', (ROOT / "fused_attn" / "_version.py").read_text())
-        assert version is not None
+        text = (ROOT / "fused_attn" / "_version.py").read_text()
+        [version] = re.findall(r'^__version__ = "(.+)"$', text, re.M)
         self._run(
             "cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release", "-DFUSED_ATTN_CUDA=off",
             "-DFUSED_ATTN_CPU_LEVELS=native",
-            f"-DFUSED_ATTN_VERSION={version[1]}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFUSED_ATTN_VERSION={version}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={self._run(sys.executable, '-m', 'pybind11', '--cmakedir').strip()}",
         )  # fmt: skip
 

@@ -84,7 +84,7 @@ q, k, v = randn(1, 1, 130, 32), randn(1, 1, 700, 32), randn(1, 1, 700, 32)
 call("one head in parts", attention, q, k, v)
 q, k, v = randn(1, 4, 100, 32), randn(1, 2, 600, 32), randn(1, 2, 600, 32)
 call("shared keys", lambda *x: attention(*x, causal="lower_right"), q, k, v)
-call("decoding", attention, randn(1, 2, 1, 32), randn(1, 1, 2100, 32), randn(1, 1, 2100, 32))
+call("decoding", attention, randn(1, 4, 1, 128), randn(1, 2, 8192, 128), randn(1, 2, 8192, 128))
 call("weights", lambda *x: attention(*x, return_weights="average"), q, k, v)
 starts = torch.tensor([0, 40, 40, 300], dtype=torch.int32)
 call("packed", lambda *x: fused_attn.attention_varlen(*x, starts, starts, 260, 260),
