@@ -116,9 +116,10 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 # libstdc++ as well: Python does not link it, and the sanitizer looks for its `throw` at the start.
 SANITIZER_LIBRARIES = $(foreach library,libasan libstdc++,$(shell $${CXX:-c++} -print-file-name=$(library).so))
+SANITIZED_VERSION = $$(python -c 'import fused_attn; print(fused_attn.__version__)')+sanitized
 sanitize: $(INSTALLED)
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DFUSED_ATTN_VERSION="$$(python -c 'import fused_attn; print(fused_attn.__version__)')" \
+	  -DFUSED_ATTN_VERSION="$(SANITIZED_VERSION)" \
 	  -DFUSED_ATTN_CUDA=off -DFUSED_ATTN_CPU_LEVELS=native \
 	  -DCMAKE_CXX_FLAGS='$(SANITIZERS)' -DPython_EXECUTABLE="$$(command -v python)" \
 	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
@@ -130,7 +131,7 @@ sanitize: $(INSTALLED)
 	  FUSED_ATTN_CPU=$$level PYTHONPATH=$(SANITIZED)/site LD_PRELOAD="$(SANITIZER_LIBRARIES)" \
 	    ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/report \
 	    UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
-	    FUSED_ATTN_TESTED_VERSION=sanitized \
+	    FUSED_ATTN_TESTED_VERSION="$(SANITIZED_VERSION)" \
 	    pytest -q -p no:cacheprovider -o pythonpath="$(SANITIZED)/site ." --fuzz 100 \
 	    -k 'cpu and not compile' tests/ops \
 	    || { cat $(SANITIZED)/report*; exit 1; }; \
