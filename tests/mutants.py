@@ -235,7 +235,7 @@ class Copy:
         for options, files in groups.items():
             status, said = self.test([*sorted(files), *options])
             if status != 0:
-                failed += re.findall(r"^FAILED (\S+)", said, re.M) or [said[-2000:]]
+                failed += re.findall(r"^FAILED (.+?)(?: - .*)?$", said, re.M) or [said[-2000:]]
         return failed
 
 
@@ -268,7 +268,7 @@ def verdict(status: int | None, said: str, limit: int) -> tuple[str, str]:
         return "caught", f"its tests ran for more than {limit} s"
     if status in CRASHES:
         return "caught", CRASHES[status]
-    named = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.M)
     if status == 1 or (status in (2, 3) and named):
         return "caught", named[1] if named else "pytest failed"
     if status == 0 and re.search(r"\d+ passed", said):
