@@ -98,7 +98,7 @@ def flex_attention(
     else:
         call = _call(score, mask, block_mask, scale, query, key)
         if dispatch.is_watched():
-            dispatch.note(f"runs {_way(call, query, key, value)}")
+            dispatch.note(f"runs {compiled.way(call, query, key, value)}")
         out, lse = tiles.attend(call, query, key, value)
     if return_aux is None:
         return (out, lse) if return_lse else out
@@ -106,12 +106,6 @@ def flex_attention(
     if return_aux.max_scores:
         peak = tiles.max_scores(_call(score, mask, block_mask, scale, query, key), query, key)
     return out, torch_flex.AuxOutput(lse=lse if return_aux.lse else None, max_scores=peak)
-
-
-def _way(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """How functions run that are no operands."""
-    against = compiled.why_not(call, query, key, value)
-    return f"by tiles: {'; '.join(against)}" if against else "in the kernel's own loop"
 
 
 def _read_both(
