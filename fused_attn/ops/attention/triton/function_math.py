@@ -79,7 +79,7 @@ def take(pointers, inside, INSIDE: tl.constexpr):
 @triton.jit
 def kind_of(kinds, m0, n0, row, col, sequence, head, UNIFORM: tl.constexpr):
     """What the list of blocks says of each pair; UNIFORM: a tile lies in one block."""
-    block_q, block_k = kinds.block
+    block_q, block_k = kinds.block[0] >> 8, kinds.block[1] >> 8
     pointers = kinds.ptr + sequence.batch.to(tl.int64) * (kinds.strides[0] >> 8)
     pointers += head.to(tl.int64) * (kinds.strides[1] >> 8)
     stride = kinds.strides[2] >> 8

@@ -240,10 +240,9 @@ class _Code:
                 self.lines.append(f"{place} = {name}")
                 outside.append(f"({place} < 0) | ({place} >= {size})")
                 name = f"tl.minimum(tl.maximum({place}, 0), {size} - 1)"
-            last = d == len(value.args) - 1
-            stride = f"{view}.last_stride" if last else f"({view}.strides[{d}] >> 8)"
-            cast = ".to(tl.int64)" if wide else ""
-            offsets.append(f"({name}){cast} * {stride}")
+            wide_name = f"({name}){'.to(tl.int64)' if wide else ''}"
+            dense = table.stride(d) == 1  # which the compiler has to know, to load many at once
+            offsets.append(wide_name if dense else f"{wide_name} * ({view}.strides[{d}] >> 8)")
         pointers = f"{view}.ptr + ({' + '.join(offsets)})" if offsets else f"{view}.ptr"
         kind = "tl.float32" if value.bounds is None else "tl.int32"
         by_key = any(_by_key(index, self.leaves) for index in value.args)

@@ -23,7 +23,6 @@ class LeafView(NamedTuple):
     ptr: Any
     strides: Any  # shifted, see `primitives.stride_of`; 0 where a vector is broadcast
     sizes: Any  # of a table, shifted
-    last_stride: Any
     last: Any = 1  # as that of View
 
 
@@ -32,7 +31,7 @@ class KindsView(NamedTuple):
 
     ptr: Any  # uint8
     strides: Any  # shifted
-    block: Any  # queries and keys of a block
+    block: Any  # queries and keys of a block, shifted
     last: Any = 1
 
 
@@ -81,7 +80,7 @@ def pairs_of(functions: PairFunctions, like: Tensor, slope: Value | None = None)
     kinds = None
     if functions.kinds is not None:
         tensor = functions.kinds.to(torch.uint8).contiguous()
-        kinds = KindsView(tensor, _outer(tensor)[:3], functions.block)
+        kinds = KindsView(tensor, _outer(tensor)[:3], tuple(map(shifted, functions.block)))
     return Pairs(helpers(functions, slope), PairViews(tuple(leaves) or (None,), kinds), functions)
 
 
@@ -90,10 +89,8 @@ def _leaf(leaf: Any, device: torch.device) -> LeafView:
     if tensor.dtype == torch.bool:
         tensor = tensor.view(torch.uint8)
     if leaf.place != "table":
-        return LeafView(tensor, _outer(tensor)[:2], (), 1)
-    sizes = tuple(shifted(size) for size in tensor.shape)
-    last = tensor.stride(-1) if tensor.dim() else 1
-    return LeafView(tensor, tuple(map(shifted, tensor.stride())), sizes, last)
+        return LeafView(tensor, _outer(tensor)[:2], (0,))
+    return LeafView(tensor, tuple(map(shifted, tensor.stride())), tuple(map(shifted, tensor.shape)))
 
 
 def _outer(tensor: Tensor) -> tuple[int, ...]:
