@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -121,12 +122,18 @@ def _backend(tensors: Sequence[Tensor | None]) -> tuple[Any, list[str]]:
     for backend in BACKENDS:
         why = getattr(backend, "why_not_functions", None)
         against = ["has no kernel that runs functions"] if why is None else why(problem)
-        if not against and (by_name := dispatch.only_by_name(backend, problem)):
+        if not against and (by_name := _only_by_name(backend, problem)):
             against = [f"{BY_NAME} ({by_name})"]
         if not against:
             return backend, []
         reasons += [f"{backend.NAME}: {reason}" for reason in against]
     return None, reasons
+
+
+def _only_by_name(backend: Any, problem: Any) -> str | None:
+    """Why a backend that could is not to run functions unless it is asked for."""
+    ask = getattr(backend, "only_by_name_functions", lambda problem: None)
+    return dispatch.only_by_name(SimpleNamespace(NAME=backend.NAME, only_by_name=ask), problem)
 
 
 def reads_values(backend: Any) -> bool:

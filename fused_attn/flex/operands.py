@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ops.attention.arguments import documents
-from ..ops.attention.problem import AttentionProblem, Operands, Options, describe, make_options
+from ..ops.attention.problem import AttentionProblem, Operands, Options, make_options
 from . import known
 from .call import Call
 from .expression import Node
@@ -15,11 +17,27 @@ from .expression import Node
 
 def problem_of(q: Any, k: Any = None, v: Any = None) -> AttentionProblem:
     """A call without its functions, as far as backends have to know of it."""
-    operands = Operands(q, q if k is None else k, q if v is None else v)
-    options = make_options(
-        max_seqlen_q=q.shape[2], max_seqlen_k=operands.k.shape[2], head_dim=q.shape[3]
+    shapes = (q.shape, (q if k is None else k).shape, (q if v is None else v).shape)
+    return _problem(shapes, q.dtype, q.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(
+    shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
+) -> AttentionProblem:
+    (batch, num_heads, seqlen_q, head_dim), (_, num_heads_kv, seqlen_k, _), of_v = shapes
+    return AttentionProblem(
+        device=device,
+        dtype=dtype,
+        batch=batch,
+        num_heads=num_heads,
+        num_heads_kv=num_heads_kv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=of_v[3],
+        options=make_options(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k, head_dim=head_dim),
     )
-    return describe(operands, options)
 
 
 def known_parts(call: Call, q: Tensor, k: Tensor) -> tuple[dict[str, Any], list[Node] | None]:

@@ -129,6 +129,14 @@ def why_not_functions(problem: AttentionProblem) -> list[str]:
     return why_not(problem)
 
 
+def only_by_name_functions(problem: AttentionProblem) -> str | None:
+    """As `only_by_name`; no self-test has functions yet, so on a GPU they always are."""
+    if triton_device.interpreted():
+        return only_by_name(problem)
+    size = max(problem.head_dim, problem.head_dim_v)
+    return verified.why_not("flex_attention", NAME, problem.device, problem.dtype, size)
+
+
 def why_not_gradient(load: Value, leaves: Sequence[Any]) -> str | None:
     """Why the gradient of what is loaded cannot be added up in a fixed order; None if it can."""
     from . import function_terms

@@ -13,6 +13,7 @@ import linecache
 import math
 import types
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -22,6 +23,8 @@ from torch import Tensor
 from ..functions import PairFunctions, Value
 from . import function_math
 
+# What the text calls is part of what a kernel's name has to tell: Triton keeps kernels by it.
+_MATH = Path(function_math.__file__).read_bytes()
 _INT32 = 1 << 31
 _MAX = "propagate_nan=tl.PropagateNan.ALL"
 # What an operation is of its arguments.
@@ -69,7 +72,7 @@ def helpers(functions: PairFunctions, slope: Value | None) -> Helpers:
 @functools.cache  # a call finds its own again, and Triton what it compiled for them
 def _compiled(source: str, pressure: int) -> Helpers:
     """The functions that a text defines; inspect, and so Triton, finds it by linecache."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(source.encode() + _MATH).hexdigest()[:16]
     source = source.replace("_pairs(", f"_pairs_{digest}(")
     name = f"fused_attn_functions_{digest}"
     file = f"<{name}>"
