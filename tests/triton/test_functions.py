@@ -230,6 +230,7 @@ def test_float16(name: str) -> None:
     check(*public(name), dtype=torch.float16)
 
 
+@pytest.mark.every
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(expressions.EXPRESSIONS, expressions.MASKS)
 def test_random_expressions(source: str, mask: str) -> None:
