@@ -164,9 +164,9 @@ def _compiling_new_ones(
 
 def all_calls(arch: int | str, everything: bool) -> dict[str, Callable[[], None]]:
     """The representative calls of every operation."""
-    from . import attention, bias_activation, layer_norm
+    from . import attention, bias_activation, functions, layer_norm
 
-    operations = (attention, layer_norm, bias_activation)
+    operations = (attention, functions, layer_norm, bias_activation)
     return {k: v for operation in operations for k, v in operation.calls(arch, everything).items()}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -11,7 +12,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from ..ops import dispatch
 from ..ops.attention.api import attention
-from ..runtime import autocast, checks, sequence
+from ..runtime import autocast, checks, sequence, subclasses
 from . import agreement, cache, compiled, known, tiles
 from .call import Call
 from .expression import MASK_INPUTS, SCORE_INPUTS, CannotRead, Expression
@@ -83,6 +84,42 @@ def flex_attention(
         )
     if return_lse and return_aux is not None:
         raise ValueError("`return_lse` must be False where `return_aux` is given")
+    wants_lse = return_lse or (return_aux is not None and return_aux.lse)
+    wants_peak = return_aux is not None and return_aux.max_scores
+
+    def run(q: Any, k: Any, v: Any, score: Any, mask: Any, around: Any = None) -> _Results:
+        return _attend(q, k, v, score, mask, scale, enable_gqa, wants_lse, wants_peak, around)
+
+    sharded = subclasses.door_of((query, key, value))
+    if sharded is not None:
+        out, lse, peak = sharded.flex_attention(run, (query, key, value), score_mod, block_mask)
+    else:
+        out, lse, peak = run(query, key, value, score_mod, block_mask)
+    if return_aux is None:
+        return (out, lse) if return_lse else out
+    return out, torch_flex.AuxOutput(lse=lse if return_aux.lse else None, max_scores=peak)
+
+
+_Results: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None]"
+
+
+def _attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    score_mod: Any,
+    block_mask: Any,
+    scale: float | None,
+    enable_gqa: bool,
+    wants_lse: bool,
+    wants_peak: bool,
+    around: Callable[[Tensor], Tensor] | None,
+) -> _Results:
+    """out, lse and the largest scores, as far as wanted.
+
+    Args:
+        around: put around each tensor that the change of scores captured.
+    """
     dtype = autocast.dtype_for(query)
     if dtype is not None:
         given = (query, key, value)  # what is no tensor is for the checks to refuse
@@ -90,28 +127,22 @@ def flex_attention(
     key, value = _check(query, key, value, enable_gqa, block_mask)
     scale = checks.expect_finite("scale", query.shape[-1] ** -0.5 if scale is None else scale)
     score, mask = _read_both(score_mod, block_mask, query)
-    wants_lse = return_lse or (return_aux is not None and return_aux.lse)
+    if around is not None and score is not None:
+        score = dataclasses.replace(score, captured=list(map(around, score.captured)))
     operands = _operands(score, mask, block_mask, query, key)
+    lse = None
     if operands is not None:
         found = attention(query, key, value, scale=scale, return_lse=wants_lse, **operands)
         out, lse = found if wants_lse else (found, None)
     else:
         call = _call(score, mask, block_mask, scale, query, key)
         if dispatch.is_watched():
-            dispatch.note(f"runs {_way(call, query, key, value)}")
+            dispatch.note(f"runs {compiled.way(call, query, key, value)}")
         out, lse = tiles.attend(call, query, key, value)
-    if return_aux is None:
-        return (out, lse) if return_lse else out
     peak = None
-    if return_aux.max_scores:
+    if wants_peak:
         peak = tiles.max_scores(_call(score, mask, block_mask, scale, query, key), query, key)
-    return out, torch_flex.AuxOutput(lse=lse if return_aux.lse else None, max_scores=peak)
-
-
-def _way(call: Call, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """How functions run that are no operands."""
-    against = compiled.why_not(call, query, key, value)
-    return f"by tiles: {'; '.join(against)}" if against else "in the kernel's own loop"
+    return out, lse, peak
 
 
 def _read_both(

@@ -1,7 +1,8 @@
 """Any functions inside of the kernels' own loop, where a backend can run their instructions.
 
 A backend runs them if it has `forward_with_functions`, `backward_with_functions` and
-`why_not_functions`. What none can run goes block by block (`tiles.py`).
+`why_not_functions`: as a program of instructions or, if it `READS_VALUES`, as values that it makes
+code of itself. What none can run goes block by block (`tiles.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.attention import BACKENDS
-from ..ops.attention.arguments import documents
-from ..ops.attention.problem import Operands, Options, make_options
-from . import known
+from ..ops.attention.functions import PairFunctions
+from ..ops.attention.functions import Sum as PairSum
+from ..ops.explanation import BY_NAME
+from . import operands
 from .blocks import ALL, kinds_of
 from .call import Call
 from .derivative import derivatives
@@ -38,13 +41,30 @@ _SUMS = {"one": "sum_one", "query": "sum_query", "key": "sum_key", "distance": "
 def why_not(call: Call, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     """Reasons why no kernel runs the functions of a call in its loop; empty if one does."""
     captured = call.captured()
-    _, reasons = _backend((q, k, v, *captured))
-    if not reasons:
+    backend, reasons = _backend((q, k, v, *captured))
+    if backend is not None:
         try:
-            _plan_of(call, q, k, v, captured)
+            _plan_of(backend, call, q, k, v, captured)
         except CannotCompile as error:
             reasons = [str(error)]
     return reasons
+
+
+def way(call: Call, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """How functions run that are no operands."""
+    against = why_not(call, q, k, v)
+    if against:
+        return f"by tiles: {'; '.join(against)}"
+    captured = call.captured()
+    backend, _ = _backend((q, k, v, *captured))
+    how = getattr(backend, "HOW_FUNCTIONS_RUN", "in the kernel's own loop")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in captured):
+        try:
+            with torch.enable_grad():
+                _plan_of(backend, call, q, k, v, captured).check_gradients()
+        except (CannotCompile, RecursionError) as error:
+            return f"{how}; its backward by tiles: {error}"
+    return how
 
 
 def forward(
@@ -61,11 +81,10 @@ def forward(
     if backend is None:
         return False
     try:
-        plan = _plan_of(call, q, k, v, captured)
+        plan = _plan_of(backend, call, q, k, v, captured)
     except CannotCompile:
         return False
-    functions = plan.functions(plan.program_of("score"))
-    backend.forward_with_functions(plan.operands, plan.options, functions, out, lse)
+    backend.forward_with_functions(plan.operands, plan.options, plan.forward(), out, lse)
     return True
 
 
@@ -83,13 +102,12 @@ def gradients(
     points = [x.detach().requires_grad_(n) for x, n in zip(captured, needs[3:], strict=True)]
     try:
         with torch.enable_grad():
-            plan = _plan_of(call, *qkv, points)
-        score, sums, totals = plan.backward()
+            plan = _plan_of(backend, call, *qkv, points)
+        functions, totals = plan.backward()
     except (CannotCompile, RecursionError):
         return None
     out, lse, dout, dlse = given
     found = [x.new_empty(x.shape) if need else None for x, need in zip(qkv, needs[:3], strict=True)]
-    functions = plan.functions(score, sums, totals)
     backend.backward_with_functions(
         plan.operands, plan.options, functions, out, lse, dout, dlse, *found
     )
@@ -100,26 +118,41 @@ def _backend(tensors: Sequence[Tensor | None]) -> tuple[Any, list[str]]:
     """The first that runs functions on such tensors, and else why none does."""
     if dispatch.is_traced() or not dispatch.is_plain(tensors):
         return None, ["no kernel can be looked into: operators are traced, or are a subclass's"]
-    reasons, device = [], next(x.device for x in tensors if x is not None)
+    reasons, problem = [], operands.problem_of(*tensors[:3])
     for backend in BACKENDS:
         why = getattr(backend, "why_not_functions", None)
-        against = ["has no kernel that runs functions"] if why is None else why(device)
+        against = ["has no kernel that runs functions"] if why is None else why(problem)
+        if not against and (by_name := _only_by_name(backend, problem)):
+            against = [f"{BY_NAME} ({by_name})"]
         if not against:
             return backend, []
         reasons += [f"{backend.NAME}: {reason}" for reason in against]
     return None, reasons
 
 
-def _plan_of(call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> _Plan:
+def _only_by_name(backend: Any, problem: Any) -> str | None:
+    """Why a backend that could is not to run functions unless it is asked for."""
+    ask = getattr(backend, "only_by_name_functions", lambda problem: None)
+    return dispatch.only_by_name(SimpleNamespace(NAME=backend.NAME, only_by_name=ask), problem)
+
+
+def reads_values(backend: Any) -> bool:
+    return getattr(backend, "READS_VALUES", False)
+
+
+def _plan_of(
+    backend: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]
+) -> _Plan:
     """The plan of a call; one made before where nothing was captured that may have changed."""
     if captured:
-        return _Plan(call, q, k, v, captured)
+        return _Plan(backend, call, q, k, v, captured)
     nodes = [None if e is None else e.nodes for e in (call.score, call.mask)]
     blocks = call.block_mask if hasattr(call.block_mask, "kv_num_blocks") else None
-    key = (*map(id, (*nodes, blocks)), q.shape, k.shape, v.shape, q.dtype, call.scale)
+    shapes = (q.shape, k.shape, v.shape)
+    key = (*map(id, (*nodes, blocks)), *shapes, q.dtype, q.device, call.scale, backend.NAME)
     kept = _plans.get(key)
     if kept is None or (kept.blocks is not None and kept.blocks() is None):
-        plan = _Plan(call, q, k, v, captured)
+        plan = _Plan(backend, call, q, k, v, captured)
         nobody = q.new_empty(0)  # a plan must not keep a call's tensors alive
         plan = plan.with_tensors(nobody, nobody, nobody)
         kept = _Kept(plan, nodes, None if blocks is None else weakref.ref(blocks))
@@ -152,14 +185,21 @@ class _Plan:
     """
 
     def __init__(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]
+        self,
+        backend: Any,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
     ) -> None:
         if min(*q.shape, *k.shape, *v.shape) == 0:
             raise CannotCompile("has nothing to compute")
         batch, heads, seqlen_q, _ = q.shape
         sizes = Sizes(batch, heads, seqlen_q, k.shape[2])
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.lowering = Lowering(sizes, wide, RULES)
+        self.backend = backend
+        self.lowering = Lowering(sizes, wide, RULES, reads_values(backend))
         self.mask: Value | None = None
         self.score: Value | None = None
         self._programs: dict[str, Tensor] = {}  # shared by all that has this plan
@@ -173,16 +213,17 @@ class _Plan:
                 self.kinds = None
             if call.mask is not None and not shown:
                 with torch.no_grad():
-                    vectors = Vectors(call.mask, masks, sizes)
-                    named, rest = _known_parts(call, q, k)
+                    vectors = Vectors(call.mask, masks, sizes, q.device)
+                    named, rest = operands.known_parts(call, q, k)
                     hidden_keys = self._read_mask(call.mask, vectors, rest)
             if call.score is not None:
-                self.score = self.lowering.lower(call.score, Vectors(call.score, mine, sizes))
+                vectors = Vectors(call.score, mine, sizes, q.device)
+                self.score = self.lowering.lower(call.score, vectors)
         except (IndexError, RuntimeError) as error:  # of the user's operations on whole vectors
             raise CannotCompile(f"fails where it is computed for all positions: {error}") from error
         if self.score is not None and self.score is self.lowering.score():
             self.score = None
-        self.operands, self.options = _operands(q, k, v, hidden_keys, call.scale, named)
+        self.operands, self.options = operands.made(q, k, v, hidden_keys, call.scale, named)
 
     def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
         """The same for other numbers of the same shapes."""
@@ -210,27 +251,68 @@ class _Plan:
                 )
         return keys
 
-    def backward(self) -> tuple[Tensor | None, Tensor | None, dict[Value, Tensor]]:
-        """Programs of the score with its slope, and of sums; what the sums are added up in."""
+    def forward(self) -> Any:
+        """The functions for the forward, as the backend takes them."""
+        if reads_values(self.backend):
+            return self.values()
+        return self.functions(self.program_of("score"))
+
+    def backward(self) -> tuple[Any, dict[Value, Tensor]]:
+        """The functions for the backward, and what gradients of leaves are added up in."""
         if self.score is None:
-            return None, None, {}
+            return self.forward(), {}
+        slope, parts = self._derivatives()
+        if reads_values(self.backend):
+            totals = {load: self._dense_total(load) for load in parts}
+            sums = [PairSum(load, part, totals[load]) for load, part in parts.items()]
+            return self.values(slope, sums), totals
+        totals = {load: self._total(self._leaf(load)) for load in parts}
+        return self.functions(*self._backward_programs(slope, parts), totals), totals
+
+    def check_gradients(self) -> None:
+        """Raises CannotCompile where the kernels cannot add up a gradient that is wanted."""
+        if self.score is not None:
+            self._derivatives()
+
+    def _derivatives(self) -> tuple[Value | None, dict[Value, Value]]:
+        """Of the changed score: by the score (None: 1), and by each load that wants a gradient."""
+        assert self.score is not None
         build, raw = self.lowering.build, self.lowering.score()
         loads = [x for x, leaf in self.lowering.loads.items() if leaf.source.requires_grad]
         parts = derivatives(build, self.score, [raw, *loads])
-        slope: Value | None = parts.get(raw, build.number(0.0))
-        assert slope is not None
-        if slope.operation != "constant":
+        slope = parts.pop(raw, build.number(0.0))
+        parts = {load: parts[load] for load in loads if load in parts}
+        if reads_values(self.backend):
+            for load in parts:
+                if reason := self.backend.why_not_gradient(load, self.lowering.leaves):
+                    raise CannotCompile(reason)
+        return (None if slope.is_constant(1.0) else slope), parts
+
+    def _backward_programs(
+        self, slope: Value | None, parts: dict[Value, Value]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Programs of the score with its slope, and of sums."""
+        build = self.lowering.build
+        if slope is not None and slope.operation != "constant":
             slope = build.select(build.visible(), slope, build.number(0.0))
-        elif slope.is_constant(1.0):
-            slope = None
         gradient, zero = build.make("load_gradient"), build.number(0.0)
         sums = []
-        for load in loads:
-            if load in parts:
-                value = build.select(build.visible(), build.mul(parts[load], gradient), zero)
-                sums.append(Sum(_SUMS.get(self._leaf(load).place, "sum_table"), load, value))
-        totals = {each.load: self._total(self._leaf(each.load)) for each in sums}
-        return program(self.score, slope), program(sums=sums) if sums else None, totals
+        for load, part in parts.items():
+            value = build.select(build.visible(), build.mul(part, gradient), zero)
+            sums.append(Sum(_SUMS.get(self._leaf(load).place, "sum_table"), load, value))
+        return program(self.score, slope), program(sums=sums) if sums else None
+
+    def values(self, slope: Value | None = None, sums: Sequence[PairSum] = ()) -> PairFunctions:
+        """The functions as values."""
+        leaves = self.lowering.leaves
+        return PairFunctions(self.mask, self.score, slope, self.kinds, self.block, leaves, sums)
+
+    def _dense_total(self, load: Value) -> Tensor:
+        """Room for a gradient: (B, H, n) of a vector, one for all heads of a table."""
+        sizes, like = self.lowering.sizes, self._leaf(load).tensor
+        heads = (sizes.batch, sizes.heads)
+        shape = like.shape if self._leaf(load).place == "table" else (*heads, like.shape[2])
+        return torch.empty(shape, dtype=torch.float32, device=self.operands.q.device)
 
     def _leaf(self, load: Value) -> Leaf:
         return self.lowering.loads[load]
@@ -285,10 +367,10 @@ def _of_captured(
     sources, given = [], []
     for load, total in totals.items():
         leaf = plan.lowering.loads[load]
-        if leaf.place == "table":
+        if leaf.place == "table" and total.dim() > leaf.tensor.dim():
             total = total.sum((0, 1))
         sources.append(leaf.source)
-        given.append(total.sum_to_size(leaf.source.shape).to(leaf.source.dtype))
+        given.append(total.sum_to_size(leaf.source.shape).to(leaf.source))
     wanted = [x for x in points if x.requires_grad]
     if not wanted:
         return [None] * len(points)
@@ -309,48 +391,3 @@ def _listed(block_mask: Any) -> tuple[Tensor | None, tuple[int, int]]:
         return None, (1, 1)
     size_q, size_k = block_mask.BLOCK_SIZE
     return kinds_of(block_mask).to(torch.int32).contiguous(), (size_q, size_k)
-
-
-def _known_parts(call: Call, q: Tensor, k: Tensor) -> tuple[dict[str, Any], list[Node] | None]:
-    """Arguments of `attention` for known parts of the mask, and the others; None: all of it.
-
-    Where blocks are listed, the lists decide, and what they show the operands could hide.
-    """
-    if call.mask is None or hasattr(call.block_mask, "kv_num_blocks"):
-        return {}, None
-    found, rest = known.parts_of(call.mask)
-    named = found.operands(q, k)
-    return ({}, None) if named is None else (named, rest)
-
-
-def _operands(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor | None,
-    scale: float,
-    named: dict[str, Any],
-) -> tuple[Operands, Options]:
-    ids: Any = (None, None)
-    if "document_ids" in named:
-        ids = documents(named["document_ids"], q, k)
-    operands = Operands(
-        q.detach(),
-        k.detach(),
-        v.detach(),
-        mask=seen,
-        key_lengths=named.get("key_lengths"),
-        query_documents=ids[0],
-        key_documents=ids[1],
-        prefix_lengths=named.get("prefix_lengths"),
-    )
-    options = make_options(
-        max_seqlen_q=q.shape[2],
-        max_seqlen_k=k.shape[2],
-        head_dim=q.shape[3],
-        scale=scale,
-        causal=named.get("causal", False),
-        window=named.get("window"),
-        chunk=named.get("chunk"),
-    )
-    return operands, options

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..runtime import subclasses
+
 aten: Any = torch.ops.aten
 
 MASK_INPUTS = ("b", "h", "q_idx", "kv_idx")
@@ -219,6 +221,11 @@ class _Reader(TorchDispatchMode):
     def node_of(self, tensor: Tensor) -> Node:
         """Of a result; a tensor that nothing here made is captured."""
         node = self._known.get(id(tensor))
+        if node is None and subclasses.door_of((tensor,)) is not None:
+            raise CannotRead(
+                f"`{self.what}` captured a DTensor{_line_of_user()}; it may capture tensors that "
+                "every rank has whole: `full_tensor()`"
+            )
         if node is None:
             node = Node(None, captured=len(self.captured))
             self.captured.append(tensor)

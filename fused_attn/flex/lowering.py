@@ -38,12 +38,14 @@ class Leaf:
         source: as torch made it, perhaps with a history.
         tensor: as the kernels read it.
         batch_and_head_first: of a table whose first indices are b and h.
+        name: of the input that a vector is no more than, or "".
     """
 
     place: str
     source: Tensor
     tensor: Tensor
     batch_and_head_first: bool = False
+    name: str = ""
 
 
 class Lowering:
@@ -52,9 +54,18 @@ class Lowering:
     Args:
         wide: the dtype of scores.
         rules: what makes a value of a node, by the name of its operation (`rules.py`).
+        computes_positions: whole numbers made of positions alone are computed pair by pair, not
+            loaded from vectors.
     """
 
-    def __init__(self, sizes: Sizes, wide: torch.dtype, rules: Mapping[str, Rule]) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        wide: torch.dtype,
+        rules: Mapping[str, Rule],
+        computes_positions: bool = False,
+    ) -> None:
+        self.computes_positions = computes_positions
         self.rules = rules
         self.build = Builder()
         self.leaves: list[Leaf] = []
@@ -93,19 +104,23 @@ class Lowering:
             return self.build.number(struct.unpack("f", struct.pack("f", value.constant))[0])
         return self.build.make("to_float32", value)
 
-    def add_leaf(self, place: str, source: Tensor, first: bool = False) -> tuple[int, Any]:
+    def add_leaf(
+        self, place: str, source: Tensor, first: bool = False, name: str = ""
+    ) -> tuple[int, Any]:
         """The number of a leaf and the bounds of its whole numbers, None of real ones."""
         plain = source.detach()
         real = plain.is_floating_point()
         if not real and plain.dtype not in _WHOLE:
             plain = plain.long()
         bounds = None
-        if not real:
+        if name:  # known without a look at a device
+            bounds = (0, self.sizes.of(name) - 1)
+        elif not real:
             low, high = (int(x) for x in plain.aminmax()) if plain.numel() else (0, 0)
             bounds = (low, high)
         if place != "table":
             plain = plain.to(self.wide if real else torch.int32).contiguous()
-        self.leaves.append(Leaf(place, source, plain, first))
+        self.leaves.append(Leaf(place, source, plain, first, name))
         return len(self.leaves) - 1, bounds
 
 
@@ -122,15 +137,26 @@ class Nodes:
             place = self.vectors.place(node)
             if self._inputs.get(node) == "score":
                 self._values[node] = self.owner.score()
-            elif place is not None:
-                self._values[node] = self._vector(node, place)
-            else:
+            elif place is None:
                 self._values[node] = self._computed(node)
+            else:
+                self._values[node] = self._of_positions(node) or self._vector(node, place)
         return self._values[node]
+
+    def _of_positions(self, node: Node) -> Value | None:
+        """What could be a vector, where it is computed for each pair."""
+        if not self.owner.computes_positions or node in self._inputs or not node.varies:
+            return None
+        if not self.vectors.by_positions(node):
+            return None
+        try:
+            return self._computed(node)
+        except CannotCompile:
+            return None
 
     def _vector(self, node: Node, place: str) -> Value:
         source = self.vectors.vector(node)
-        number, bounds = self.owner.add_leaf(place, source)
+        number, bounds = self.owner.add_leaf(place, source, name=self._inputs.get(node, ""))
         name = f"load_{place}" + ("" if bounds is None else "_int")
         load = self.build.make(name, bounds=bounds, leaf=number)
         if bounds is None:

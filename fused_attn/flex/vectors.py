@@ -36,6 +36,11 @@ class Sizes:
     seqlen_q: int
     seqlen_k: int
 
+    def of(self, name: str) -> int:
+        """How many numbers an input may be."""
+        lengths = {"b": self.batch, "h": self.heads, "q_idx": self.seqlen_q}
+        return lengths.get(name, self.seqlen_k)
+
     def along(self, place: str) -> int:
         """Numbers of a vector."""
         lengths = {"one": 1, "query": self.seqlen_q, "key": self.seqlen_k}
@@ -47,14 +52,17 @@ class Vectors:
 
     Args:
         captured: the tensors that it captured, as they are to be differentiated.
+        device: where the vectors are made.
     """
 
-    def __init__(self, expression: Expression, captured: list[Tensor], sizes: Sizes) -> None:
+    def __init__(
+        self, expression: Expression, captured: list[Tensor], sizes: Sizes, device: torch.device
+    ) -> None:
         self.sizes = sizes
         self._captured = captured
         self._reader = Reader(expression)
-        device = captured[0].device if captured else torch.device("cpu")
         self._device = device
+        self._by_positions: dict[Node, bool] = {}
         inputs = {
             "b": torch.arange(sizes.batch, device=device)[:, None, None, None],
             "h": torch.arange(sizes.heads, device=device)[:, None, None],
@@ -79,6 +87,14 @@ class Vectors:
                 found = frozenset().union(*parts)
             self._depends[node] = found
         return found
+
+    def by_positions(self, node: Node) -> bool:
+        """Whether a node is a whole number made of positions alone, without what was captured."""
+        if node not in self._by_positions:
+            inside = [self.by_positions(x) for x in nodes_in((node.args, node.options))]
+            whole = node.dtype is not None and not node.dtype.is_floating_point
+            self._by_positions[node] = whole and node.captured < 0 and all(inside)
+        return self._by_positions[node]
 
     def place(self, node: Node) -> str | None:
         """What the node's vector goes along; None where it depends on more than one index."""

@@ -73,7 +73,7 @@ def split_causal_bias(
 _DOOR_OF_DTENSORS = "fused_attn.integrations.distributed.dtensors"
 
 
-def _door_of(tensors: Iterable[Any]) -> ModuleType | None:
+def door_of(tensors: Iterable[Any]) -> ModuleType | None:
     """The door for sharded tensors, where there is one among `tensors`."""
     sharded = sys.modules.get("torch.distributed.tensor")  # who has one has loaded it
     if sharded is None or not any(isinstance(x, sharded.DTensor) for x in tensors):
@@ -88,12 +88,12 @@ def understand(operands: Iterable[Any]) -> None:
         TypeError: DTensors came together with plain tensors.
     """
     operands = operands if isinstance(operands, tuple) else tuple(operands)
-    door = _door_of(operands)
+    door = door_of(operands)
     if door is not None:
         door.understand(operands)
 
 
 def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor`, which is not sharded, beside `like`, which may be: one for all ranks then."""
-    door = None if type(like) in _PLAIN else _door_of((like,))
+    door = None if type(like) in _PLAIN else door_of((like,))
     return tensor if door is None else door.replicated_like(tensor, like)

@@ -17,6 +17,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from ...ops.operations import OPERATIONS
+from . import flex
 from .rules import RULES, Rule
 
 TORCHS_CONTEXT = "torch.distributed.tensor.experimental._context_parallel._attention"
@@ -95,6 +96,11 @@ def _refuse_reordered(operands: tuple[Any, ...]) -> None:
             "does not know\nhint: `fused_attn.integrations.distributed.context_parallel`, on "
             "`q.to_local()`"
         )
+
+
+def flex_attention(run: Any, tensors: tuple[Any, Any, Any], score_mod: Any, block_mask: Any) -> Any:
+    """`flex_attention` of DTensors; as `flex.attend`."""
+    return flex.attend(run, tensors, score_mod, block_mask)
 
 
 def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -82,9 +82,9 @@ def backward(
         _clear_past_the_end(operands.cu_seqlens_k, (dk, 0.0), (dv, 0.0))
 
 
-def why_not_functions(device: torch.device) -> list[str]:
+def why_not_functions(problem: AttentionProblem) -> list[str]:
     """Why no function of pairs can run there (`flex`); see `csrc/attention/functions.h`."""
-    return native.why_not_on(device)
+    return native.why_not_on(problem.device)
 
 
 def forward_with_functions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ....runtime import verified
 from ....runtime.triton import device as triton_device
+from ..functions import PairFunctions, Value
 from ..problem import NO_WEIGHTS, AttentionProblem, Operands, Options
 from . import config
 
@@ -115,6 +117,55 @@ def backward(
     dbias: Tensor | None,
 ) -> None:
     _launchers().backward(operands, options, out, lse, dout, dlse, dweights, (dq, dk, dv, dbias))
+
+
+# Functions of pairs are given as values, of which this backend makes its own code.
+READS_VALUES = True
+HOW_FUNCTIONS_RUN = "in the loop of the Triton kernels"
+
+
+def why_not_functions(problem: AttentionProblem) -> list[str]:
+    """Why no function of pairs can run there (`flex`); see `function_source.py`."""
+    return why_not(problem)
+
+
+def only_by_name_functions(problem: AttentionProblem) -> str | None:
+    """As `only_by_name`; no self-test has functions yet, so on a GPU they always are."""
+    if triton_device.interpreted():
+        return only_by_name(problem)
+    size = max(problem.head_dim, problem.head_dim_v)
+    return verified.why_not("flex_attention", NAME, problem.device, problem.dtype, size)
+
+
+def why_not_gradient(load: Value, leaves: Sequence[Any]) -> str | None:
+    """Why the gradient of what is loaded cannot be added up in a fixed order; None if it can."""
+    from . import function_terms
+
+    if leaves[load.leaf].place != "table" or function_terms.table_indices(load, leaves):
+        return None
+    return "wants the gradient of a table that is indexed by more than plain positions"
+
+
+def forward_with_functions(
+    operands: Operands, options: Options, functions: PairFunctions, out: Tensor, lse: Tensor
+) -> None:
+    _launchers().forward(operands, options, out, lse, functions)
+
+
+def backward_with_functions(
+    operands: Operands,
+    options: Options,
+    functions: PairFunctions,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> None:
+    grads = (dq, dk, dv, None)
+    _launchers().backward(operands, options, out, lse, dout, dlse, None, grads, functions)
 
 
 def _launchers() -> Any:

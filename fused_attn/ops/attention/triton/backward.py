@@ -139,7 +139,7 @@ def _keys_in_order(q, k, v, dout, statistics, dk, dv, dweights, n0, sequence, he
     """Gradients of KEYS keys and values anew, in order, in tiles that take few registers."""
     unlisted = Terms(terms.bias, terms.mask, terms.padding, terms.key_ranges, terms.key_lengths,
                      terms.alibi_slopes, terms.cu_seqlens_q, terms.cu_seqlens_k, terms.rng,
-                     terms.query_ids, terms.key_ids, terms.prefix_lengths)  # fmt: skip
+                     terms.query_ids, terms.key_ids, terms.prefix_lengths, terms.pairs)  # fmt: skip
     last = sequence.start_k + sequence.len_k - 1
     for part in tl.range(0, tl.cdiv(tl.minimum(KEYS, sequence.len_k - n0), CONFIG.BLOCK_N)):
         n = n0 + part * CONFIG.BLOCK_N
@@ -180,7 +180,10 @@ def _attention_backward_dkdv_kernel(
     if n0 >= sequence.len_k:
         return
     BOUNDED: tl.constexpr = (
-        (terms.bias is not None) or (terms.mask is not None) or (dweights is not None)
+        (terms.bias is not None)
+        or (terms.mask is not None)
+        or (dweights is not None)
+        or CONFIG.PAIRS
     )
     bounds, tiles = visible_queries(n0, sequence, terms, sizes, params, BOUNDED, CONFIG)
     a, b, c, d = tiles
@@ -297,7 +300,7 @@ def _queries_in_order(q, k, v, dout, statistics, dq, dweights, m0, sequence, hea
     """Gradients of ROWS queries anew, in order, in tiles that take few registers."""
     unlisted = Terms(terms.bias, terms.mask, terms.padding, terms.key_ranges, terms.key_lengths,
                      terms.alibi_slopes, terms.cu_seqlens_q, terms.cu_seqlens_k, terms.rng,
-                     terms.query_ids, terms.key_ids, terms.prefix_lengths)  # fmt: skip
+                     terms.query_ids, terms.key_ids, terms.prefix_lengths, terms.pairs)  # fmt: skip
     last = sequence.start_q + sequence.len_q - 1
     for part in tl.range(0, tl.cdiv(tl.minimum(ROWS, sequence.len_q - m0), CONFIG.BLOCK_M)):
         m = m0 + part * CONFIG.BLOCK_M

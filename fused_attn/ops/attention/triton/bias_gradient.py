@@ -16,9 +16,12 @@ from .visibility import is_visited, keys_of_query, present_keys
 
 
 @triton.jit
-def _gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, head, terms, sizes,
+def gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, head, terms, sizes,
                       params, CONFIG: tl.constexpr):  # fmt: skip
-    """Gradient of one tile of scores before the softcap's slope, of which a bias knows nothing."""
+    """Gradient of one tile of scores before the softcap's slope, of which a bias knows nothing.
+
+    Where there are functions of pairs their slope is that by what is wanted.
+    """
     first, end, _holes = present_keys(terms, sequence.batch, sequence.len_k)
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     index, head_kv = sequence.index, head // sizes.group
@@ -38,7 +41,8 @@ def _gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, hea
     ds, _p = score_gradient(
         query, key, doutput, value, (q, head, first_q, last_q), (k, head_kv, first_k, last_k),
         (dout, head, first_q, last_q), (v, head_kv, first_k, last_k), m0, n0, bounds, statistics,
-        delta, dweights, sequence, head, terms, sizes, params, noisy, True, False, False, CONFIG,
+        delta, dweights, sequence, head, terms, sizes, params, noisy, True, False, CONFIG.PAIRS,
+        CONFIG,
     )  # fmt: skip
     return ds
 
@@ -80,7 +84,7 @@ def _attention_bias_gradient_kernel(
         m0, n0 = (tile_m + m) * CONFIG.BLOCK_M, (tile_n + n) * CONFIG.BLOCK_N
         inside = (m0 < sequence.len_q) & (n0 < sequence.len_k)  # of a shorter packed sequence
         if inside & is_visited(m0, n0, head, sequence, terms, params, CONFIG):
-            acc += _gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, head,
+            acc += gradient_of_tile(q, k, v, dout, statistics, dweights, m0, n0, sequence, head,
                                      terms, sizes, params, CONFIG)  # fmt: skip
     row = tile_m * CONFIG.BLOCK_M + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     col = tile_n * CONFIG.BLOCK_N + tl.arange(0, CONFIG.BLOCK_N)[None, :]

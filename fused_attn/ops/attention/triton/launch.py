@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
+from ..functions import PairFunctions, Sum
 from ..problem import LOWER_RIGHT, Operands, Options
 from . import config
 from .backward import (
@@ -18,7 +19,9 @@ from .backward import (
 )
 from .bias_gradient import _attention_bias_gradient_kernel
 from .decode import _attention_combine_kernel, _attention_decode_kernel
+from .distance_gradient import _attention_distance_gradient_kernel
 from .forward import _attention_forward_kernel
+from .function_terms import Pairs, pairs_of, table_indices
 from .launcher import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
@@ -34,9 +37,16 @@ from .tiles import COMBINE, AttentionTile
 from .weights import _attention_weights_delta_kernel, _attention_weights_kernel
 
 
-def forward(operands: Operands, options: Options, out: Tensor, lse: Tensor | None) -> None:
+def forward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor | None,
+    functions: PairFunctions | None = None,
+) -> None:
     with triton_device.on_device_of(operands.q):
-        launcher = Launcher(operands, options, FORWARD_PRODUCTS)
+        pairs = None if functions is None else pairs_of(functions, operands.q)
+        launcher = Launcher(operands, options, FORWARD_PRODUCTS, pairs=pairs)
         plan = launcher.plan
         far = has_far_rows(out)
         result = torch.empty(out.shape, dtype=out.dtype, device=out.device) if far else out
@@ -140,12 +150,16 @@ def backward(
     dlse: Tensor | None,
     dweights: Tensor | None,
     grads: tuple[Tensor | None, ...],
+    functions: PairFunctions | None = None,
 ) -> None:
     dq, dk, dv, dbias = grads
-    if _may_see_nothing(operands, options):  # such a row may have any gradient, and 0 * NaN is NaN
+    if functions is not None or _may_see_nothing(
+        operands, options
+    ):  # such a row may have any gradient, and 0 * NaN is NaN
         dout = torch.where((lse == -math.inf)[..., None], 0.0, dout)
     with triton_device.on_device_of(out):
-        launcher = Launcher(operands, options, BACKWARD_PRODUCTS, dweights)
+        pairs = None if functions is None else pairs_of(functions, operands.q, functions.slope)
+        launcher = Launcher(operands, options, BACKWARD_PRODUCTS, dweights, pairs)
         if launcher.plan.packed:
             for grad in (dq, dk, dv):
                 if grad is not None:
@@ -159,6 +173,11 @@ def backward(
         _queries(launcher, given, shares, dq)
         if dbias is not None:
             _bias(launcher, given, shares, dbias)
+        if functions is None:
+            return
+        for wanted in functions.sums:
+            own = pairs_of(functions, operands.q, wanted.part)
+            _leaf(Launcher(operands, options, BACKWARD_PRODUCTS, None, own), own, given, wanted)
 
 
 def _may_see_nothing(operands: Operands, options: Options) -> bool:
@@ -192,7 +211,8 @@ def _statistics(
         lse,
         statistics,
     )
-    name = "statistics" if launcher.operands.bias is None else "weights"
+    plain = launcher.operands.bias is None and launcher.pairs is None
+    name = "statistics" if plain else "weights"
     tile = config.tile(name, launcher.problem)
     _launch_by_rows(launcher, _attention_statistics_kernel, tile, *given)
     return statistics
@@ -295,3 +315,56 @@ def _bias(
     )
     if splits > 1:
         torch.sum(partial, 0, out=dbias)
+
+
+def _leaf(launcher: Launcher, pairs: Pairs, given: tuple[Any, ...], wanted: Sum) -> None:
+    """Gradient of a leaf of functions: as that of a bias which is broadcast as the leaf is."""
+    plan, total = launcher.plan, wanted.total
+    leaf = pairs.functions.leaves[wanted.load.leaf]
+    if leaf.place == "distance":
+        _by_distance(launcher, given, total)
+        return
+    if leaf.place != "table":
+        rows = plan.seqlen_q if leaf.place == "query" else 1
+        cols = plan.seqlen_k if leaf.place == "key" else 1
+        _bias(launcher, given, None, total.view(*total.shape[:2], rows, cols))
+        return
+    names = table_indices(wanted.load, pairs.functions.leaves)
+    assert names is not None  # `why_not_gradient` asked
+    sizes = (plan.batch, plan.num_heads, plan.seqlen_q, plan.seqlen_k)
+    whole = dict(zip(("b", "h", "q_idx", "kv_idx"), sizes, strict=True))
+    summed = torch.empty(
+        [size if name in names else 1 for name, size in whole.items()],
+        dtype=torch.float32,
+        device=total.device,
+    )
+    _bias(launcher, given, None, summed)
+    summed = summed.squeeze([n for n, name in enumerate(whole) if name not in names])
+    present = [name for name in whole if name in names]
+    summed = summed.permute([present.index(name) for name in names])
+    total.zero_()[tuple(slice(0, size) for size in summed.shape)] = summed
+
+
+def _by_distance(launcher: Launcher, given: tuple[Any, ...], total: Tensor) -> None:
+    """Sums along diagonals, (B, H, Lq + Lk - 1), from query - key = 1 - Lk on."""
+    plan = launcher.plan
+    tile = config.tile("bias", launcher.problem)
+    block = min(tile.block_m, tile.block_n)
+    tile = tile._replace(block_m=block, block_n=block)
+    tiles_m, tiles_n = triton.cdiv(plan.seqlen_q, block), triton.cdiv(plan.seqlen_k, block)
+    shape = (plan.batch, plan.num_heads, tiles_m + tiles_n - 1, 2, block)
+    partial = torch.empty(shape, dtype=torch.float32, device=total.device)
+    triton_device.launch(
+        _attention_distance_gradient_kernel,
+        math.prod(shape[:3]),
+        *(*given, partial, tiles_m, tiles_n),
+        *(launcher.terms_of(tile), *plan.scalars),
+        launcher.config(tile),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    # A diagonal's second half goes on where the first half of the next one starts.
+    pad = torch.nn.functional.pad
+    joined = pad(partial[..., 0, :], (0, 0, 0, 1)) + pad(partial[..., 1, :], (0, 0, 1, 0))
+    first = tiles_n * block - plan.seqlen_k
+    total.copy_(joined.flatten(2)[..., first : first + total.shape[2]])

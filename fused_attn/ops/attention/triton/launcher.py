@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ....runtime import philox
@@ -18,8 +17,11 @@ from ....runtime.triton import device as triton_device
 from ....runtime.triton import tuning
 from ..problem import LOWER_RIGHT, NONE, Operands, Options
 from . import config
+from .function_source import Helpers
+from .function_terms import Pairs
+from .kernel_config import KernelConfig
 from .padding import padding_of
-from .primitives import STRIDE_SHIFT, ScoreParams, ScoreView, Sizes, Terms, View, Visits
+from .primitives import ScoreParams, ScoreView, Sizes, Terms, View, Visits, shifted
 from .tiles import AttentionTile
 from .visits import GRAIN, Cells, document_cells, mask_cells, meet, own_sizes, visits
 
@@ -28,24 +30,6 @@ FORWARD_PRODUCTS, WEIGHTS_PRODUCTS, BACKWARD_PRODUCTS = 2, 1, 7
 _UNLIMITED = 1 << 30
 
 triton_device.tiles_depend_on(Path(__file__).parent)
-
-
-class KernelConfig(str):
-    """The compile-time numbers of a kernel, as the attributes of one constant.
-
-    It is its own text, because Triton's hooks write the constants of a kernel as JSON.
-    """
-
-    def __new__(cls, **values: Any) -> KernelConfig:
-        config = super().__new__(cls, ", ".join(f"{k}={v}" for k, v in values.items()))
-        for name, value in values.items():
-            # The interpreter takes a constant within a constant for what it is.
-            bare = isinstance(value, KernelConfig) and triton_device.interpreted()
-            setattr(config, name, value if bare else tl.constexpr(value))
-        return config
-
-    def __repr__(self) -> str:
-        return f"KernelConfig({self})"
 
 
 # Offsets within a tile of rows take 32 bits: up to 128 rows this far apart.
@@ -74,17 +58,12 @@ def score_view(tensor: Tensor | None, seqlen_k: int) -> ScoreView | None:
     if tensor is None:
         return None
     sizes = zip(tensor.shape[:3], tensor.stride(), strict=False)
-    outer = [_shifted(0 if size == 1 else stride) for size, stride in sizes]
+    outer = [shifted(0 if size == 1 else stride) for size, stride in sizes]
     if tensor.dim() == 3:
         return ScoreView(tensor, tuple(outer))
     bytes_of_bool = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     last = tensor.stride(3) if tensor.shape[3] > 1 else int(seqlen_k == 1)
     return ScoreView(bytes_of_bool, (*outer, last))
-
-
-def _shifted(stride: int) -> int:
-    """As `primitives.stride_of` takes it: neither 1 nor a multiple of 16."""
-    return (stride << STRIDE_SHIFT.value) + 8
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -137,6 +116,7 @@ class LaunchPlan:
         sequences: int | None,
         precision: str,
         arch: int,
+        functions: Helpers | None,
     ) -> None:
         (batch, num_heads, seqlen_q, head_dim), (_, num_heads_kv, seqlen_k, _), v_shape = shapes
         bias, mask, padding, alibi, rng, dweights, documents = given
@@ -144,7 +124,14 @@ class LaunchPlan:
             max(head_dim, v_shape[3]),
             dtype.itemsize,
             arch,
-            bias + mask + padding + rng + dweights + documents + (options.softcap > 0),
+            bias
+            + mask
+            + padding
+            + rng
+            + dweights
+            + documents
+            + (options.softcap > 0)
+            + (0 if functions is None else functions.pressure),
             triton_device.shared_memory(device),
         )
         self.packed = sequences is not None
@@ -170,11 +157,19 @@ class LaunchPlan:
             or bias
             or mask
             or alibi
-            or documents,
-            "HIDES": bias or mask or documents,  # in every tile
+            or documents
+            or functions is not None,
+            # In every tile.
+            "HIDES": bias or mask or documents or functions is not None,
             "CHUNKED": options.chunk > 0,
             "PRECISION": precision,
         }
+        if functions is not None:
+            self.constants |= {
+                "PAIRS": True,
+                "LOAD_PAIRS": functions.load,
+                "CHANGE_PAIRS": functions.change,
+            }
         multiprocessors = triton_device.multiprocessors(device)
         self.decode_rows = self.seqlen_q * self.group
         self.splits = config.decode_splits(
@@ -207,6 +202,7 @@ class Launcher:
         options: Options,
         products: int,
         dweights: Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> None:
         q, k, v, bias, mask, padding, _, alibi, cu_seqlens_q, _, rng, *_ = operands
         self.operands = operands
@@ -223,8 +219,12 @@ class Launcher:
             None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
             precision(q.dtype, triton_device.arch(q.device)),
             triton_device.arch(q.device),
+            None if pairs is None else pairs.key,
         )
         self.terms = _terms(operands)
+        self.pairs = pairs
+        if pairs is not None:
+            self.terms = self.terms._replace(pairs=pairs.views)
         self._products = products
         self.align(bias, mask, dweights)
         self._cells: Cells | None = None
@@ -245,6 +245,8 @@ class Launcher:
 
     def config(self, tile: AttentionTile, **more: Any) -> KernelConfig:
         """Compile-time constants of a kernel of this call."""
+        if self.pairs is not None:
+            more["UNIFORM"] = self.pairs.is_uniform(tile, self.plan.splits > 1)
         found = None if more else self.plan.configs.get((tile, self._aligned))
         if found is None:
             more["ALIGNED"] = self._aligned
@@ -283,7 +285,9 @@ class Launcher:
     def decode_terms_of(self, tile: AttentionTile) -> Terms:
         """As `terms_of`; heads that share a tile have one list if they have one mask."""
         mask, plan = self.operands.mask, self.plan
-        if mask is not None and plan.group > 1 and own_sizes(mask)[1] > 1:
+        many = mask is not None and own_sizes(mask)[1] > 1
+        many |= self.pairs is not None and not self.pairs.lists_are_shared()
+        if many and plan.group > 1:
             return self.terms
         products = config.decode_products(plan.problem, plan.decode_rows)
         return self._terms_with_lists(tile, products, False)
@@ -312,6 +316,9 @@ class Launcher:
         listed = ids is not None and not plan.packed  # whose sequences start within a cell
         if listed and config.lists_pay(plan.problem, pairs // GRAIN**2, scores, products):
             found.append(document_cells(ids, self.terms.key_ids))
+        given = self.pairs
+        if given is not None and given.lists_pay(plan.problem, scores, products):
+            found.append(given.cells(plan.seqlen_q, plan.seqlen_k))
         return functools.reduce(meet, found) if found else None
 
     def descriptors(self, *tensors: tuple[Tensor, int]) -> tuple[Any, ...]:

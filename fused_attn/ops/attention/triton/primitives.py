@@ -31,6 +31,11 @@ ROW_UNIT = tl.constexpr(16)
 STRIDE_SHIFT = tl.constexpr(8)
 
 
+def shifted(stride: int) -> int:
+    """As `stride_of` takes it: neither 1 nor a multiple of 16."""
+    return (stride << STRIDE_SHIFT.value) + 8
+
+
 class ScoreView(NamedTuple):
     """A tensor with an element for each score, (B, H, Lq, Lk), as a kernel sees it."""
 
@@ -54,6 +59,7 @@ class Terms(NamedTuple):
     query_ids: Any  # (B, Lq) int32 or int64, dense: which document
     key_ids: Any  # (B, Lk)
     prefix_lengths: Any  # View (B,) int64
+    pairs: Any = None  # PairViews, what functions of pairs load from
     visits: Any = None  # Visits by the tiles of the kernel
     last: Any = None  # as that of View
 

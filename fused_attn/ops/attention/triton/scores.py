@@ -50,7 +50,9 @@ def same_document(row, col, sequence, terms, sizes):
 @triton.jit
 def load_terms(m0, n0, row, col, sequence, head, terms, sizes, INSIDE: tl.constexpr,
                CONFIG: tl.constexpr):  # fmt: skip
-    """A tile of bias, and of bool mask and documents in one; 0 for what is absent.
+    """A tile of bias, of bool mask and documents in one, and what functions of pairs load.
+
+    0 for what is absent.
 
     INSIDE: all keys of the tile exist.
 
@@ -59,6 +61,7 @@ def load_terms(m0, n0, row, col, sequence, head, terms, sizes, INSIDE: tl.conste
     """
     bias = 0.0
     keep = 0
+    extra = 0
     if terms.bias is not None:
         bias = load_scores(terms.bias, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
     if terms.mask is not None:
@@ -66,7 +69,10 @@ def load_terms(m0, n0, row, col, sequence, head, terms, sizes, INSIDE: tl.conste
     if terms.query_ids is not None:
         same = same_document(row, col, sequence, terms, sizes)
         keep = same if terms.mask is None else same & (keep != 0)
-    return bias, keep
+    if CONFIG.PAIRS:
+        extra = CONFIG.LOAD_PAIRS(m0, n0, row, col, sequence, head, terms.pairs, INSIDE,
+                                  CONFIG.UNIFORM)  # fmt: skip
+    return bias, keep, extra
 
 
 @triton.jit
@@ -81,8 +87,9 @@ def load_scores(view, m0, n0, row, col, sequence, head, INSIDE: tl.constexpr,
 
 
 @triton.jit
-def score(qk, loaded, row, col, sequence, head, terms, params, CONFIG: tl.constexpr):
-    """Score of `fused_attn.attention` from q k^T: (s, scale, slope of the softcap).
+def score(qk, loaded, m0, n0, row, col, sequence, head, terms, params, INSIDE: tl.constexpr,
+          CONFIG: tl.constexpr):  # fmt: skip
+    """Score of `fused_attn.attention` from q k^T: (s, scale, slope of the softcap or a function).
 
     The score is `s * scale`, scale > 0. What is `loaded` hides already: a bias of -inf, the bool
     mask, documents.
@@ -90,8 +97,11 @@ def score(qk, loaded, row, col, sequence, head, terms, params, CONFIG: tl.conste
     slope = 1.0
     if not CONFIG.MODIFIED:
         return qk, params.scale, slope
-    bias, keep = loaded
+    bias, keep, extra = loaded
     s = qk * params.scale
+    if CONFIG.PAIRS:
+        s, slope = CONFIG.CHANGE_PAIRS(s, extra, m0, n0, row, col, sequence, head, terms.pairs,
+                                       INSIDE)  # fmt: skip
     if CONFIG.SOFTCAP:
         t = tanh(s / params.softcap)
         s = params.softcap * t
@@ -153,7 +163,8 @@ def scores(left, right, from_left, from_right, m0, n0, row, col, bounds, sequenc
             if noisy != 0:
                 qk = products_in_order(from_left, from_right, sequence.index, LEFT, RIGHT,
                                        CONFIG.HEAD_DIM)  # fmt: skip
-    s, scale, slope = score(qk, loaded, row, col, sequence, head, terms, params, CONFIG)
+    s, scale, slope = score(qk, loaded, m0, n0, row, col, sequence, head, terms, params, not MASKED,
+                            CONFIG)  # fmt: skip
     if MASKED:
         s = hide(s, row, col, bounds, sequence, terms, sizes, params, TRANSPOSED, CONFIG)
     return s, scale, slope, qk
@@ -173,7 +184,7 @@ def probabilities(left, right, from_left, from_right, m0, n0, row, col, bounds, 
                                   TRANSPOSED, CONFIG)  # fmt: skip
     CAREFUL: tl.constexpr = IN_ORDER or (noisy is not None)
     at = first_row(sequence, head, sizes) + tl.minimum(row, sequence.len_q - 1)
-    if CAREFUL or (terms.bias is not None):
+    if CAREFUL or (terms.bias is not None) or CONFIG.PAIRS:
         s = s - tl.load(statistics.anchor + at)
     exponent = s * (scale * LOG2E) - tl.load(statistics.log + at)
     if CAREFUL:

@@ -136,7 +136,7 @@ def _attention_statistics_kernel(
     from_q = (q, head, first_query, last)
     again = tl.max(coarse.to(tl.int32), 0) != 0
     peak, total = tl.zeros_like(known), tl.zeros_like(known)
-    if terms.bias is not None:
+    if (terms.bias is not None) or CONFIG.PAIRS:
         peak, total, largest = _softmax_of_rows(
             query, from_q, k, m0, sequence, head, keys, a, tl.where(again, b, a), visited, terms,
             sizes, params, False, CONFIG,
