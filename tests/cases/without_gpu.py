@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 # Of what takes long in Triton's interpreter and tells little that the other cases don't.
-INTERPRETED_SHARE_OF_FUZZ = 10
-INTERPRETED_SHARE_OF_FLOAT16 = 3  # whose kernels are float32's but for a conversion
+INTERPRETED_SHARE_OF_FUZZ = 20
+INTERPRETED_SHARE_OF_FLOAT16 = 6  # whose kernels are float32's but for a conversion
 SLOW_STAND_IN = re.compile(r"test_large_outputs_are_complete\[(cuda|triton)")
 NOT_INTERPRETED = re.compile(
     r"test_opcheck\[(everything|weights|pre)|test_results_repeat_bit_for_bit\[.*everything"

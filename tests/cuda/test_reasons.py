@@ -40,6 +40,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             cuda_versions=lambda: versions,
             cpu_level=lambda: "portable",
             available_cpu_levels=lambda: ["portable"],
+            cpu_level_left_out=lambda: "",
         )
         monkeypatch.setattr(cuda_runtime, "emulated", lambda: False)
         monkeypatch.setattr(native, "why_not", lambda: None)

@@ -71,9 +71,6 @@ SAMPLE = [
     (90, "attention bf16 128 decode 4"),
     (90, "attention fp32 64 causal"),
     (90, "flex bf16 128 relative"),
-    (80, "flex bf16 128 capped"),
-    (100, "attention bf16 128 causal"),
-    (80, "attention bf16 128 causal"),
     (90, "layer norm"),
     (80, "bias activation"),
 ]
