@@ -171,7 +171,7 @@ class CMakeBuild(build_ext):
         if ninja is None:
             build += ["--parallel", str(os.cpu_count())]
         say(
-            f"Compiling fused_attn._C on {os.cpu_count()} cores: two to five minutes of processor "
+            f"Compiling fused_attn._C on {os.cpu_count()} cores: four to seven minutes of processor "
             "time, and more with the CUDA kernels (FUSED_ATTN_CUDA=off leaves them out)."
         )
         start = time.monotonic()
