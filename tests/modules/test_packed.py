@@ -159,7 +159,8 @@ def test_unbatched_padding_runs_packed_as_a_batch_of_one_does() -> None:
 
 @pytest.mark.parametrize("hidden", [
     padding([L] * N), ~padding([3, 2, 4, 1]), torch.eye(N, L, dtype=torch.bool),
-], ids=["no padding", "padding in front", "holes"])  # fmt: skip
+    torch.eye(N, L, dtype=torch.bool) | padding([L - 1] * N),
+], ids=["no padding", "padding in front", "holes", "holes and an end"])  # fmt: skip
 def test_masks_that_are_no_padding_at_the_end_run_dense(hidden: Tensor) -> None:
     ours = layer()
     x = torch.randn(N, L, E)

@@ -354,11 +354,12 @@ def test_packed_sequences_are_the_sequences_one_by_one(
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("second", [3, 2])  # the last sequence is the shorter or the longer one
 @each_dtype
 def test_packed_rows_past_the_last_sequence_are_never_read(
-    attention_backend: str, dtype: torch.dtype
+    attention_backend: str, dtype: torch.dtype, second: int
 ) -> None:
-    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    starts = torch.tensor([0, second, 5], dtype=torch.int32)
     q, k, v = (torch.randn(8, 2, 4).to(dtype) for _ in range(3))
     clean = attention_varlen(q[:5], k[:5], v[:5], starts, starts, 3, 3, backend=attention_backend)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
