@@ -171,8 +171,8 @@ class CMakeBuild(build_ext):
         if ninja is None:
             build += ["--parallel", str(os.cpu_count())]
         say(
-            f"Compiling fused_attn._C on {os.cpu_count()} cores: four to seven minutes of processor "
-            "time, and more with the CUDA kernels (FUSED_ATTN_CUDA=off leaves them out)."
+            f"Compiling fused_attn._C on {os.cpu_count()} cores: four to seven minutes of "
+            "processor time, and more with the CUDA kernels (FUSED_ATTN_CUDA=off leaves them out)."
         )
         start = time.monotonic()
         self._make(configure, build, folder)
