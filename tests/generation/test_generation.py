@@ -173,6 +173,23 @@ def test_greedy_scores_are_log_probabilities() -> None:
     assert abs(float(scores[0]) - log_probability(model, src, tuple(tokens[0].tolist()))) < 1e-5
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_greedy_scores_are_those_of_the_sentence_and_not_of_what_follows() -> None:
+    src, lengths = torch.tensor([[3, 4, 3], [4, 4, 4], [3, 3, 4], [4, 3, 3]]), set()
+    for seed in range(8):
+        model = ends_early(seed)
+        found = greedy_search(model, src, **ENDS, max_len=8)
+        told = found.scores.tolist()
+        of_batch = set()
+        for row, tokens in enumerate(found.tokens.tolist()):
+            end = tokens.index(EOS) + 1 if EOS in tokens else len(tokens)
+            of_batch.add(end)
+            expected = log_probability(model, src[row : row + 1], tuple(tokens[:end]))
+            assert abs(told[row] - expected) < 1e-5
+        lengths.add(len(of_batch))
+    assert max(lengths) > 1  # some sentences end while others go on
+
+
 def test_what_is_never_chosen_and_what_follows_the_end() -> None:
     model, src = build(4).eval(), batch((5,) * 40)
     tokens = sample(model, src, **ENDS, max_len=20, temperature=5.0).tokens
