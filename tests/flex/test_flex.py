@@ -92,6 +92,22 @@ KNOWN = list(MASKS)[:10]
 CAPTURED = normal(B, H, L, L, seed=8) > 0
 
 
+def test_a_gradient_of_lse_by_tiles():
+    """What no kernel has an instruction for, and what is more than an addition to the score."""
+
+    def changed(score, b, h, q_idx, kv_idx):
+        return score * (1.0 + 0.1 * torch.lgamma(score.abs() + 1.0))
+
+    q, k, v = (normal(B, H, L, D, seed=s, grad=True) for s in range(3))
+    dlse = normal(B, H, L, seed=7)
+    _, lse = flex_attention(q, k, v, changed, return_lse=True)
+    mine = torch.autograd.grad(lse, (q, k), dlse)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    his = torch.autograd.grad(oracle(*exact, changed)[1], exact[:2], dlse.double())
+    for found, wanted in zip(mine, his, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("blocks", ["function", "16", "8x16"])
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name, blocks):
