@@ -136,9 +136,6 @@ def prepared(
         TypeError, ValueError, UnsupportedError: here, or on another rank.
     """
     members = group_of(group)
-    if "context_parallel" not in arguments["function"]:  # which may well be given a mesh of (4, 1)
-        _expect_ranks("group", group)
-        _expect_ranks("ring", across)
     found: list[Call] = []
 
     def describe() -> str:
@@ -161,16 +158,6 @@ def prepared(
     if across is not None:
         rng = first_ranks(rng, group_of(across))
     return dataclasses.replace(call, dropout_rng=rng)
-
-
-def _expect_ranks(name: str, group: Group) -> None:
-    """Raise for a group of one among others: who names it meant to cut up something."""
-    world = dist.get_world_size()
-    if group is not None and world > 1 and group_of(group).size() == 1:
-        raise ValueError(
-            f"`{name}` must have more than one rank, got a group of one in a world of {world}\n"
-            "hint: `fused_attn.attention`, where a rank has the whole sequence"
-        )
 
 
 def _refuse(function: str, unknown: dict[str, Any]) -> None:

@@ -56,6 +56,21 @@ def group_of(group: Group) -> dist.ProcessGroup:
     return found
 
 
+def expect_ranks(name: str, group: Group) -> None:
+    """Raise ValueError for a group of one among others: who names it meant to cut up something.
+
+    `context_parallel` does not ask: it may well be given one side of a mesh of (4, 1).
+    """
+    if group is None:
+        return
+    size, world = group_of(group).size(), dist.get_world_size()
+    if size == 1 < world:
+        raise ValueError(
+            f"`{name}` must have more than one rank, got a group of one in a world of {world}\n"
+            "hint: `fused_attn.attention`, where a rank has the whole sequence"
+        )
+
+
 def expect_order(order: object) -> None:
     if order not in ORDERS:
         raise ValueError(f"`order` must be 'contiguous' or 'zigzag', got {order!r}")

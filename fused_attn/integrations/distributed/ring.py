@@ -20,7 +20,7 @@ from ...ops.attention.fused import statistics_dtype
 from ...runtime import sequence
 from .call import Call, described, prepared
 from .communication import Passing
-from .layouts import Group, Order, Piece, pieces
+from .layouts import Group, Order, Piece, expect_ranks, pieces
 from .tiles import Band, Keys, Mathematics
 
 
@@ -84,6 +84,7 @@ def ring_attention(
         UnsupportedError: an argument of `attention` that cannot be cut up, such as `mask`.
         RuntimeError: a rank is gone, or silent for longer than the group's time-out.
     """
+    expect_ranks("group", group)
     call = prepared(
         described("ring_attention", locals()), q, k, v, group, check=check, unknown=unknown
     )

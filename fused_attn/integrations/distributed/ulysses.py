@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ring as rings
 from .call import Call, Heads, described, prepared
 from .communication import all_to_all, gather
-from .layouts import Group, Order, group_of, pieces
+from .layouts import Group, Order, expect_ranks, group_of, pieces
 
 
 def ulysses_attention(
@@ -62,6 +62,8 @@ def ulysses_attention(
         TypeError, ValueError, UnsupportedError, RuntimeError: as `ring_attention`, and ValueError
             where heads do not divide.
     """
+    expect_ranks("group", group)
+    expect_ranks("ring", ring)
     call = prepared(
         described("ulysses_attention", locals()),
         q,
