@@ -71,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
         "Levels that this machine and this build can run, lowest first.");
   m.def("cpu_level_left_out", &fused_attn::level_left_out,
         "The best level of this machine where this build was made for a lower one, else ''.");
+  m.def("cpu_multiplies_tiles", &fused_attn::multiplies_tiles,
+        "Do the kernels of bfloat16 use the processor's instructions for tiles?");
   m.def("cpu_vendor", &fused_attn::cpu_vendor, "Who made this processor: 'amd', 'intel' or ''.");
   m.def("multiply_adds", &fused_attn::multiply_adds_of, py::arg("dtype"), py::arg("repeats"),
         "Multiply-adds in registers, in the arithmetic of a dtype ('float32', 'bfloat16', "

@@ -1,5 +1,6 @@
 // What the matrix products of a kernel are made of. Both operands of a product are counted in
-// "units": one number, or a pair of bfloat16 that one instruction multiplies and adds up.
+// "units": one number, or a pair of bfloat16 that one instruction multiplies and adds up. kTiles
+// says whether there are instructions for tiles of them (cpu/tiles_amx.h).
 #pragma once
 
 #include "common/float16.h"
@@ -15,6 +16,7 @@ struct EngineF32 {
   using Real = float;
   static constexpr int kPair = 1;
   static constexpr Precision kPrecision = Precision::kFull;
+  static constexpr bool kTiles = false;
   static FUSED_ATTN_INLINE VecF dot(VecF a, VecF b, VecF acc) { return fma(a, b, acc); }
 };
 
@@ -24,6 +26,7 @@ struct EngineF64 {
   using Real = double;
   static constexpr int kPair = 1;
   static constexpr Precision kPrecision = Precision::kFull;
+  static constexpr bool kTiles = false;
   static FUSED_ATTN_INLINE Vec<double> dot(Vec<double> a, Vec<double> b, Vec<double> acc) {
     return fma(a, b, acc);
   }
@@ -37,6 +40,7 @@ struct EngineBF16 {
   using Real = float;
   static constexpr int kPair = 2;
   static constexpr Precision kPrecision = Precision::kHalf;
+  static constexpr bool kTiles = FUSED_ATTN_BF16_TILES;
   static FUSED_ATTN_INLINE VecF dot(VecU a, VecU b, VecF acc) { return dot_pairs(a, b, acc); }
 };
 #endif

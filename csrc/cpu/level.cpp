@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/tiles_permission.h"
+
 namespace fused_attn {
 namespace {
 
@@ -106,6 +108,12 @@ std::string level_left_out() {
   if (count > kLevels) return best;
 #endif
   return "";
+}
+
+bool multiplies_tiles() {
+#define FUSED_ATTN_TILES(level, ...) FUSED_ATTN_OF_LEVEL(BF16_TILES, level),
+  constexpr bool tiles[] = {FUSED_ATTN_EVERY_LEVEL(FUSED_ATTN_TILES)};
+  return tiles[static_cast<int>(kernel_level(DType::kBFloat16))];
 }
 
 std::string cpu_vendor() {

@@ -27,6 +27,9 @@ std::vector<std::string> available_levels();  // lowest first
 // The best level of this machine where this build was made for a lower one, else "".
 std::string level_left_out();
 
+// Do the kernels of bfloat16 multiply tiles (BF16_TILES in cpu/levels.h)?
+bool multiplies_tiles();
+
 // "amd", "intel", or "" for any other.
 std::string cpu_vendor();
 

@@ -60,6 +60,7 @@ set(_fused_attn_flags_avx2 -O3 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt
 set(_fused_attn_flags_avx512 ${_fused_attn_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
     -mavx512cd -mprefer-vector-width=512)
 set(_fused_attn_flags_avx512_bf16 ${_fused_attn_flags_avx512} -mavx512bf16)
+set(_fused_attn_flags_avx512_amx ${_fused_attn_flags_avx512_bf16} -mamx-tile -mamx-bf16)
 set(_fused_attn_flags_neon -O3)
 
 function(fused_attn_add_cpu_kernel target source)

@@ -40,6 +40,13 @@ def has(*features: str) -> bool:
     return any(bool(known.get(feature, False)) for feature in features)
 
 
+@functools.cache
+def our_tiles() -> bool:
+    """Whether our kernels of bfloat16 use its instructions for tiles (AMX)."""
+    return native.why_not() is None and native.module().cpu_multiplies_tiles()
+
+
 # Compilers cannot trace what these ask. This is torch.compiler.assume_constant_result spelled out.
 setattr(vendor, "_dynamo_marked_constant", True)  # noqa: B010
 setattr(has, "_dynamo_marked_constant", True)  # noqa: B010
+setattr(our_tiles, "_dynamo_marked_constant", True)  # noqa: B010

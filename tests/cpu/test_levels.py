@@ -79,12 +79,12 @@ def test_an_unknown_level_is_an_error_that_lists_the_known_ones() -> None:
 def test_intrinsics_stand_in_the_vector_headers_only() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp")]
     holders = {path.name for path in sources if INTRINSICS.search(path.read_text())}
-    assert holders == {"vec_avx2.h", "vec_avx512.h", "vec_neon.h"}
+    assert holders == {"vec_avx2.h", "vec_avx512.h", "vec_neon.h", "tiles_amx.h"}
 
 
 def test_levels_are_asked_for_what_they_can_do() -> None:
     """Nothing in the kernels compares a level with another: levels.h says what each has."""
-    named = re.compile(r"\b(avx2|avx512|avx512_bf16|neon|portable)\b")
+    named = re.compile(r"\b(avx2|avx512|avx512_bf16|avx512_amx|neon|portable)\b")
     for path in (ROOT / "csrc").rglob("*.*"):
         if path.suffix in (".h", ".cpp"):
             code = re.sub(r"//.*|\"[^\"\n]*\"", "", path.read_text())

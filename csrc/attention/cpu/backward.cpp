@@ -15,8 +15,8 @@ constexpr int64_t kTileKeys = 128;  // keys of a tile
 
 struct Scratch {
   HeadBuffers head;
-  Buffer v, k_pairs, k_rows, q_lanes, q_rows, dout, dout_rows, dout_lanes, dp, p, ds, ds_pairs,
-      ds_full, dweights, slope, raw, dq, dk, dv, rows;
+  Buffer v, k_pairs, k_rows, k_turned, q_lanes, q_rows, dout, dout_rows, dout_lanes, dp, p, ds,
+      ds_pairs, ds_full, dweights, slope, raw, dq, dk, dv, rows;
 };
 
 Scratch& scratch() {
@@ -70,9 +70,9 @@ class BackwardHead {
     range.begin = larger(range.begin, tile_.visibility.keys().begin);
     v_ = prepare_rows<E>(key_view(p, p.v, sequence, head, p.head_dim_v), range, tile_.keep_keys,
                          s.v);
-    k_pairs_ = E::kPair == 1 ? tile_.k
-                             : prepare_pairs<E>(key_view(p, p.k, sequence, head, p.head_dim), range,
-                                                tile_.keep_keys, p.head_dim, s.k_pairs, s.k_rows);
+    k_columns_ = E::kPair == 1 ? ColumnRows<E>(tile_.k)
+                               : ColumnRows<E>(key_view(p, p.k, sequence, head, p.head_dim), range,
+                                               tile_.keep_keys, s.k_pairs, s.k_rows, s.k_turned);
     if (p.softcap > 0 || tile_.functions.has_slope())
       tile_.slope = s.slope.template get<Real>(kTile);
     dout_ = s.dout.template get<Unit>(units_v_ * kStrideQ);
@@ -270,8 +270,8 @@ class BackwardHead {
     }
     if (p_.dq.data != nullptr) {
       const Unit* ds = E::kPair == 1 ? reinterpret_cast<const Unit*>(ds_tile_) : ds_pairs_;
-      multiply<E, Form::kColumns>(
-          {k_pairs_.row((tile_.j + segment.begin) / E::kPair), k_pairs_.stride,
+      multiply<E, kOfColumns<E>>(
+          {k_columns_.from(tile_.j + segment.begin), k_columns_.stride(),
            ds + segment.begin / E::kPair * kStrideQ, kStrideQ, dq, kStrideQ, p_.head_dim,
            units<E>(keys), segment.group_begin, segment.group_end},
           Accumulate{});
@@ -286,7 +286,7 @@ class BackwardHead {
   HeadScores<E> tile_;
   const int64_t units_v_;  // of head_dim_v
   UnitRows<E> v_;
-  UnitRows<E> k_pairs_;
+  ColumnRows<E> k_columns_;
   UnitRows<E> q_lanes_;     // [query unit][column of q]
   UnitRows<E> dout_lanes_;  // [query unit][column of v]
   Unit* dout_;              // [unit][query]

@@ -15,6 +15,7 @@ constexpr int kBlockQ = kGroups * kLanes;  // queries of a block: one bit each o
 // these lie in all sets of a cache, where 64 numbers apart they would share a quarter of them.
 constexpr int kStrideQ = kRegisterVectors<float> >= 32 ? kBlockQ : kBlockQ + kLanes;
 constexpr int kBlockK = 128;  // keys of a tile
-constexpr int kSegment = 16;  // keys that share one range of visible groups
+// Keys that share one range of visible groups: no fewer than a product is deep at once.
+constexpr int kSegment = FUSED_ATTN_BF16_TILES ? 32 : 16;
 
 }  // namespace fused_attn::attention::FUSED_ATTN_LEVEL

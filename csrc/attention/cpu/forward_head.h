@@ -8,7 +8,7 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
 struct ForwardBuffers {
   HeadBuffers head;
-  Buffer v, v_rows, acc;
+  Buffer v, v_rows, v_turned, acc;
 };
 
 template <class E>
@@ -20,8 +20,8 @@ class ForwardHead {
   ForwardHead(const Params& p, const Sequence& sequence, int64_t head, ForwardBuffers& buffers)
       : p_(p), tile_(p, sequence, head, buffers.head) {
     if (!wants_out()) return;
-    v_ = prepare_pairs<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
-                          tile_.keep_keys, p.head_dim_v, buffers.v, buffers.v_rows);
+    v_ = ColumnRows<E>(key_view(p, p.v, sequence, head, p.head_dim_v), tile_.visibility.keys(),
+                       tile_.keep_keys, buffers.v, buffers.v_rows, buffers.v_turned);
     acc_ = buffers.acc.get<Real>(p.head_dim_v * kStrideQ);
   }
 
@@ -93,8 +93,8 @@ class ForwardHead {
     if (!whole) correct_output();
     for (int s = 0; s < map.num_segments; ++s) {
       const Segment& segment = map.segments[s];
-      const Product<E> product{v_.row((tile_.j + segment.begin) / E::kPair),
-                               v_.stride,
+      const Product<E> product{v_.from(tile_.j + segment.begin),
+                               v_.stride(),
                                probabilities() + segment.begin / E::kPair * kStrideQ,
                                kStrideQ,
                                acc_,
@@ -104,11 +104,11 @@ class ForwardHead {
                                segment.group_begin,
                                segment.group_end};
       if (!whole) {
-        multiply<E, Form::kColumns>(product, then_prefetch(Accumulate{}, tile_.prefetcher));
+        multiply<E, kOfColumns<E>>(product, then_prefetch(Accumulate{}, tile_.prefetcher));
       } else if (fresh_) {
-        multiply<E, Form::kColumns>(product, then_prefetch(Overwrite{}, tile_.prefetcher));
+        multiply<E, kOfColumns<E>>(product, then_prefetch(Overwrite{}, tile_.prefetcher));
       } else {
-        multiply<E, Form::kColumns>(
+        multiply<E, kOfColumns<E>>(
             product, then_prefetch(ScaleAndAccumulate<Real>{state_.correction}, tile_.prefetcher));
       }
     }
@@ -138,7 +138,7 @@ class ForwardHead {
 
   const Params& p_;
   HeadScores<E> tile_;
-  UnitRows<E> v_;
+  ColumnRows<E> v_;
   Real* acc_;          // [column of v][query]
   bool fresh_ = true;  // nothing accumulated yet
   RunningSoftmax<Real> state_;

@@ -9,10 +9,25 @@
 
 #include "attention/cpu/engine.h"
 #include "attention/cpu/prefetch.h"
+#if FUSED_ATTN_BF16_TILES
+#include "cpu/tiles_amx.h"
+#endif
 
 namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 
 enum class Form { kRows, kColumns };
+
+// The form of V^T P^T and K^T dS^T. Tiles read A by rows alone, so there A is transposed beforehand
+// (prepare_columns in pack.h).
+template <class E>
+constexpr Form kOfColumns = E::kTiles ? Form::kRows : Form::kColumns;
+
+// What a thread needs around the products of a head.
+#if FUSED_ATTN_BF16_TILES
+using ProductRegisters = TileRegisters;
+#else
+struct ProductRegisters {};
+#endif
 
 template <class E>
 struct Product {
@@ -231,9 +246,66 @@ inline int64_t product_tiles(int queries, int64_t rows) {
   return ceil_div(rows, Size::rows(together)) * ceil_div(groups, together);
 }
 
+#if FUSED_ATTN_BF16_TILES
+// The products by tiles, rows that are no whole tile with some of those before them: a tile reads
+// 16 rows, and behind the last there may be nothing. What is left of the depth follows by dots.
+template <class E, int G, class Epilogue>
+FUSED_ATTN_INLINE void multiply_by_tiles(const Product<E>& x, int group, const Epilogue& epilogue) {
+  using Real = typename E::Real;
+  const int64_t steps = x.depth / kTileUnits, rest = x.depth % kTileUnits;
+  const typename E::Unit* b = x.b + group * kLanes;
+  alignas(64) Real sums[kTileRows * G * kLanes];
+  const auto rows = [&](auto count, int64_t row, const Real* from) {
+    constexpr int R = decltype(count)::value;
+    Vec<Real> acc[R][G];
+    FUSED_ATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FUSED_ATTN_UNROLL
+      for (int g = 0; g < G; ++g) acc[r][g] = Vec<Real>::load(from + (r * G + g) * kLanes);
+    }
+    if (rest != 0) {
+      const typename E::Unit* a_rest = x.a + row * x.stride_a + steps * kTileUnits;
+      const typename E::Unit* b_rest = b + steps * kTileUnits * x.stride_b;
+      accumulate<E, Form::kRows>(x, rest, a_rest, b_rest, acc);
+    }
+    epilogue(x.c + row * x.stride_c + group * kLanes, x.stride_c, group * kLanes, acc);
+  };
+  for (int64_t done = 0; done < x.rows; done += kTileRows) {
+    const int64_t first = smaller(done, x.rows - kTileRows), end = first + kTileRows;
+    multiply_tiles<G>(x.a + first * x.stride_a, x.stride_a, b, x.stride_b, steps, sums);
+    const Real* from = sums + (done - first) * G * kLanes;
+    int64_t row = done;
+    for (; row + 4 <= end; row += 4, from += 4 * G * kLanes) {
+      rows(std::integral_constant<int, 4>{}, row, from);
+    }
+    for (; row < end; ++row, from += G * kLanes) {
+      rows(std::integral_constant<int, 1>{}, row, from);
+    }
+  }
+}
+
+template <class E, class Epilogue>
+void multiply_by_tiles(const Product<E>& x, const Epilogue& epilogue) {
+  for (int group = x.group_begin; group < x.group_end; group += 4) {
+    const int count = smaller(x.group_end - group, 4);
+    if (count == 4) multiply_by_tiles<E, 4>(x, group, epilogue);
+    if (count == 3) multiply_by_tiles<E, 3>(x, group, epilogue);
+    if (count == 2) multiply_by_tiles<E, 2>(x, group, epilogue);
+    if (count == 1) multiply_by_tiles<E, 1>(x, group, epilogue);
+  }
+}
+#endif
+
 template <class E, Form kForm, class Epilogue>
 void multiply(const Product<E>& x, const Epilogue& epilogue) {
   using Size = RegisterTile<typename E::Real>;
+#if FUSED_ATTN_BF16_TILES
+  if constexpr (E::kTiles && kForm == Form::kRows) {
+    if (x.rows >= kTileRows && x.depth >= kTileUnits && x.depth <= kLongestChain) {
+      return multiply_by_tiles(x, epilogue);
+    }
+  }
+#endif
   int group = x.group_begin;
   while (group < x.group_end) {
     const int count = smaller(x.group_end - group, Size::kMaxGroups);

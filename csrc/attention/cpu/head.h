@@ -184,6 +184,7 @@ class HeadScores {
   TileMap map;
 
  private:
+  const ProductRegisters registers_{};
   HeadBuffers& buffers_;
   const int64_t units_;  // of head_dim
   Real* bias_ = nullptr;

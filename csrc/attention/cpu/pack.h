@@ -161,6 +161,52 @@ inline UnitRows<E> prepare_pairs(const HeadView& x, KeyRange range, const uint8_
   }
 }
 
+// The rows of x as the A of a product of form kOfColumns: [pair of keys][column] as prepare_pairs
+// makes it, or, for tiles, [column][pair of keys].
+template <class E>
+class ColumnRows {
+ public:
+  ColumnRows() = default;
+  explicit ColumnRows(UnitRows<E> numbers) : pairs_(numbers) {}  // where a unit is a number
+  ColumnRows(const HeadView& x, KeyRange range, const uint8_t* keep, Buffer& buffer, Buffer& rows,
+             Buffer& turned) {
+    pairs_ = prepare_pairs<E>(x, range, keep, x.columns, buffer, rows);
+    if constexpr (E::kTiles) turn(x.columns, range, turned);
+  }
+
+  // From key j on, which begins a unit.
+  FUSED_ATTN_INLINE const typename E::Unit* from(int64_t j) const {
+    return E::kTiles ? pairs_.data + j / E::kPair : pairs_.row(j / E::kPair);
+  }
+  FUSED_ATTN_INLINE int64_t stride() const { return pairs_.stride; }
+
+ private:
+  void turn(int64_t columns, KeyRange range, Buffer& buffer) {
+    using Real = typename E::Real;  // as wide as a unit
+    const int64_t begin = range.begin / E::kPair, end = units<E>(range.end);
+    // Rows an odd number of cache lines apart: the 16 of a tile lie in as many sets of the cache.
+    const int64_t stride = (ceil_div(end, kLanes) | 1) * kLanes;
+    Real* to = buffer.get<Real>(columns * stride);
+    const auto* from = reinterpret_cast<const Real*>(pairs_.data);
+    for (int64_t u = begin; u < end; u += kLanes) {
+      const int count = static_cast<int>(smaller<int64_t>(end - u, kLanes));
+      for (int64_t d = 0; d < columns; d += kLanes) {
+        const int width = static_cast<int>(smaller<int64_t>(columns - d, kLanes));
+        Vec<Real> block[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+          block[r] = r < count ? Vec<Real>::load(from + (u + r) * pairs_.stride + d, width)
+                               : Vec<Real>::zero();
+        }
+        transpose(block);
+        for (int c = 0; c < width; ++c) block[c].store(to + (d + c) * stride + u, count);
+      }
+    }
+    pairs_ = {reinterpret_cast<const typename E::Unit*>(to), stride};
+  }
+
+  UnitRows<E> pairs_{nullptr, 0};
+};
+
 // Transposes n <= kBlockQ rows: to[unit][query]; queries up to the next multiple of 16 become 0.
 template <class E>
 inline void pack_columns(UnitRows<E> rows, int n, int64_t columns, typename E::Unit* to) {

@@ -1,7 +1,7 @@
 """torch's own fused attention, wherever it can express the call.
 
-It serves calls where ours are not verified (GPUs), or where the machine has instructions that ours
-have no kernels for (AMX). What torch leaves open is settled here as everywhere: a row that sees no
+It serves calls where ours are not verified (GPUs), or where the machine has matrix instructions that
+ours do not use (AMX's of float16, or AMX below the level of it). What torch leaves open is settled here as everywhere: a row that sees no
 key gives 0, and NaN in a key that nobody sees has no effect.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
-from ...runtime import higher_order
+from ...runtime import higher_order, processor
 from . import reference
 from .problem import NO_WEIGHTS, UPPER_LEFT, AttentionProblem, Operands, Options
 
@@ -48,17 +48,16 @@ def why_not(problem: AttentionProblem) -> list[str]:
 
 def only_by_name(problem: AttentionProblem) -> str | None:
     """On a CPU ours are the faster ones, but for matrix instructions that they do not use."""
-    if problem.device.type == "cuda" or (_has_amx() and problem.dtype.itemsize == 2):
+    if problem.device.type == "cuda" or _torch_has_more(problem.dtype):
         return None
     return "our own kernels are faster here"
 
 
-def _has_amx() -> bool:
-    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(ask()) if ask is not None else False
-
-
-_has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _torch_has_more(dtype: torch.dtype) -> bool:
+    """Whether torch's kernels of `dtype` use matrix instructions of this CPU that ours do not."""
+    if dtype == torch.float16:
+        return processor.has("amx_fp16")
+    return dtype == torch.bfloat16 and processor.has("amx_tile") and not processor.our_tiles()
 
 
 def forward(

@@ -14,6 +14,7 @@ import fused_attn
 from fused_attn.ops import dispatch
 from fused_attn.ops.attention import BACKENDS, call, cuda, torch_sdpa
 from fused_attn.ops.attention.problem import Operands
+from fused_attn.runtime import processor
 from fused_attn.testing import attention_noise, check_against_oracle, to_dtype
 from tests.cases.attention import Case, run_plain
 from tests.ops.attention.test_api import CASES
@@ -125,15 +126,20 @@ def test_what_it_cannot_express_is_a_reason(name: str) -> None:
 
 def test_on_this_cpu_it_runs_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 2, 5, 4).bfloat16()
-    monkeypatch.setattr(torch_sdpa, "_has_amx", lambda: False)
+    monkeypatch.setattr(processor, "has", lambda *_: False)
     told = fused_attn.explain(q, q, q)
     assert told.chosen != "sdpa"
     assert "sdpa       runs only when it is asked for by name (our own kernels are faster" in str(
         told
     )
-    monkeypatch.setattr(torch_sdpa, "_has_amx", lambda: True)
-    assert fused_attn.explain(q, q, q).chosen == "sdpa"
-    assert fused_attn.explain(q.float(), q.float(), q.float()).chosen != "sdpa"
+    for ours, of_bfloat16 in ((False, "sdpa"), (True, told.chosen)):
+        monkeypatch.setattr(processor, "has", lambda *wanted: "amx_tile" in wanted)
+        monkeypatch.setattr(processor, "our_tiles", lambda ours=ours: ours)
+        assert fused_attn.explain(q, q, q).chosen == of_bfloat16
+        assert fused_attn.explain(q.half(), q.half(), q.half()).chosen != "sdpa"
+        assert fused_attn.explain(q.float(), q.float(), q.float()).chosen != "sdpa"
+    monkeypatch.setattr(processor, "has", lambda *wanted: "amx_fp16" in wanted)
+    assert fused_attn.explain(q.half(), q.half(), q.half()).chosen == "sdpa"
 
 
 @pytest.mark.parametrize(("value", "chosen"), [("", "cpu"), ("-cpu", "reference"), ("sdpa", "sdpa"),
@@ -141,7 +147,7 @@ def test_on_this_cpu_it_runs_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_backends_are_switched_by_the_environment(
     value: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if torch_sdpa._has_amx() or dispatch.why_not(BACKENDS[-2], call.smallest(
+    if dispatch.why_not(BACKENDS[-2], call.smallest(
         torch.device("cpu"), torch.float32)):  # fmt: skip
         pytest.skip("another machine")
     monkeypatch.setenv("FUSED_ATTN_BACKENDS", value)
