@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -140,11 +140,10 @@ def _gradients(
     wanted: tuple[str, ...],
 ) -> AttentionGradients:
     """Of a checked call, heads first."""
-    asked = dataclasses.replace(problem, gradients=wanted).without("sinks")
+    # Who cannot return lse computes its own, which that of more keys is not.
+    asked = dataclasses.replace(problem, gradients=wanted, return_lse=True).without("sinks")
     backend = dispatch.select(BACKENDS, asked, scalars.backend)
     route = dispatch.route((*operands, out, lse, dout, dlse), backend)
-    if route is dispatch.FORMULA:
-        return _by_formula(operands, problem, dout, dlse, wanted)
     plain = operands._replace(sinks=None)
     settings = fused.Settings(NO_WEIGHTS, True, BHLD, backend.NAME)
     kernels = tuple(name in wanted for name in _DIFFERENTIABLE[:4])
@@ -152,7 +151,9 @@ def _gradients(
     if any(kernels):
         # With sinks out and lse count them, and the formulas of dq, dk and dv are the same.
         tail = (out, lse, dout, dlse, None, kernels)
-        if route is OPERATOR:
+        if route is dispatch.FORMULA:
+            found = _by_formula(plain, problem, out, lse, dout, dlse, kernels)
+        elif route is OPERATOR:
             operator = torch.ops.fused_attn.attention_backward
             found = operators.only(operator(*plain, *problem.options, *settings, *tail), kernels)
         else:
@@ -166,23 +167,25 @@ def _gradients(
 def _by_formula(
     operands: Operands,
     problem: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    wanted: tuple[str, ...],
-) -> AttentionGradients:
+    wanted: tuple[bool, ...],
+) -> Sequence[Tensor | None]:
+    """The gradients of q, k, v and bias by differentiating the formula."""
     inputs = [
-        None if x is None else x.detach().requires_grad_(name in wanted)
-        for name in _DIFFERENTIABLE
-        for x in (getattr(operands, name),)
+        None if x is None else x.detach().requires_grad_(want)
+        for x, want in zip(operands[:4], wanted, strict=True)
     ]
 
     def formula(*points: Tensor | None) -> tuple[Tensor, Tensor]:
-        changed: Any = dict(zip(_DIFFERENTIABLE, points, strict=True))
-        moved = operands._replace(**changed)
-        return reference.forward(moved, problem.options)[:2]
+        changed: Any = dict(zip(_DIFFERENTIABLE[:4], points, strict=True))
+        return reference.relative_to(lse, operands._replace(**changed), problem.options)
 
-    found = higher_order.gradients_through(formula, inputs, (dout, dlse))
-    return AttentionGradients._make(found)
+    delta = (dout.to(lse.dtype) * out).sum(dim=-1)
+    dsums = -delta if dlse is None else dlse - delta
+    return higher_order.gradients_through(formula, inputs, (dout, dsums))
 
 
 def _wanted(operands: Operands, needs: Collection[str] | None) -> tuple[str, ...]:

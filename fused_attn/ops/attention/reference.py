@@ -44,13 +44,35 @@ def forward(
     return _forward_dense(operands, options, weights, shift, compute_dtype)
 
 
-def _forward_dense(
-    operands: Operands,
-    options: Options,
-    weights: int,
-    shift: int | Tensor,
-    compute: torch.dtype,
+def relative_to(lse: Tensor, operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """What the gradients are those of where lse is given, maybe that of more keys than these.
+
+    With P = exp(scores - lse), which is constant in lse: out = P V after dropout, and the sum of
+    each row of P. For dout, and dlse - rowsum(dout * out) as the gradient of the sums, their
+    gradients are those of attention (Dao 2023, FlashAttention-2, algorithm 2).
+
+    Args:
+        lse: (B, H, Lq), -inf for rows that see no key.
+
+    Returns:
+        out (B, H, Lq, Dv) in q's dtype and sums (B, H, Lq).
+    """
+    compute = torch.float64 if operands.q.dtype == torch.float64 else torch.float32
+    shift = operands.k.shape[2] - operands.q.shape[2]
+    s, v, _ = _visible_scores(operands, options, shift, compute)
+    nothing = (lse == -torch.inf)[..., None]
+    p = torch.exp(s - torch.where(nothing, 0.0, lse[..., None]))
+    p = torch.where(nothing, 0.0, p)
+    out = _dropout(p, operands.dropout_rng, options.dropout_p) @ v
+    # Who sees no key may have any gradient, and 0 * NaN is NaN.
+    out, sums = (torch.where(nothing, 0.0, x) for x in (out, p.sum(dim=-1, keepdim=True)))
+    return out.to(operands.q.dtype), sums[..., 0]
+
+
+def _visible_scores(
+    operands: Operands, options: Options, shift: int | Tensor, compute: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scores, -inf where hidden, v as they want it, and what is visible."""
     q, k, v = operands.q, operands.k, operands.v
     visible = visible_pairs(operands, options, shift)
     if visible is not None:
@@ -64,6 +86,18 @@ def _forward_dense(
     s = _scores(q.to(compute), k, operands, options, shift)
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
+    return s, v, visible
+
+
+def _forward_dense(
+    operands: Operands,
+    options: Options,
+    weights: int,
+    shift: int | Tensor,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    q = operands.q
+    s, v, visible = _visible_scores(operands, options, shift, compute)
     p, lse = _softmax(s, operands.sinks)
     p = _dropout(p, operands.dropout_rng, options.dropout_p)
     out = (p @ v).to(q.dtype)

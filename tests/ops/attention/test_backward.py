@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import pytest
 import torch
 
@@ -50,8 +53,6 @@ def test_parts_of_the_keys_add_up(attention_backend: str) -> None:
     out, lse = fused_attn.attention(q, k, v, return_lse=True, backend=attention_backend)
     dout = torch.randn_like(out)
     whole = fused_attn.attention_backward(dout, q, k, v, out, lse, backend=attention_backend)
-    if attention_backend == "reference":
-        pytest.skip("the formula computes out and lse itself")
     parts = [
         fused_attn.attention_backward(
             dout, q, k[:, :, rows], v[:, :, rows], out, lse, backend=attention_backend
@@ -62,6 +63,43 @@ def test_parts_of_the_keys_add_up(attention_backend: str) -> None:
     for name in ("dk", "dv"):
         joined = torch.cat([getattr(part, name) for part in parts], dim=2)
         torch.testing.assert_close(joined, getattr(whole, name))
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap", "alibi", "dropout", "bias", "sinks"])
+def test_parts_of_the_keys_in_every_form_of_a_call(attention_backend: str, name: str) -> None:
+    """With lse that of twice the keys, each probability is half, and so is each gradient."""
+    dtype = torch.float64 if attention_backend in ("cpu", "reference") else torch.float32
+    arguments = {
+        "softcap": {"softcap": 2.0},
+        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25])},
+        "dropout": {"dropout_p": 0.3, "dropout_rng": torch.tensor([7, 3])},
+        "bias": {"bias": torch.randn(2, 24, 24, dtype=dtype)},
+        "sinks": {"sinks": torch.randn(2, dtype=dtype)},
+    }.get(name, {})
+    q, k, v = torch.randn(3, 1, 2, 24, 16, dtype=dtype)
+    run = functools.partial(fused_attn.attention_backward, backend=attention_backend)
+    out, lse = fused_attn.attention(
+        q, k, v, return_lse=True, backend=attention_backend, **arguments
+    )
+    dout = torch.randn_like(out)
+    once = run(dout, q, k, v, out, lse, **arguments)
+    again = run(dout, q, k, v, out, lse + math.log(2), **arguments)
+    for field in ("dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(again, field), getattr(once, field) / 2)
+
+
+def test_who_has_no_lse_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own attention is what a machine may run by default, and takes no lse."""
+    monkeypatch.setenv("FUSED_ATTN_BACKENDS", "sdpa")
+    q, k, v = torch.randn(3, 1, 2, 24, 16)
+    out, lse = fused_attn.attention(q, k, v, return_lse=True)
+    dout = torch.randn_like(out)
+    found = fused_attn.attention_backward(dout, q, k, v, out, lse + math.log(2))
+    right = fused_attn.attention_backward(dout, q, k, v, out, lse, backend="reference")
+    for field in ("dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(found, field), getattr(right, field) / 2)
+    with pytest.raises(fused_attn.UnsupportedError, match="returns no lse"):
+        fused_attn.attention_backward(dout, q, k, v, out, lse, backend="sdpa")
 
 
 def test_only_what_is_needed_is_computed(attention_backend: str) -> None:
