@@ -151,7 +151,9 @@ def table(found: Sequence[dict[str, str]]) -> str:
     for machine in machines:
         mine = [row for row in found if row["machine"] == machine]
         levels = sorted({row["level"] for row in mine})
-        level = next(x for x in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable") if x in levels)
+        level = next(
+            x for x in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable") if x in levels
+        )
         lines += [
             f"{machine}, level {level} (recorded too: {', '.join(levels)}); ours / torch's:", "",
             "| call | " + " | ".join(f"{d} out | {d} worst gradient" for d in DTYPES) + " |",

@@ -57,17 +57,18 @@ class DecodePass {
         v_(key_view(p, p.v, task.sequence, task.first_head, p.head_dim_v), buffers.v),
         width_(ceil_div(p.head_dim, kLanes) * kLanes),
         width_v_(ceil_div(p.head_dim_v, kLanes) * kLanes),
+        by_rows_(queries_ == 1 && !dropout_.active()),
         cold_(k_.in_place() && v_.in_place() &&
               (p.head_dim + p.head_dim_v) * p.batch * p.num_heads_kv * p.seqlen_k *
                       int64_t{sizeof(T)} >
                   kNearBytes),
         lines_k_(ceil_div(p.head_dim * sizeof(T), ByteRows::kLine)),
         lines_v_(ceil_div(p.head_dim_v * sizeof(T), ByteRows::kLine)) {
-    // A mask needs no look at the keys: those that nobody sees are left out below.
-    if (p.bias.data != nullptr) {
+    // One query a head needs no look at the keys: what a mask or the bias hides is left out below.
+    if (p.bias.data != nullptr && !by_rows_) {
       keep_ = keys_to_keep<Real>(p, task.sequence, task.first_head, visibility_, buffers.keep);
-      bias_ = buffers.bias.get<Real>(kBlockK * kStrideQ);
     }
+    if (p.bias.data != nullptr) bias_ = buffers.bias.get<Real>(kBlockK * kStrideQ);
     q_ = buffers.q.get<Real>(kDecodeRows * width_);
     if (rows_ >= kPackedRows) columns_ = buffers.columns.get<Real>(width_ * kPackedKeys);
     scores_ = buffers.scores.get<Real>(kBlockK * kStrideQ);
@@ -99,8 +100,11 @@ class DecodePass {
       } else {
         multiply_packed_keys();
       }
-      if (formula_.plain && !dropout_.active() && (queries_ == 1 || map_.seen == Seen::kAll)) {
-        softmax_of_rows();
+      if (by_rows_ && !formula_.plain) {
+        final_scores_of_rows(j);
+        softmax_of_rows<false>();
+      } else if (by_rows_ || (formula_.plain && !dropout_.active() && map_.seen == Seen::kAll)) {
+        softmax_of_rows<true>();
       } else {
         for (int h = 0; h < task_.num_heads; ++h) softmax_of_head(h, j);
       }
@@ -170,17 +174,22 @@ class DecodePass {
   void list_keys(int64_t j) {
     k_.select(j, map_.keys);
     v_.select(j, map_.keys);
-    const bool all = map_.seen == Seen::kAll && keep_ == nullptr;
+    const uint64_t* visible = map_.mask();
+    const bool some = hidden_by_bias(j);  // it loads the bias, too
+    const bool all = map_.seen == Seen::kAll && keep_ == nullptr && !some;
     if (all && listed_ >= map_.keys) {
       count_ = map_.keys;
       return;
     }
     const int64_t stride_k = k_.stride(), stride_v = v_.stride();
-    const uint64_t* visible = map_.mask();
     int count = 0;
     for (int c = 0; c < map_.keys; ++c) {
       if (visible != nullptr && visible[c] == 0) continue;
       if (keep_ != nullptr && !keep_[j + c]) continue;
+      if (by_rows_ && p_.bias.data != nullptr) {
+        if (bias_[c] == -std::numeric_limits<Real>::infinity()) continue;
+        bias_[count] = bias_[c];  // side by side as the scores
+      }
       key_[count] = c;
       k_row_[count] = c * stride_k;
       v_row_[count] = c * stride_v;
@@ -189,6 +198,30 @@ class DecodePass {
     count_ = count;
     listed_ = all ? count : 0;
   }
+  // Loads the tile's bias, which all rows share, where there is one query a head. Does it hide any?
+  bool hidden_by_bias(int64_t j) {
+    if (!by_rows_ || p_.bias.data == nullptr) return false;
+    const Real hidden = -std::numeric_limits<Real>::infinity();
+    V least = V::zero();
+    with_bias_dtype<Real>(p_.bias.dtype, [&](auto* tag) {
+      using B = std::remove_pointer_t<decltype(tag)>;
+      const B* from = at<const B>(p_.bias, task_.sequence.batch, task_.first_head, 0, j);
+      const int64_t stride = p_.bias.stride[3];
+      for (int c = 0; c < map_.keys; c += kLanes) {
+        const int width = smaller(map_.keys - c, kLanes);
+        if (stride == 1) {
+          load_as<Real>(from + c, width).store(bias_ + c);
+        } else {
+          for (int n = 0; n < kLanes; ++n) {
+            bias_[c + n] = n < width ? to_real<Real>(from[(c + n) * stride]) : Real(0);
+          }
+        }
+        least = min(V::load(bias_ + c), least);
+      }
+    });
+    return greater(V::set1(kLowest<Real>), least) != 0;
+  }
+
   const T* k_row(int n) const { return k_.first() + k_row_[n]; }
   const T* v_row(int n) const { return v_.first() + v_row_[n]; }
 
@@ -266,7 +299,38 @@ class DecodePass {
     }
   }
 
+  // Scale, softcap, ALiBi and bias where there is one query a head: on rows, not on tiles.
+  void final_scores_of_rows(int64_t j) {
+    const bool bounded = p_.softcap > 0, has_bias = p_.bias.data != nullptr;
+    const V scale = V::set1(bounded ? formula_.scale / formula_.softcap : formula_.scale);
+    const V softcap = V::set1(formula_.softcap);
+    const Real position = static_cast<Real>(task_.sequence.seqlen_k - task_.sequence.seqlen_q - j);
+    alignas(64) Real apart[kBlockK];
+    if (p_.alibi_slopes != nullptr) {
+      for (int n = 0; n < kBlockK; ++n) apart[n] = position - static_cast<Real>(key_[n]);
+    }
+    for (int r = 0; r < rows_; ++r) {
+      const V slope = V::set1(p_.alibi_slopes == nullptr
+                                  ? Real(0)
+                                  : static_cast<Real>(p_.alibi_slopes[task_.first_head + r]));
+      for (int n = 0; n < count_; n += kLanes) {
+        V score = V::load(weights_[r] + n);
+        const V bias = has_bias ? V::load(bias_ + n) : V::zero();
+        if (!bounded && p_.alibi_slopes == nullptr) {
+          score = fma(score, scale, bias);
+        } else {
+          score = score * scale;
+          if (bounded) score = softcap * tanh(score);
+          if (p_.alibi_slopes != nullptr) score = score - slope * abs(V::load(apart + n));
+          score = score + bias;
+        }
+        score.store(weights_[r] + n);
+      }
+    }
+  }
+
   // Where every query sees all listed keys, vectors can run along the keys.
+  template <bool kPlain>
   void softmax_of_rows() {
     const Real hidden = -std::numeric_limits<Real>::infinity();
     for (int r = 0; r < rows_; ++r) {
@@ -277,16 +341,17 @@ class DecodePass {
     }
     const V scale = V::set1(formula_.log2_scale());
     const Shift<Real> before = state_.shift;
-    renew_shift<true>(state_, 0, scale, state_.shift);
-    const V correction = correction_between<true>(before, state_.shift, 0, scale);
+    renew_shift<kPlain>(state_, 0, scale, state_.shift);
+    const V correction = correction_between<kPlain>(before, state_.shift, 0, scale);
     correction.store(state_.correction);
     alignas(64) Real sums[kLanes];
     for (int r = 0; r < rows_; ++r) {
       const V base = V::set1(state_.shift.base[r]), offset = V::set1(state_.shift.offset[r]);
       V total = V::zero();
       for (int n = 0; n < count_; n += kLanes) {
-        const V exponent = fma(V::load(weights_[r] + n) - base, scale, offset);
-        const V p = exp2(clamp_exponent(exponent));
+        const V score = V::load(weights_[r] + n) - base;
+        const V p =
+            kPlain ? exp2(clamp_exponent(fma(score, scale, offset))) : exp(clamp_natural(score));
         total = total + p;
         p.store(weights_[r] + n);
       }
@@ -444,6 +509,7 @@ class DecodePass {
   TileRows<T> v_;
   const int64_t width_;    // of a row of q_
   const int64_t width_v_;  // of a row of acc_
+  const bool by_rows_;     // no tile [key][query] is needed whatever the score is
   const bool cold_;        // K and V are surely not in a cache near the core
   const int64_t lines_k_;  // cache lines of a row of K
   const int64_t lines_v_;
@@ -452,12 +518,12 @@ class DecodePass {
   Real* q_;                  // [row][column]
   Real* columns_ = nullptr;  // [column][key]
   Real* scores_;             // [key][query]
-  Real* bias_ = nullptr;
-  Real* acc_;  // [row][column]
+  Real* bias_ = nullptr;     // [key][query], or, by rows, of the listed keys
+  Real* acc_;                // [row][column]
 
   TileMap map_;
   int count_ = 0;           // of the keys that some query sees
-  int key_[kBlockK];        // their positions in the tile
+  int key_[kBlockK] = {};   // their positions in the tile
   int64_t k_row_[kBlockK];  // their rows, from that of the tile's first key on
   int64_t v_row_[kBlockK];
   int listed_ = 0;  // the list is 0, 1, ..., listed_ - 1 and may serve another tile

@@ -49,7 +49,7 @@ FUSED_ATTN_INLINE Vec<typename E::Real> probability(Vec<typename E::Real> score,
                                                     Vec<typename E::Real> shift) {
   const auto exponent =
       kPlain ? fma(score, scale, Vec<typename E::Real>::zero() - shift) : score - shift;
-  return exp<E::kPrecision>(clamp_exponent(exponent));
+  return exp<E::kPrecision>(clamp_natural(exponent));
 }
 
 // The probabilities of a tile in place of its scores, 0 where hidden (outside of the segments,

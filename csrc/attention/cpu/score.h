@@ -46,6 +46,14 @@ FUSED_ATTN_INLINE Vec<Real> clamp_exponent(Vec<Real> x) {
   return max(Vec<Real>::set1(Real(-2000)), x);
 }
 
+// The same for exponents to base e whose exponential would be a subnormal number: an operation on
+// one takes some processors as long as a hundred others, and under ALiBi many keys lie so far away.
+template <class Real>
+FUSED_ATTN_INLINE Vec<Real> clamp_natural(Vec<Real> x) {
+  const auto least = Vec<Real>::set1(Real(sizeof(Real) == 4 ? -87 : -708));
+  return select(greater(least, x), Vec<Real>::set1(Real(-2000)), x);
+}
+
 // One tile: queries [i, i + rows), keys [j, j + map.keys) of one head.
 struct ScoreTile {
   const Params& p;

@@ -130,7 +130,7 @@ inline void softmax_tile(const TileMap& map, int groups, typename E::Real log2_s
       auto exponential = [&](int c) {
         const V score = V::load(scores + c * kStrideQ + g * kLanes);
         const V p = kPlain ? exp2<E::kPrecision>(fma(score, scale, offset))
-                           : exp<E::kPrecision>(clamp_exponent(score - base));
+                           : exp<E::kPrecision>(clamp_natural(score - base));
         sum = sum + p;
         return kDropout ? select(lanes_of(keep, c, g), p, V::zero()) : p;
       };
