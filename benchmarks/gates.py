@@ -17,13 +17,8 @@ from typing import Any
 from benchmarks.suites.problem import DTYPES, Problem
 from benchmarks.suites.suites import Suite, find
 
-LEVELS = (
-    "portable",
-    "avx2",
-    "avx512",
-    "avx512_bf16",
-    "avx512_amx",
-)  # each has what those before it have
+# Each has what those before it have.
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 # What a class has that is not usual in its suite, by its word in the table.
 FACTS: dict[str, dict[str, Any]] = {

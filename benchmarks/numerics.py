@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_attn
+from benchmarks.gates import LEVELS
 from benchmarks.suites.machine import CHECKOUT, RESULTS, cpu_level, folder_name
 from benchmarks.suites.results import save_rows
 from fused_attn.runtime import native
@@ -151,9 +152,7 @@ def table(found: Sequence[dict[str, str]]) -> str:
     for machine in machines:
         mine = [row for row in found if row["machine"] == machine]
         levels = sorted({row["level"] for row in mine})
-        level = next(
-            x for x in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable") if x in levels
-        )
+        level = next(x for x in reversed(LEVELS) if x in levels)
         lines += [
             f"{machine}, level {level} (recorded too: {', '.join(levels)}); ours / torch's:", "",
             "| call | " + " | ".join(f"{d} out | {d} worst gradient" for d in DTYPES) + " |",

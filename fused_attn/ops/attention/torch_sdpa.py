@@ -1,8 +1,9 @@
 """torch's own fused attention, wherever it can express the call.
 
-It serves calls where ours are not verified (GPUs), or where the machine has matrix instructions that
-ours do not use (AMX's of float16, or AMX below the level of it). What torch leaves open is settled here as everywhere: a row that sees no
-key gives 0, and NaN in a key that nobody sees has no effect.
+It serves calls where ours are not verified (GPUs), or where the machine has matrix instructions
+that ours do not use (AMX's of float16, or AMX below the level of it). What torch leaves open is
+settled here as everywhere: a row that sees no key gives 0, and NaN in a key that nobody sees has no
+effect.
 """
 
 from __future__ import annotations
