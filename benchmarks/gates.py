@@ -206,6 +206,37 @@ linear          forward  256,512,2048         full         bf16  avx512_bf16 1.0
 linear          training 256,512,2048         full         bf16  avx512_bf16 1.00 1.10 -
 linear          forward  64,512,512           full         bf16  avx512_bf16 1.00 1.10 -
 linear          training 64,512,512           full         bf16  avx512_bf16 1.00 1.10 -
+forward         forward  2,8,8,512,512,64     full         bf16  avx512_amx 1.00 1.60 -
+forward         forward  1,8,8,2048,2048,64   full         bf16  avx512_amx 1.00 1.60 -
+forward         forward  2,8,8,512,512,128    full         bf16  avx512_amx 1.00 1.60 -
+forward         forward  1,8,8,2048,2048,128  full         bf16  avx512_amx 1.00 1.60 -
+forward         forward  2,8,8,512,512,64     causal       bf16  avx512_amx 1.00 1.60 -
+forward         forward  1,8,8,2048,2048,64   causal       bf16  avx512_amx 1.00 1.60 -
+forward         forward  8,12,12,128,128,64   full         bf16  avx512_amx 1.00 1.60 -
+forward         forward  32,8,8,100,100,64    full         bf16  avx512_amx 1.00 1.60 -
+forward         forward  8,12,12,128,128,64   causal       bf16  avx512_amx 1.00 1.60 -
+forward         forward  32,8,8,100,100,64    causal       bf16  avx512_amx 1.00 1.60 -
+masks           forward  8,8,8,512,512,64     padding      bf16  avx512_amx 1.00 1.60 -  2/3
+masks           forward  16,12,12,128,128,64  padding      bf16  avx512_amx 1.00 1.60 -  2/3
+masks           forward  2,8,8,512,512,64     bias         bf16  avx512_amx 1.00 1.60 -
+masks           forward  1,8,8,2048,2048,64   bias         bf16  avx512_amx 1.00 1.60 -
+decode          forward  8,32,32,1,4096,128   full         bf16  avx512_amx 1.00 1.30 -
+decode          forward  4,16,16,8,1024,64    full         bf16  avx512_amx 1.00 1.30 -
+decode          forward  4,32,8,1,2048,128    full         bf16  avx512_amx 1.00 1.30 -
+decode          forward  4,32,8,4,2048,128    full         bf16  avx512_amx 1.00 1.30 -
+masks           training 2,8,8,512,512,64     full         bf16  avx512_amx 1.50 3.00 -
+masks           training 1,8,8,2048,2048,64   full         bf16  avx512_amx 1.50 3.00 -
+masks           training 1,8,8,2048,2048,128  full         bf16  avx512_amx 1.50 3.00 -
+masks           training 2,8,8,512,512,64     causal       bf16  avx512_amx 1.50 3.00 -
+masks           training 8,12,12,128,128,64   full         bf16  avx512_amx 1.50 3.00 -
+masks           training 32,8,8,100,100,64    full         bf16  avx512_amx 1.50 3.00 -
+packed          forward  8,8,8,512,64         full         bf16  avx512_amx 1.00 2.00 -  2/3
+packed          forward  32,8,8,128,64        full         bf16  avx512_amx 1.00 2.00 -  2/3
+modules         forward  1,2048,512,8         mha          bf16  avx512_amx 1.00 1.20 -
+modules         forward  2,2048,512,8         mha-padded   bf16  avx512_amx 1.00 1.20 -  2/3
+weights         forward  1,2048,512,8         mha-weights  bf16  avx512_amx 1.00 1.20 -
+modules         forward  32,100,512,8         mha          bf16  avx512_amx 1.00 1.20 -
+modules         forward  32,100,512,8         mha-padded   bf16  avx512_amx 1.00 1.20 -  2/3
 """
 
 

@@ -2,6 +2,9 @@
 #include "cpu/peak_kernel.h"
 
 #include "cpu/engine.h"
+#if FUSED_ATTN_BF16_TILES
+#include "cpu/tiles_amx.h"
+#endif
 
 namespace fused_attn::FUSED_ATTN_LEVEL {
 namespace {
@@ -15,6 +18,9 @@ constexpr int kAccumulators = smaller(12, larger(1, kRegisterVectors<Real> * 3 /
 
 template <class E>
 double run(int64_t repeats) {
+#if FUSED_ATTN_BF16_TILES
+  if (E::kTiles) return multiply_tiles_only(repeats);
+#endif
   using Real = typename E::Real;
   using Unit = typename E::Unit;
   constexpr int kChains = kAccumulators<Real>;

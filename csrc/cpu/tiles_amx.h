@@ -21,16 +21,16 @@ constexpr int kTileUnits = 16;  // pairs of a row of A
 class TileRegisters {
  public:
   TileRegisters() {
-    _tile_storeconfig(&before_);
+    asm volatile("sttilecfg %0" : "=m"(before_));
     Shapes whole = {};
     whole.palette = 1;
     for (int t = 0; t < kTiles; ++t) {
       whole.bytes_of_row[t] = kTileUnits * sizeof(uint32_t);
       whole.rows[t] = kTileRows;
     }
-    _tile_loadconfig(&whole);
+    load(whole);
   }
-  ~TileRegisters() { _tile_loadconfig(&before_); }
+  ~TileRegisters() { load(before_); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 
@@ -44,6 +44,10 @@ class TileRegisters {
     uint8_t rows[16];
   };
   static_assert(sizeof(Shapes) == 64);
+
+  // gcc's intrinsic does not say that all 64 bytes are read.
+  static void load(const Shapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes)); }
+
   Shapes before_;
 };
 
@@ -51,6 +55,18 @@ class TileRegisters {
 // that they read it.
 inline void order_memory() {
   asm volatile("" ::: "memory");
+}
+
+// Does nothing but multiply, `times` times four tiles; how many operations that were.
+inline double multiply_tiles_only(int64_t times) {
+  const TileRegisters registers;
+  for (int64_t i = 0; i < times; ++i) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  return 4.0 * 2 * kTileRows * 16 * (2 * kTileUnits) * static_cast<double>(times);
 }
 
 // c[16][kGroups * 16] = A B, over `steps` times 16 pairs. Strides count pairs.
