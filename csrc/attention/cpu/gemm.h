@@ -233,7 +233,7 @@ struct RegisterTile {
   static constexpr int kMaxGroups = kVectors >= 32 ? 4 : kVectors >= 16 ? 2 : 1;
   static constexpr int rows(int groups) {
     if (kVectors < 16) return kVectors >= 8 ? 6 : kVectors / 2;
-    return kVectors < 32 || groups > 2 ? 4 : 8;
+    return kVectors < 32 ? 4 : groups > 2 ? 6 : 8;
   }
 };
 
