@@ -23,6 +23,7 @@ import torch
 
 from .. import user_files
 from . import device as triton_device
+from . import recording, replay
 
 SHIPPED = Path(__file__).parents[2] / "tuned"
 _FORMAT = 1
@@ -76,7 +77,8 @@ def trying(timer: Timer | None, again: bool) -> Iterator[dict[str, Trial]]:
     global _trials
     before, _trials = _trials, trials
     try:
-        yield trials.found
+        with replay.paused():
+            yield trials.found
     finally:
         _trials = before
 
@@ -101,6 +103,7 @@ def launch_best(
     tile = _chosen.get((device, key)) if _trials is None else None
     if tile not in candidates:  # not looked up yet, or none of what fits this call
         tile = _choose(device, key, candidates, run, may_try=compiling is None)
+        recording.refuse("its tile has just been chosen", again=True)
     run(tile)
 
 
@@ -108,6 +111,7 @@ def forget() -> None:
     """Forget what this process knows: files and FUSED_ATTN_TUNING are read anew."""
     _chosen.clear()
     _known.clear()
+    replay.forget()
 
 
 def _choose(

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
+from ....runtime.triton import replay
 from ..functions import PairFunctions, Sum
 from ..problem import LOWER_RIGHT, Operands, Options
 from . import config
@@ -43,6 +44,31 @@ def forward(
     out: Tensor,
     lse: Tensor | None,
     functions: PairFunctions | None = None,
+) -> None:
+    if functions is None:
+        replay.run(_plain_forward, (*operands, out, lse), options, _setting(operands))
+    else:
+        _run_forward(operands, options, out, lse, functions)
+
+
+def _plain_forward(tensors: replay.Tensors, options: Options, _setting: str) -> None:
+    *operands, out, lse = tensors
+    _run_forward(Operands(*operands), options, out, lse, None)
+
+
+def _setting(operands: Operands) -> str:
+    """What else decides about the kernels of a call: a setting of torch's."""
+    if operands[0].dtype != torch.float32:
+        return ""
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+def _run_forward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor | None,
+    functions: PairFunctions | None,
 ) -> None:
     with triton_device.on_device_of(operands.q):
         pairs = None if functions is None else pairs_of(functions, operands.q)
@@ -118,6 +144,12 @@ def _decode(launcher: Launcher, out: Tensor, lse: Tensor | None) -> None:
 def weights(
     operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
 ) -> None:
+    replay.run(_weights, (*operands, lse, weights), options, average, _setting(operands))
+
+
+def _weights(tensors: replay.Tensors, options: Options, average: bool, _setting: str) -> None:
+    *given, lse, weights = tensors
+    operands = Operands(*given)
     with triton_device.on_device_of(lse):
         launcher = Launcher(operands, options, WEIGHTS_PRODUCTS)
         plan = launcher.plan
@@ -151,6 +183,31 @@ def backward(
     dweights: Tensor | None,
     grads: tuple[Tensor | None, ...],
     functions: PairFunctions | None = None,
+) -> None:
+    if functions is None:
+        tensors = (*operands, out, lse, dout, dlse, dweights, *grads)
+        replay.run(_plain_backward, tensors, options, _setting(operands))
+    else:
+        _run_backward(operands, options, out, lse, dout, dlse, dweights, grads, functions)
+
+
+def _plain_backward(tensors: replay.Tensors, options: Options, _setting: str) -> None:
+    count = len(Operands._fields)
+    out, lse, dout, dlse, dweights, *grads = tensors[count:]
+    operands = Operands(*tensors[:count])
+    _run_backward(operands, options, out, lse, dout, dlse, dweights, tuple(grads), None)
+
+
+def _run_backward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    functions: PairFunctions | None,
 ) -> None:
     dq, dk, dv, dbias = grads
     if functions is not None or _may_see_nothing(
