@@ -102,7 +102,7 @@ OTHER_TRITON := build/triton-3.6
 OTHER_PYTHON := $(OTHER_TRITON)/bin/python
 triton-3.6: $(OTHER_TRITON)/installed
 	$(if $(MATCH),$(OTHER_PYTHON) -m benchmarks.compiler.triton_report --arch 90 --match "$(MATCH)",\
-	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider --every tests/triton/test_compile.py tests/triton/test_compilations.py)
+	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider --every tests/triton/test_compile.py tests/triton/test_compilations.py tests/triton/test_replay.py)
 
 $(OTHER_TRITON)/installed: $(INSTALLED)
 	python -m venv $(OTHER_TRITON)

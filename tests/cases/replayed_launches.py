@@ -66,13 +66,16 @@ class Compiled:
             self.packed_metadata += tuple(options["cluster_dims"])
         launcher = driver.active.launcher_cls(source, self.metadata)
 
-        def run(*args: Any) -> None:
+        launch = launcher.launch
+
+        def watched(*args: Any) -> None:
             active = driver.active
             active.keep([*self.sizes, 8, 8])
-            launcher(*args)
+            launch(*args)
             log.append((self, active.last()))
 
-        self.run = run
+        launcher.launch = watched
+        self.run = launcher
 
     def _add(self, kind: str) -> None:
         if kind.startswith("tensordesc"):
@@ -238,6 +241,8 @@ def calls() -> Iterator[tuple[str, Call]]:
     for name, make in makers.items():
         for backward in (False, True):
             yield f"{name} {backward=}", attention(*(make(*shape) for _ in "qkv"), backward)
+    brain = half(*shape, dtype=torch.bfloat16)
+    yield "bfloat16", attention(brain, brain, brain, True)
     yield "one misaligned of three", attention(half(*shape), off(*shape), half(*shape), True)
     packed_qkv = half(2, 33, 3, 4, 64).unbind(2)
     yield "slices of one", attention(*(x.transpose(1, 2) for x in packed_qkv), True)

@@ -235,6 +235,11 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
 _HERE = contextlib.nullcontext()
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can be timed then, or allocated to stay."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Wanted(NamedTuple):
     """A kernel that a launch would run."""
 

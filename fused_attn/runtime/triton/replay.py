@@ -86,6 +86,9 @@ def _note(
 ) -> Tape | str:
     """Run a call and note what it does."""
     nvidia = driver.get_current_target().backend == "cuda"
+    if triton_device.capturing():
+        function(tensors, *settings)
+        return _SEEN
     if torch._C._len_torch_dispatch_stack() or not nvidia:
         function(tensors, *settings)
         return _REFUSED

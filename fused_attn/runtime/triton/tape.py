@@ -121,11 +121,10 @@ class Tape:
         constants: dict[str, Any] = {"Descriptor": _Descriptor}
         texts = [self._text(value, constants) for value in bound.arguments.values()]
         arguments = eval(f"lambda p, t: ({' '.join(text + ',' for text in texts)})", constants)
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        start = _start_of(compiled)
 
         def launch(slots: Slots, pointers: Pointers, stream: int) -> None:
-            run(programs, 1, 1, stream, function, metadata, None, None, None,
-                *arguments(pointers, slots))  # fmt: skip
+            start(programs, stream, arguments(pointers, slots))
 
         return launch
 
@@ -181,6 +180,29 @@ class Tape:
         return lambda slots: slots[slot].as_strided(
             shape, stride, slots[slot].storage_offset() + further
         )
+
+
+def _start_of(compiled: Any) -> Callable[[int, int, tuple[Any, ...]], None]:
+    """What launches a compiled kernel: programs, stream, arguments."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    hooks = (None, None, None)  # and what they would be told
+    if not _is_known_launcher(run):
+        rest: tuple[Any, ...] = (metadata, *hooks)
+        return lambda programs, stream, args: run(programs, 1, 1, stream, function, *rest, *args)
+    launch, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
+    scratch = (None, None)
+    if hasattr(run, "kernel_signature"):  # from 3.7 on: one function for all signatures
+        rest = (*flags, metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
+        return lambda programs, stream, args: launch(programs, 1, 1, stream, function, *rest, args)
+    rest = (*flags, *scratch, metadata, *hooks)
+    return lambda programs, stream, args: launch(programs, 1, 1, stream, function, *rest, *args)
+
+
+def _is_known_launcher(run: Any) -> bool:
+    """Whether it is Triton's own for NVIDIA, which would only add that there is no scratch."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    return type(run) is CudaLauncher and not (run.global_scratch_size or run.profile_scratch_size)
 
 
 def _tensors(value: Any) -> Any:

@@ -24,6 +24,7 @@ import torch
 from .. import user_files
 from . import device as triton_device
 from . import recording, replay
+from .device import capturing
 
 SHIPPED = Path(__file__).parents[2] / "tuned"
 _FORMAT = 1
@@ -161,11 +162,6 @@ def _try(trials: _Trials, candidates: Sequence[Any], run: Callable[[Any], None])
             failed[tuple(tile)] = f"{type(error).__name__}: {error}"
     best = min(milliseconds, key=milliseconds.__getitem__, default=tuple(candidates[0]))
     return Trial(best, milliseconds, failed)
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured: then nothing can be timed."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
