@@ -24,7 +24,7 @@ _MAP_BYTES = 128
 _SCRATCH = [8, 8]  # two pointers after the kernel's own arguments
 
 
-class _Last(ctypes.Structure):
+class _Launch(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
@@ -42,8 +42,8 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
-    stream: int | None
-    function: int | None
+    stream: int | None  # None for the default one
+    function: int
     parameters: bytes
 
 
@@ -86,7 +86,7 @@ class FakeGpu:
         command = ["gcc", "-O2", "-shared", "-fPIC", name, f"-I{_include()}", str(source)]
         subprocess.run([*command, "-o", str(library)], check=True)
         self.cuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        self.cuda.fake_last.restype = ctypes.POINTER(_Last)
+        self.cuda.fake_launch.restype = ctypes.POINTER(_Launch)
         self.cuda.fake_launches.restype = ctypes.c_long
         self.device, self.stream = 0, 0
         self._target = GPUTarget("cuda", ARCH, 32)
@@ -115,15 +115,22 @@ class FakeGpu:
         """How many launches there were so far."""
         return int(self.cuda.fake_launches())
 
-    def keep(self, sizes: list[int]) -> None:
-        """Keep what reaches launches from now on, whose parameters have these sizes."""
-        self.cuda.fake_sizes(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+    def describe(self, function: int, sizes: list[int]) -> None:
+        """Keep what reaches launches of a function (a small number); sizes of its parameters."""
+        self.cuda.fake_describe(function, len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
-    def last(self) -> Launch:
-        """What the last launch was given."""
-        it = self.cuda.fake_last().contents
-        raw = ctypes.string_at(ctypes.addressof(it) + _Last.parameters.offset, it.bytes)
-        return Launch(tuple(it.grid), tuple(it.block), it.shared, it.stream, it.function, raw)
+    def taken(self) -> list[Launch]:
+        """What has been kept since the last time."""
+        found = []
+        for number in range(self.cuda.fake_kept()):
+            it = self.cuda.fake_launch(number).contents
+            raw = ctypes.string_at(ctypes.addressof(it) + _Launch.parameters.offset, it.bytes)
+            function = it.function or 0
+            found.append(
+                Launch(tuple(it.grid), tuple(it.block), it.shared, it.stream, function, raw)
+            )
+        self.cuda.fake_forget()
+        return found
 
 
 @contextlib.contextmanager

@@ -3,22 +3,38 @@
 #include <cuda.h>
 #include <string.h>
 
+#define MAX_FUNCTIONS 4096
 #define MAX_PARAMETERS 128
-#define MAX_BYTES 8192
+#define MAX_LAUNCHES 32
 
-static struct {
+typedef struct {
   unsigned grid[3], block[3], shared;
   void *stream, *function;
   int bytes;
-  char parameters[MAX_BYTES];
-} last;
-static int sizes[MAX_PARAMETERS], num_sizes;
+  char parameters[8192];
+} Launch;
+
+static struct {
+  int count, sizes[MAX_PARAMETERS];
+} described[MAX_FUNCTIONS];  // by handle
+static Launch kept[MAX_LAUNCHES];
+static int num_kept;
 static long launches, pointer_queries;
 
-// The parameters of the launches from now on have these sizes in bytes; 0 of them: keep nothing.
-void fake_sizes(int count, const int* given) {
-  num_sizes = count;
-  memcpy(sizes, given, sizeof(int) * count);
+// The parameters of this function, whose handle is a small number, have these sizes in bytes: what
+// it is launched with is kept from now on.
+void fake_describe(int function, int count, const int* sizes) {
+  described[function].count = count;
+  memcpy(described[function].sizes, sizes, sizeof(int) * count);
+}
+int fake_kept(void) {
+  return num_kept;
+}
+const void* fake_launch(int number) {
+  return &kept[number];
+}
+void fake_forget(void) {
+  num_kept = 0;
 }
 long fake_launches(void) {
   return launches;
@@ -26,23 +42,24 @@ long fake_launches(void) {
 long fake_pointer_queries(void) {
   return pointer_queries;
 }
-const void* fake_last(void) {
-  return &last;
-}
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters,
                           void** extra) {
   (void)extra;
   ++launches;
-  if (num_sizes == 0) return CUDA_SUCCESS;
-  last.grid[0] = config->gridDimX, last.grid[1] = config->gridDimY;
-  last.grid[2] = config->gridDimZ;
-  last.block[0] = config->blockDimX, last.block[1] = config->blockDimY;
-  last.block[2] = config->blockDimZ, last.shared = config->sharedMemBytes;
-  last.stream = config->hStream, last.function = function, last.bytes = 0;
-  for (int i = 0; i < num_sizes && last.bytes + sizes[i] <= MAX_BYTES; ++i) {
-    memcpy(last.parameters + last.bytes, parameters[i], sizes[i]);
-    last.bytes += sizes[i];
+  const size_t handle = (size_t)function;
+  if (handle >= MAX_FUNCTIONS || described[handle].count == 0) return CUDA_SUCCESS;
+  if (num_kept == MAX_LAUNCHES) num_kept = 0;  // nobody asked for them
+  Launch* to = &kept[num_kept++];
+  to->grid[0] = config->gridDimX, to->grid[1] = config->gridDimY, to->grid[2] = config->gridDimZ;
+  to->block[0] = config->blockDimX, to->block[1] = config->blockDimY;
+  to->block[2] = config->blockDimZ, to->shared = config->sharedMemBytes;
+  to->stream = config->hStream, to->function = function, to->bytes = 0;
+  for (int i = 0; i < described[handle].count; ++i) {
+    const int size = described[handle].sizes[i];
+    if (to->bytes + size > (int)sizeof(to->parameters)) return CUDA_ERROR_OUT_OF_MEMORY;
+    memcpy(to->parameters + to->bytes, parameters[i], size);
+    to->bytes += size;
   }
   return CUDA_SUCCESS;
 }
@@ -103,7 +120,7 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
   return CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext* context) {
-  *context = (CUcontext)&last;
+  *context = (CUcontext)kept;
   return CUDA_SUCCESS;
 }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import json
@@ -174,8 +175,7 @@ def streams_devices_and_drivers_are_those_of_the_call(gpu: fake_gpu.FakeGpu) -> 
     assert not repeats(run)
     gpu.device = 0
     assert repeats(run)
-    other = fake_gpu.FakeGpu()
-    driver.set_active(other)
+    driver.set_active(copy.copy(gpu))
     assert not repeats(run)
     driver.set_active(gpu)
     assert repeats(run)

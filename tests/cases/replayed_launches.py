@@ -64,18 +64,9 @@ class Compiled:
         self.packed_metadata: tuple[int, ...] = (options["num_warps"], 1, self.metadata.shared)
         if "cluster_dims" in options:
             self.packed_metadata += tuple(options["cluster_dims"])
-        launcher = driver.active.launcher_cls(source, self.metadata)
-
-        launch = launcher.launch
-
-        def watched(*args: Any) -> None:
-            active = driver.active
-            active.keep([*self.sizes, 8, 8])
-            launch(*args)
-            log.append((self, active.last()))
-
-        launcher.launch = watched
-        self.run = launcher
+        self.run = driver.active.launcher_cls(source, self.metadata)
+        driver.active.describe(self.function, [*self.sizes, 8, 8])
+        compiled[self.function] = self
 
     def _add(self, kind: str) -> None:
         if kind.startswith("tensordesc"):
@@ -102,7 +93,7 @@ class Compiled:
         return found
 
 
-log: list[tuple[Compiled, fake_gpu.Launch]] = []
+compiled: dict[int, Compiled] = {}  # by handle
 
 
 def _flat(kinds: Any) -> Iterator[str]:
@@ -125,9 +116,11 @@ def nothing_compiled() -> Iterator[fake_gpu.FakeGpu]:
 
 
 def launches(call: Callable[[], None]) -> list[tuple[Compiled, fake_gpu.Launch]]:
-    log.clear()
+    from triton.runtime import driver
+
+    driver.active.taken()
     call()
-    return list(log)
+    return [(compiled[launch.function], launch) for launch in driver.active.taken()]
 
 
 def differences(usual: list[Any], again: list[Any], given: list[Tensor]) -> list[str]:
@@ -135,7 +128,8 @@ def differences(usual: list[Any], again: list[Any], given: list[Tensor]) -> list
     if [kernel.function for kernel, _ in usual] != [kernel.function for kernel, _ in again]:
         names = [[f"{k.src.fn.__name__} {k.function}" for k, _ in run] for run in (usual, again)]
         return [f"kernels {names[0]} became {names[1]}"]
-    ranges = [(x.data_ptr(), x.data_ptr() + max(x.untyped_storage().nbytes(), 1)) for x in given]
+    memory = [x.untyped_storage() for x in given]
+    ranges = [(x.data_ptr(), x.data_ptr() + max(x.nbytes(), 1)) for x in memory]
     found, moved = [], {}
     for (kernel, before), (_, after) in zip(usual, again, strict=True):
         name = kernel.src.fn.__name__
