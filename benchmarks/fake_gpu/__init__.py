@@ -87,7 +87,7 @@ class FakeGpu:
         subprocess.run([*command, "-o", str(library)], check=True)
         self.cuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self.cuda.fake_launch.restype = ctypes.POINTER(_Launch)
-        self.cuda.fake_launches.restype = ctypes.c_long
+        self.cuda.fake_launches.restype = self.cuda.fake_questions.restype = ctypes.c_long
         self.device, self.stream = 0, 0
         self._target = GPUTarget("cuda", ARCH, 32)
         before = os.environ.get("TRITON_LIBCUDA_PATH")
@@ -114,6 +114,10 @@ class FakeGpu:
     def launches(self) -> int:
         """How many launches there were so far."""
         return int(self.cuda.fake_launches())
+
+    def questions(self) -> int:
+        """How often the driver was asked about a pointer, or for a tensor map, so far."""
+        return int(self.cuda.fake_questions())
 
     def describe(self, function: int, sizes: list[int]) -> None:
         """Keep what reaches launches of a function (a small number); sizes of its parameters."""

@@ -19,7 +19,7 @@ static struct {
 } described[MAX_FUNCTIONS];  // by handle
 static Launch kept[MAX_LAUNCHES];
 static int num_kept;
-static long launches, pointer_queries;
+static long launches, questions;
 
 // The parameters of this function, whose handle is a small number, have these sizes in bytes: what
 // it is launched with is kept from now on.
@@ -39,8 +39,8 @@ void fake_forget(void) {
 long fake_launches(void) {
   return launches;
 }
-long fake_pointer_queries(void) {
-  return pointer_queries;
+long fake_questions(void) {
+  return questions;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters,
@@ -66,7 +66,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
 
 CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   (void)attribute;
-  ++pointer_queries;
+  ++questions;
   *(CUdeviceptr*)data = pointer;
   return CUDA_SUCCESS;
 }
@@ -79,6 +79,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
   (void)steps, (void)interleave, (void)promotion, (void)fill;
+  ++questions;
   memset(map, 0, sizeof(*map));
   map->opaque[0] = (cuuint64_t)address;
   map->opaque[2] = type | rank << 8 | swizzle << 16;

@@ -255,6 +255,26 @@ def layouts_tell_calls_apart_with_and_without_compiled_code(gpu: fake_gpu.FakeGp
 
 
 @rule
+def a_repeated_launch_asks_the_driver_nothing_else(gpu: fake_gpu.FakeGpu) -> None:
+    for length in (40, 1024):  # by descriptors, whose tensor maps are kept by address
+        run, _ = attention(*(half(1, 2, length, 64) for _ in "qkv"))
+        before = gpu.questions()
+        known(run)
+        assert gpu.questions() > before
+        before = gpu.questions()
+        assert repeats(run)
+        assert gpu.questions() == before
+    with mock.patch("fused_attn.runtime.triton.handle._MAX_MAPS", 2):
+        for _ in range(5):
+            run, given = attention(*(half(1, 2, 1024, 64) for _ in "qkv"))
+            assert repeats(run)
+            [(kernel, launch)] = launches(run)
+            maps = [value for kind, value in kernel.values(launch.parameters) if kind == "map"]
+            addresses = [int.from_bytes(each[:8], "little") for each in maps]
+            assert addresses == [x.data_ptr() for x in given[:3]]
+
+
+@rule
 def tapes_are_bounded(gpu: fake_gpu.FakeGpu) -> None:
     with mock.patch.object(replay, "MAX_TAPES", 3):
         for length in range(1, 9):

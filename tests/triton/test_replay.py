@@ -69,6 +69,7 @@ RULES = (
     "what_cannot_be_told_is_never_repeated",
     "operators_between_are_repeated",
     "layouts_tell_calls_apart_with_and_without_compiled_code",
+    "a_repeated_launch_asks_the_driver_nothing_else",
     "tapes_are_bounded",
 )
 

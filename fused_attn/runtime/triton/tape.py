@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .handle import Handle
 from .recording import Allocation, Call, Launch, Place, Recording
 
 _ALIGNMENT = 512  # of torch's allocations on a GPU, and of the pieces of one that stands for many
@@ -118,17 +119,17 @@ class Tape:
             raise Refused("Triton does not say what ran")
         bound = kernel.signature.bind(*given)
         bound.apply_defaults()
-        constants: dict[str, Any] = {"Descriptor": _Descriptor}
-        texts = [self._text(value, constants) for value in bound.arguments.values()]
+        handle, constants = Handle(compiled), dict[str, Any]()
+        texts = [self._text(value, constants, handle) for value in bound.arguments.values()]
         arguments = eval(f"lambda p, t: ({' '.join(text + ',' for text in texts)})", constants)
-        start = _start_of(compiled)
+        start = handle.start
 
         def launch(slots: Slots, pointers: Pointers, stream: int) -> None:
             start(programs, stream, arguments(pointers, slots))
 
         return launch
 
-    def _text(self, value: Any, constants: dict[str, Any]) -> str:
+    def _text(self, value: Any, constants: dict[str, Any], handle: Handle) -> str:
         """An expression for an argument, where `p` are the pointers and `t` the tensors."""
         if isinstance(value, Tensor):
             slot, offset = self._place(value)
@@ -136,15 +137,16 @@ class Tape:
                 raise Refused("an empty tensor is among the arguments")
             return f"p[{slot}] + {offset}" if offset else f"p[{slot}]"
         if isinstance(value, tuple) and any(True for _ in _tensors(value)):
-            return f"({' '.join(self._text(part, constants) + ',' for part in value)})"
-        name = f"c{len(constants)}"
+            return f"({' '.join(self._text(part, constants, handle) + ',' for part in value)})"
         base = getattr(value, "base", None)
         if isinstance(base, Tensor):
             slot, offset = self._place(base)
             if offset or slot >= self._given:
                 raise Refused("a descriptor is not of a given tensor")
-            constants[name] = _without_base(value)
-            return f"Descriptor({name}, t[{slot}])"
+            number = sum(name.startswith("d") for name in constants)
+            constants[f"d{number}"] = handle.arguments_of(value, number)
+            return f"*d{number}(p[{slot}], t[{slot}])"
+        name = f"c{len(constants)}"
         constants[name] = value
         return name
 
@@ -182,29 +184,6 @@ class Tape:
         )
 
 
-def _start_of(compiled: Any) -> Callable[[int, int, tuple[Any, ...]], None]:
-    """What launches a compiled kernel: programs, stream, arguments."""
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    hooks = (None, None, None)  # and what they would be told
-    if not _is_known_launcher(run):
-        rest: tuple[Any, ...] = (metadata, *hooks)
-        return lambda programs, stream, args: run(programs, 1, 1, stream, function, *rest, *args)
-    launch, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
-    scratch = (None, None)
-    if hasattr(run, "kernel_signature"):  # from 3.7 on: one function for all signatures
-        rest = (*flags, metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
-        return lambda programs, stream, args: launch(programs, 1, 1, stream, function, *rest, args)
-    rest = (*flags, *scratch, metadata, *hooks)
-    return lambda programs, stream, args: launch(programs, 1, 1, stream, function, *rest, *args)
-
-
-def _is_known_launcher(run: Any) -> bool:
-    """Whether it is Triton's own for NVIDIA, which would only add that there is no scratch."""
-    from triton.backends.nvidia.driver import CudaLauncher
-
-    return type(run) is CudaLauncher and not (run.global_scratch_size or run.profile_scratch_size)
-
-
 def _tensors(value: Any) -> Any:
     """All tensors in nested tuples and lists, those of descriptors included."""
     if isinstance(value, Tensor):
@@ -214,15 +193,3 @@ def _tensors(value: Any) -> Any:
             yield from _tensors(part)
     elif isinstance(getattr(value, "base", None), Tensor):
         yield value.base
-
-
-def _without_base(descriptor: Any) -> dict[str, Any]:
-    """The attributes of a descriptor but its tensor."""
-    return {name: part for name, part in vars(descriptor).items() if name != "base"}
-
-
-class _Descriptor:
-    """As much of a TensorDescriptor as Triton's launcher reads."""
-
-    def __init__(self, attributes: dict[str, Any], base: Tensor) -> None:
-        self.__dict__.update(attributes, base=base)
