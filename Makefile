@@ -15,7 +15,7 @@ export FUSED_ATTN_CPU_LEVELS ?= all
 
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 
-.PHONY: test demo style format bench readme gates gpu cuda aarch64 docs dist triton-3.6 sanitize \
+.PHONY: test demo style format bench readme gates gpu cuda model aarch64 docs dist triton-3.6 sanitize \
   sanitize-threads mutants audit workflows venv clean
 
 test: style $(EMULATOR)
@@ -62,6 +62,10 @@ cuda: $(INSTALLED)
 	! command -v nvcc > /dev/null || FUSED_ATTN_CUDA_BINARY="$$(ls $(CURDIR)/$(CUDA_BINARY)/fused_attn/_C.*)" \
 	  python -m pytest -q tests/cuda/test_code.py tests/cuda/test_trap.py
 
+# What their machine code predicts for an H200: recorded, and docs/cuda.md's table.
+model: cuda
+	python -m benchmarks.compiler.machine_model "$$(ls $(CURDIR)/$(CUDA_BINARY)/fused_attn/_C.*)" --save
+
 # The CPU kernels of 64-bit ARM, by a cross compiler and under qemu: Debian's g++-aarch64-linux-gnu
 # and qemu-user. Without them it does nothing; EVERY= leaves out the kernels, minutes to compile.
 EVERY ?= --every
@@ -102,7 +106,7 @@ OTHER_TRITON := build/triton-3.6
 OTHER_PYTHON := $(OTHER_TRITON)/bin/python
 triton-3.6: $(OTHER_TRITON)/installed
 	$(if $(MATCH),$(OTHER_PYTHON) -m benchmarks.compiler.triton_report --arch 90 --match "$(MATCH)",\
-	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider --every tests/triton/test_compile.py tests/triton/test_compilations.py)
+	  $(OTHER_PYTHON) -m pytest -q -p no:cacheprovider --every tests/triton/test_compile.py tests/triton/test_compilations.py tests/triton/test_replay.py)
 
 $(OTHER_TRITON)/installed: $(INSTALLED)
 	python -m venv $(OTHER_TRITON)

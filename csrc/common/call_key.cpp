@@ -1,5 +1,6 @@
 #include "common/call_key.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -67,7 +68,7 @@ class Key {
  private:
   size_t size_ = 0;
   bool fits_ = true;
-  char bytes_[1024];
+  char bytes_[2048];
 };
 
 // Class, dtype, device, shape, and whether a gradient is wanted. False for what a key cannot
@@ -162,6 +163,49 @@ PyObject* backward_is_plain(PyObject*, PyObject* dout) {
   }
 }
 
+// All that a launch depends on but its numbers: of each tensor dtype, device, shape, strides, and
+// how far from a multiple of 16 bytes it starts.
+void append_layout(Key& key, const TensorView& view, uintptr_t start) {
+  if (!view) return key.append('-');
+  key.append(static_cast<char>('0' + start % 16));
+  key.append(static_cast<char>(view.dtype));
+  key.append(static_cast<char>(view.device_type));
+  key.append(static_cast<char>(view.device_id));
+  key.append(static_cast<char>(view.ndim));
+  key.append(view.shape, static_cast<size_t>(view.ndim) * sizeof(int64_t));
+  key.append(view.stride, static_cast<size_t>(view.ndim) * sizeof(int64_t));
+}
+
+bool is_empty(const TensorView& view) {
+  return std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
+}
+
+// METH_O.
+PyObject* launch_key(PyObject*, PyObject* tensors) {
+  if (!PyTuple_Check(tensors)) {
+    PyErr_SetString(PyExc_TypeError, "launch_key() takes a tuple of tensors");
+    return nullptr;
+  }
+  const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
+  try {
+    Key key;
+    py::tuple starts(count);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      const py::handle object = PyTuple_GET_ITEM(tensors, i);
+      const TensorView view = tensor_view(object, "tensor");
+      const bool somewhere = view && !is_empty(view);
+      const auto start = somewhere ? reinterpret_cast<uintptr_t>(view.data) : uintptr_t{0};
+      append_layout(key, view, start);
+      PyTuple_SET_ITEM(starts.ptr(), i, PyLong_FromUnsignedLongLong(start));
+    }
+    const auto bytes = py::reinterpret_steal<py::object>(key.as_bytes());
+    if (!bytes || bytes.is_none()) return py::none().release().ptr();
+    return PyTuple_Pack(2, bytes.ptr(), starts.ptr());
+  } catch (const std::exception&) {  // a dtype that the kernels do not know
+    Py_RETURN_NONE;
+  }
+}
+
 PyMethodDef kMethods[] = {
     {"call_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_key)),
      METH_FASTCALL,
@@ -170,6 +214,11 @@ PyMethodDef kMethods[] = {
      "scalars by type and value. None where a call must be looked at by itself: somebody "
      "transforms, traces or watches operators, an operand is a subclass or out of reach of the "
      "kernels, a scalar is something unknown."},
+    {"launch_key", &launch_key, METH_O,
+     "launch_key(tensors): bytes that are equal where a tuple of tensors and Nones has equal "
+     "dtypes, devices, shapes, strides and starts relative to multiples of 16 bytes, and a tuple "
+     "of the addresses where they start, 0 for None and for an empty one. None where the key "
+     "cannot tell: a dtype that the compiled kernels do not know, too many tensors."},
     {"backward_is_plain", &backward_is_plain, METH_O,
      "backward_is_plain(dout): True if a backward that is given dout may call a kernel without "
      "looking further: nobody wants to differentiate it again, transforms, traces or watches "

@@ -6,7 +6,8 @@
 
 namespace fused_attn {
 
-// Defines call_key() and backward_is_plain() in the module, and asks torch for what it needs.
+// Defines call_key(), launch_key() and backward_is_plain() in the module, and asks torch for what
+// it needs.
 void bind_call_key(pybind11::module_& m);
 
 }  // namespace fused_attn

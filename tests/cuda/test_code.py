@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.compiler import machine_model
 from fused_attn.runtime import native
 from tests.cases.cuda_code import Kernel, read_kernels, registers_after
 from tests.cases.sass_hazards import hazards
@@ -161,6 +162,12 @@ def test_the_hazard_scan_finds_planted_hazards() -> None:
         assert hazards(disassembled(product, wait, line))[1] == []
     around = ".L_x_1:\n" + disassembled("FADD R60, R25, R61", product, "BRA `(.L_x_1)")
     assert [hazard[0] for hazard in hazards(around)[1]] == ["C-read"]
+
+
+def test_the_model_of_the_machine_reads_every_kernel(kernels: list[Kernel]) -> None:
+    rows = machine_model.rows((kernel.name, kernel.text) for kernel in kernels)
+    assert len(rows) == len(kernels_with_tiles(kernels))
+    assert {row["limit"] for row in rows} <= {"tensor", "exponentials", "issue", "shared"}
 
 
 def test_the_module_needs_no_cuda_library() -> None:

@@ -114,10 +114,14 @@ def test_what_cannot_be_recognised_has_no_key(
 def test_what_the_compiled_key_cannot_hold_is_none() -> None:
     if native.why_not() is not None:
         pytest.skip(native.why_not())
-    assert native.module().call_key((), ("x" * 2000,)) is None
+    assert native.module().call_key((), ("x" * 4000,)) is None
     assert native.module().call_key((), (2**70,)) is None
     assert native.module().call_key((torch.ones(2, device="meta"),), ()) is None
     assert native.module().call_key((torch.ones(2, dtype=torch.complex64),), ()) is None
+    assert native.module().launch_key((torch.ones(2, dtype=torch.complex64),)) is None
+    assert native.module().launch_key((torch.ones([1] * 8),) * 40) is None
+    with pytest.raises(TypeError, match="takes a tuple"):
+        native.module().launch_key([torch.ones(2)])
 
 
 def test_whoever_watches_is_noticed(call_key: CallKey) -> None:

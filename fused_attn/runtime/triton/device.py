@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import recording
+
 BACKEND = "triton"  # what the backends here are called
 
 # What the tests have compiled; a later Triton may run too, but nobody has looked.
@@ -189,6 +191,9 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int, stages: int) -> N
     elif programs > 0:
         start = time.perf_counter()
         compiled = kernel[(programs,)](*args, num_warps=warps, num_stages=stages)
+        notes = recording.current()
+        if notes is not None:
+            notes.launched(kernel, compiled, programs, args)
         # Triton says which specialisation ran; its interpreter does not.
         key = id(kernel) if compiled is None else id(compiled)
         if key not in _launched:
@@ -228,6 +233,11 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
 
 
 _HERE = contextlib.nullcontext()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can be timed then, or allocated to stay."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Wanted(NamedTuple):

@@ -23,6 +23,8 @@ import torch
 
 from .. import user_files
 from . import device as triton_device
+from . import recording, replay
+from .device import capturing
 
 SHIPPED = Path(__file__).parents[2] / "tuned"
 _FORMAT = 1
@@ -76,7 +78,8 @@ def trying(timer: Timer | None, again: bool) -> Iterator[dict[str, Trial]]:
     global _trials
     before, _trials = _trials, trials
     try:
-        yield trials.found
+        with replay.paused():
+            yield trials.found
     finally:
         _trials = before
 
@@ -101,6 +104,7 @@ def launch_best(
     tile = _chosen.get((device, key)) if _trials is None else None
     if tile not in candidates:  # not looked up yet, or none of what fits this call
         tile = _choose(device, key, candidates, run, may_try=compiling is None)
+        recording.refuse("its tile has just been chosen", again=True)
     run(tile)
 
 
@@ -108,6 +112,7 @@ def forget() -> None:
     """Forget what this process knows: files and FUSED_ATTN_TUNING are read anew."""
     _chosen.clear()
     _known.clear()
+    replay.forget()
 
 
 def _choose(
@@ -157,11 +162,6 @@ def _try(trials: _Trials, candidates: Sequence[Any], run: Callable[[Any], None])
             failed[tuple(tile)] = f"{type(error).__name__}: {error}"
     best = min(milliseconds, key=milliseconds.__getitem__, default=tuple(candidates[0]))
     return Trial(best, milliseconds, failed)
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured: then nothing can be timed."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

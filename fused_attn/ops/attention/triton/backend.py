@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,6 +169,7 @@ def backward_with_functions(
     _launchers().backward(operands, options, out, lse, dout, dlse, None, grads, functions)
 
 
+@functools.cache
 def _launchers() -> Any:
     from . import launch  # imports Triton
 

@@ -10,18 +10,17 @@ import triton
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
-from ..functions import PairFunctions, Sum
+from ....runtime.triton import replay
+from ..functions import PairFunctions
 from ..problem import LOWER_RIGHT, Operands, Options
 from . import config
 from .backward import (
     _attention_backward_dkdv_kernel,
     _attention_backward_dq_kernel,
 )
-from .bias_gradient import _attention_bias_gradient_kernel
 from .decode import _attention_combine_kernel, _attention_decode_kernel
-from .distance_gradient import _attention_distance_gradient_kernel
 from .forward import _attention_forward_kernel
-from .function_terms import Pairs, pairs_of, table_indices
+from .function_terms import pairs_of
 from .launcher import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
@@ -33,6 +32,7 @@ from .launcher import (
 )
 from .primitives import RowStatistics, ScoreView
 from .statistics import _attention_statistics_kernel
+from .sums import sum_bias, sum_leaf
 from .tiles import COMBINE, AttentionTile
 from .weights import _attention_weights_delta_kernel, _attention_weights_kernel
 
@@ -43,6 +43,31 @@ def forward(
     out: Tensor,
     lse: Tensor | None,
     functions: PairFunctions | None = None,
+) -> None:
+    if functions is None:
+        replay.run(_plain_forward, (*operands, out, lse), options, _setting(operands))
+    else:
+        _run_forward(operands, options, out, lse, functions)
+
+
+def _plain_forward(tensors: replay.Tensors, options: Options, _setting: str) -> None:
+    *operands, out, lse = tensors
+    _run_forward(Operands(*operands), options, out, lse, None)
+
+
+def _setting(operands: Operands) -> str:
+    """What else decides about the kernels of a call: a setting of torch's."""
+    if operands[0].dtype != torch.float32:
+        return ""
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+def _run_forward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor | None,
+    functions: PairFunctions | None,
 ) -> None:
     with triton_device.on_device_of(operands.q):
         pairs = None if functions is None else pairs_of(functions, operands.q)
@@ -118,6 +143,12 @@ def _decode(launcher: Launcher, out: Tensor, lse: Tensor | None) -> None:
 def weights(
     operands: Operands, options: Options, lse: Tensor, weights: Tensor, average: bool
 ) -> None:
+    replay.run(_weights, (*operands, lse, weights), options, average, _setting(operands))
+
+
+def _weights(tensors: replay.Tensors, options: Options, average: bool, _setting: str) -> None:
+    *given, lse, weights = tensors
+    operands = Operands(*given)
     with triton_device.on_device_of(lse):
         launcher = Launcher(operands, options, WEIGHTS_PRODUCTS)
         plan = launcher.plan
@@ -152,6 +183,31 @@ def backward(
     grads: tuple[Tensor | None, ...],
     functions: PairFunctions | None = None,
 ) -> None:
+    if functions is None:
+        tensors = (*operands, out, lse, dout, dlse, dweights, *grads)
+        replay.run(_plain_backward, tensors, options, _setting(operands))
+    else:
+        _run_backward(operands, options, out, lse, dout, dlse, dweights, grads, functions)
+
+
+def _plain_backward(tensors: replay.Tensors, options: Options, _setting: str) -> None:
+    count = len(Operands._fields)
+    out, lse, dout, dlse, dweights, *grads = tensors[count:]
+    operands = Operands(*tensors[:count])
+    _run_backward(operands, options, out, lse, dout, dlse, dweights, tuple(grads), None)
+
+
+def _run_backward(
+    operands: Operands,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    functions: PairFunctions | None,
+) -> None:
     dq, dk, dv, dbias = grads
     if functions is not None or _may_see_nothing(
         operands, options
@@ -172,12 +228,12 @@ def backward(
         _keys_and_values(launcher, given, shares, dk, dv)
         _queries(launcher, given, shares, dq)
         if dbias is not None:
-            _bias(launcher, given, shares, dbias)
+            sum_bias(launcher, given, shares, dbias)
         if functions is None:
             return
         for wanted in functions.sums:
             own = pairs_of(functions, operands.q, wanted.part)
-            _leaf(Launcher(operands, options, BACKWARD_PRODUCTS, None, own), own, given, wanted)
+            sum_leaf(Launcher(operands, options, BACKWARD_PRODUCTS, None, own), own, given, wanted)
 
 
 def _may_see_nothing(operands: Operands, options: Options) -> bool:
@@ -283,88 +339,3 @@ def _queries(
         )
 
     launcher.launch_best("dq", run)
-
-
-def _bias(
-    launcher: Launcher, given: tuple[Any, ...], dweights: ScoreView | None, dbias: Tensor
-) -> None:
-    plan = launcher.plan
-    tile = config.tile("bias", launcher.problem)
-    sizes = tuple(dbias.shape)
-    whole = (plan.batch, plan.num_heads, plan.seqlen_q, plan.seqlen_k)
-    if 0 in whole:
-        return
-    blocks = (1, 1, tile.block_m, tile.block_n)
-    walks = [
-        triton.cdiv(n, block) if size == 1 else 1
-        for size, n, block in zip(sizes, whole, blocks, strict=True)
-    ]
-    owners = math.prod(map(triton.cdiv, sizes, blocks))
-    splits = min(math.prod(walks), triton.cdiv(config.ENOUGH_PROGRAMS, owners))
-    partial = dbias
-    if splits > 1:
-        partial = torch.empty((splits, *sizes), dtype=torch.float32, device=dbias.device)
-    triton_device.launch(
-        _attention_bias_gradient_kernel,
-        owners * splits,
-        *(*given, dweights, partial, *sizes, *walks, splits),
-        *(launcher.terms_of(tile), *plan.scalars),
-        launcher.config(tile, SUM_ROWS=sizes[2] < whole[2], SUM_COLS=sizes[3] < whole[3]),
-        warps=tile.warps,
-        stages=tile.stages,
-    )
-    if splits > 1:
-        torch.sum(partial, 0, out=dbias)
-
-
-def _leaf(launcher: Launcher, pairs: Pairs, given: tuple[Any, ...], wanted: Sum) -> None:
-    """Gradient of a leaf of functions: as that of a bias which is broadcast as the leaf is."""
-    plan, total = launcher.plan, wanted.total
-    leaf = pairs.functions.leaves[wanted.load.leaf]
-    if leaf.place == "distance":
-        _by_distance(launcher, given, total)
-        return
-    if leaf.place != "table":
-        rows = plan.seqlen_q if leaf.place == "query" else 1
-        cols = plan.seqlen_k if leaf.place == "key" else 1
-        _bias(launcher, given, None, total.view(*total.shape[:2], rows, cols))
-        return
-    names = table_indices(wanted.load, pairs.functions.leaves)
-    assert names is not None  # `why_not_gradient` asked
-    sizes = (plan.batch, plan.num_heads, plan.seqlen_q, plan.seqlen_k)
-    whole = dict(zip(("b", "h", "q_idx", "kv_idx"), sizes, strict=True))
-    summed = torch.empty(
-        [size if name in names else 1 for name, size in whole.items()],
-        dtype=torch.float32,
-        device=total.device,
-    )
-    _bias(launcher, given, None, summed)
-    summed = summed.squeeze([n for n, name in enumerate(whole) if name not in names])
-    present = [name for name in whole if name in names]
-    summed = summed.permute([present.index(name) for name in names])
-    total.zero_()[tuple(slice(0, size) for size in summed.shape)] = summed
-
-
-def _by_distance(launcher: Launcher, given: tuple[Any, ...], total: Tensor) -> None:
-    """Sums along diagonals, (B, H, Lq + Lk - 1), from query - key = 1 - Lk on."""
-    plan = launcher.plan
-    tile = config.tile("bias", launcher.problem)
-    block = min(tile.block_m, tile.block_n)
-    tile = tile._replace(block_m=block, block_n=block)
-    tiles_m, tiles_n = triton.cdiv(plan.seqlen_q, block), triton.cdiv(plan.seqlen_k, block)
-    shape = (plan.batch, plan.num_heads, tiles_m + tiles_n - 1, 2, block)
-    partial = torch.empty(shape, dtype=torch.float32, device=total.device)
-    triton_device.launch(
-        _attention_distance_gradient_kernel,
-        math.prod(shape[:3]),
-        *(*given, partial, tiles_m, tiles_n),
-        *(launcher.terms_of(tile), *plan.scalars),
-        launcher.config(tile),
-        warps=tile.warps,
-        stages=tile.stages,
-    )
-    # A diagonal's second half goes on where the first half of the next one starts.
-    pad = torch.nn.functional.pad
-    joined = pad(partial[..., 0, :], (0, 0, 0, 1)) + pad(partial[..., 1, :], (0, 0, 1, 0))
-    first = tiles_n * block - plan.seqlen_k
-    total.copy_(joined.flatten(2)[..., first : first + total.shape[2]])

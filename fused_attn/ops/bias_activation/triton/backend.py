@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def backward(
     _launchers().backward(operands, options, dy, dx, dbias)
 
 
+@functools.cache
 def _launchers() -> Any:
     from . import launch  # imports Triton
 

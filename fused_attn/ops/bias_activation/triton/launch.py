@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ....runtime.triton import device as triton_device
+from ....runtime.triton import replay
 from ....runtime.triton.rows import Result, dropout_of, rows_of, vector_of
 from ..problem import Operands, Options, result_shape
 from .kernels import _bias_activation_backward_kernel, _bias_activation_forward_kernel
@@ -26,6 +27,12 @@ def _tile(width: int, device: torch.device) -> tuple[int, int]:
 
 
 def forward(operands: Operands, options: Options, y: Tensor) -> None:
+    replay.run(_forward, (*operands, y), options)
+
+
+def _forward(tensors: replay.Tensors, options: Options) -> None:
+    *given, y = tensors
+    operands = Operands(*given)
     x, bias, rng = operands
     *outer, width = result_shape(operands, options)
     num_rows = math.prod(outer)
@@ -47,6 +54,12 @@ def forward(operands: Operands, options: Options, y: Tensor) -> None:
 def backward(
     operands: Operands, options: Options, dy: Tensor, dx: Tensor | None, dbias: Tensor | None
 ) -> None:
+    replay.run(_backward, (*operands, dy, dx, dbias), options)
+
+
+def _backward(tensors: replay.Tensors, options: Options) -> None:
+    *given, dy, dx, dbias = tensors
+    operands = Operands(*given)
     x, bias, rng = operands
     *outer, width = result_shape(operands, options)
     num_rows, full_width = math.prod(outer), x.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def backward(
     _launchers().backward(operands, options, summed, mean, rstd, dy, dh, grads)
 
 
+@functools.cache
 def _launchers() -> Any:
     from . import launch  # imports Triton
 

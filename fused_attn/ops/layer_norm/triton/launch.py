@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import language as tl
 
 from ....runtime.triton import device as triton_device
+from ....runtime.triton import replay
 from ....runtime.triton.rows import Dropout, Result, View, dropout_of, rows_of, vector_of
 from ..problem import Operands, Options, sum_dtype
 from . import config
@@ -39,6 +40,12 @@ def forward(
     mean: Tensor | None,
     rstd: Tensor | None,
 ) -> None:
+    replay.run(_forward, (*operands, y, h, mean, rstd), options)
+
+
+def _forward(tensors: replay.Tensors, options: Options) -> None:
+    *given, y, h, mean, rstd = tensors
+    operands = Operands(*given)
     x, residual, weight, bias, _ = operands
     shape = num_rows, width = _shape(x, options)
     device = x.device
@@ -74,6 +81,13 @@ def backward(
     dh: Tensor | None,
     grads: tuple[Tensor | None, ...],
 ) -> None:
+    replay.run(_backward, (*operands, mean, rstd, dy, dh, *grads), options, summed)
+
+
+def _backward(tensors: replay.Tensors, options: Options, summed: bool) -> None:
+    count = len(Operands._fields)
+    operands, grads = Operands(*tensors[:count]), tensors[-4:]
+    mean, rstd, dy, dh = tensors[count:-4]
     x, residual, weight, _, _ = operands
     shape = _, width = _shape(x, options)
     dropout = dropout_of(operands.dropout_rng, options.dropout_p)
