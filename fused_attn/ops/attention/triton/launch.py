@@ -18,6 +18,7 @@ from .backward import (
     _attention_backward_dq_kernel,
 )
 from .bias_gradient import _attention_bias_gradient_kernel
+from .classify import classify
 from .decode import _attention_combine_kernel, _attention_decode_kernel
 from .distance_gradient import _attention_distance_gradient_kernel
 from .forward import _attention_forward_kernel
@@ -57,6 +58,8 @@ def forward(
         if plan.splits > 1:
             _decode(launcher, result, lse)
         else:
+            if functions is not None:
+                classify(launcher, operands, options, functions)
             _forward(launcher, result, lse)
         if far:
             out.copy_(result)
@@ -160,6 +163,8 @@ def backward(
     with triton_device.on_device_of(out):
         pairs = None if functions is None else pairs_of(functions, operands.q, functions.slope)
         launcher = Launcher(operands, options, BACKWARD_PRODUCTS, dweights, pairs)
+        if functions is not None:
+            classify(launcher, operands, options, functions)
         if launcher.plan.packed:
             for grad in (dq, dk, dv):
                 if grad is not None:
@@ -177,7 +182,9 @@ def backward(
             return
         for wanted in functions.sums:
             own = pairs_of(functions, operands.q, wanted.part)
-            _leaf(Launcher(operands, options, BACKWARD_PRODUCTS, None, own), own, given, wanted)
+            of_leaf = Launcher(operands, options, BACKWARD_PRODUCTS, None, own)
+            of_leaf.classes = launcher.classes
+            _leaf(of_leaf, own, given, wanted)
 
 
 def _may_see_nothing(operands: Operands, options: Options) -> bool:
@@ -308,7 +315,7 @@ def _bias(
         _attention_bias_gradient_kernel,
         owners * splits,
         *(*given, dweights, partial, *sizes, *walks, splits),
-        *(launcher.terms_of(tile), *plan.scalars),
+        *(launcher.unsplit_terms_of(tile), *plan.scalars),
         launcher.config(tile, SUM_ROWS=sizes[2] < whole[2], SUM_COLS=sizes[3] < whole[3]),
         warps=tile.warps,
         stages=tile.stages,
@@ -358,7 +365,7 @@ def _by_distance(launcher: Launcher, given: tuple[Any, ...], total: Tensor) -> N
         _attention_distance_gradient_kernel,
         math.prod(shape[:3]),
         *(*given, partial, tiles_m, tiles_n),
-        *(launcher.terms_of(tile), *plan.scalars),
+        *(launcher.unsplit_terms_of(tile), *plan.scalars),
         launcher.config(tile),
         warps=tile.warps,
         stages=tile.stages,

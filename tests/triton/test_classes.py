@@ -1,0 +1,374 @@
+"""Tiles of functions that are classified beforehand: which are visited, and when anew."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from fused_attn import flex_attention
+from fused_attn.flex import memory
+from fused_attn.runtime.triton import device as triton_device
+from tests.triton.test_functions import check, normal
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not triton_device.interpreted(), reason="runs on the interpreter")
+
+B, H, LQ, LK, D = 2, 2, 150, 165, 16  # several tiles of each kernel, and a remainder
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_ATTN_BACKENDS", "triton")
+    memory._kept.clear()
+
+
+def _of_head(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (q + 40 * h >= kv) & (kv // 9 != 4)
+
+
+def _of_batch(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return ((q // 48 == kv // 48) | (b == 1)) & ((kv < 100) | (q % 50 != 7))
+
+
+BITS = normal(LQ, LK, seed=3) > -2.5
+MASKS: dict[str, Any] = {
+    # None is an operand, or not all of it is: a band or a hidden key, and the rest by code.
+    "stripes": lambda b, h, q, kv: (q // 40 + kv // 40) % 3 != 1,
+    "by head": _of_head,
+    "by batch": _of_batch,
+    "causal and more": lambda b, h, q, kv: (q >= kv) & ((q < 70) | (kv >= 33)),
+    "window and table": lambda b, h, q, kv: ((q - kv).abs() <= 60) & BITS[q, kv],
+    "rows that see nothing": lambda b, h, q, kv: (q // 32 != 1) & (q // 16 + kv // 16 < 9),
+    "keys that nobody sees": lambda b, h, q, kv: (kv // 64 != 1) & (q // 16 + kv // 16 < 9),
+}
+SCORES: dict[str, Any] = {
+    "none": None,
+    "changed": lambda s, b, h, q, kv: s * 0.5 + torch.tanh((q - kv) / 20.0),
+    # It hides by itself, in tiles that the mask shows wholly.
+    "hides": lambda s, b, h, q, kv: torch.where((q + kv) % 5 == 0, float("-inf"), s),
+}
+
+
+@contextlib.contextmanager
+def never() -> Iterator[None]:
+    """Nothing is classified."""
+    from fused_attn.ops.attention.triton import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "classes_pay", lambda *given: False)
+        yield
+
+
+def made(score: Any, mask: Any) -> Callable[[Any], tuple[Any, Any]]:
+    return lambda captured: (score, mask)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_against_float64(name: str) -> None:
+    for score in ("none", "changed"):
+        check(made(SCORES[score], MASKS[name]), {}, (B, H, 1, LQ, LK, D))
+
+
+@pytest.mark.parametrize("name", ["by head", "causal and more"])
+def test_against_float64_in_half(name: str) -> None:
+    check(made(None, MASKS[name]), {}, (B, H, 1, LQ, LK, D), dtype=torch.float16)
+
+
+def test_a_change_that_hides() -> None:
+    check(made(SCORES["hides"], MASKS["by head"]), {}, (B, H, 1, LQ, LK, D))
+
+
+def test_gradients_of_what_was_captured() -> None:
+    def make(captured: dict[str, Tensor]) -> tuple[Any, Any]:
+        relative, scales = captured["relative"], captured["scales"]
+        return (lambda s, b, h, q, kv: s * scales[h] + relative[q - kv + LK]), MASKS["by batch"]
+
+    learned = {"relative": normal(LQ + LK, seed=21), "scales": normal(H, seed=23).abs()}
+    check(make, learned, (B, H, 1, LQ, LK, D))
+
+
+@pytest.mark.parametrize("size", [(32, 16), (24, 40), (128, 128)])
+def test_lists_of_blocks(size: tuple[int, int]) -> None:
+    def blocks(mask: Any) -> Any:
+        return create_block_mask(mask, None, H, LQ, LK, device="cpu", BLOCK_SIZE=size)
+
+    for score in ("none", "changed"):
+        check(made(SCORES[score], MASKS["by head"]), {}, (B, H, 1, LQ, LK, D), blocks=blocks)
+
+
+# --- with and without ---
+
+
+def results(
+    score: Any, mask: Any, dtype: torch.dtype = torch.float32, factor: float = 1.0
+) -> list[Tensor]:
+    """out, lse and gradients of one call."""
+    shapes = ((B, H, LQ, D), (B, 1, LK, D), (B, 1, LK, D))
+    qkv = [(factor * normal(*s, seed=n)).to(dtype).requires_grad_() for n, s in enumerate(shapes)]
+    out, lse = flex_attention(*qkv, score, mask, enable_gqa=True, return_lse=True)
+    loss = (out * normal(*out.shape, seed=7)).sum() + lse[lse.isfinite()].sin().sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, qkv)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["stripes", "by batch", "window and table"])
+def test_equal_without_classes(name: str, dtype: torch.dtype) -> None:
+    """Full tiles come first, so sums differ by their order, and by nothing else."""
+    mine = results(None, MASKS[name], dtype)
+    again = results(None, MASKS[name], dtype)
+    with never():
+        plain = results(None, MASKS[name], dtype)
+    bound = 1e-5 if dtype == torch.float32 else 4e-3
+    for one, two, his in zip(mine, again, plain, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, his, rtol=bound, atol=bound * float(his.abs().max() + 1)
+                                   if his.isfinite().all() else bound)  # fmt: skip
+
+
+def test_coarse_scores_whose_statistics_are_anew() -> None:
+    """Scores of more than 1e4: the statistics walk through the tiles."""
+    mine = results(None, MASKS["stripes"], factor=120.0)
+    with never():
+        plain = results(None, MASKS["stripes"], factor=120.0)
+    for one, his in zip(mine, plain, strict=True):
+        torch.testing.assert_close(one, his, rtol=1e-4, atol=1e-4 * float(his.abs().max()))
+
+
+# --- what is visited, and where mask code runs ---
+
+
+class Counted:
+    """Tiles that kernels score, by whether the mask's code runs in them, and by place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fused_attn.ops.attention.triton import function_source
+
+        self.tiles: dict[str, set[tuple[int, int]]] = {"seen": set(), "asked": set()}
+        compiled = function_source._compiled
+        self._wrapped: dict[str, Any] = {}
+
+        def wrapped(source: str) -> tuple[Any, Any]:
+            if source not in self._wrapped:
+                load, change = compiled(source)
+                self._wrapped[source] = (load, self._counting(change, "-float" in source))
+            return self._wrapped[source]
+
+        monkeypatch.setattr(function_source, "_compiled", wrapped)
+
+    def _counting(self, change: Any, asks: bool) -> Any:
+        def counting(score: Any, loaded: Any, m0: Any, n0: Any, *rest: Any) -> Any:
+            if self.kernel:
+                place = int(m0.handle.data.item()), int(n0.handle.data.item())
+                self.tiles["asked" if asks else "seen"].add(place)
+            return change(score, loaded, m0, n0, *rest)
+
+        counting.__name__ = change.__name__
+        return counting
+
+    kernel = False
+
+
+KERNELS = ("forward", "statistics", "backward_dkdv", "backward_dq")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_is_visited(kernel: str, listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tile that shows nothing, and no mask code where all of a tile is shown."""
+    counted = Counted(monkeypatch)
+    blocks: set[tuple[int, int]] = set()
+    launch = triton_device.launch
+
+    def watched(what: Any, *given: Any, **options: Any) -> Any:
+        counted.kernel = what.fn.__name__ == f"_attention_{kernel}_kernel"
+        if counted.kernel:
+            config = next(x for x in given if hasattr(x, "BLOCK_M"))
+            blocks.add((config.BLOCK_M.value, config.BLOCK_N.value))
+        launch(what, *given, **options)
+        counted.kernel = False
+
+    monkeypatch.setattr(triton_device, "launch", watched)
+
+    def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (q // 64 * 64 + 20 >= kv) & (kv < 96)
+
+    mask = mask_mod
+    if listed:
+        mask = create_block_mask(mask_mod, None, None, LQ, LK, device="cpu", BLOCK_SIZE=16)
+    coarse = kernel == "statistics"  # only then it looks at scores
+    results(None, mask, factor=120.0 if coarse else 1.0)
+    [(block_m, block_n)] = blocks
+    q, kv = torch.meshgrid(torch.arange(LQ), torch.arange(LK), indexing="ij")
+    shown = mask_mod(0, 0, q, kv)
+    wanted: dict[str, set[tuple[int, int]]] = {"seen": set(), "asked": set()}
+    for m0 in range(0, LQ, block_m):
+        for n0 in range(0, LK, block_n):
+            tile = shown[m0 : m0 + block_m, n0 : n0 + block_n]
+            if tile.any():
+                whole = tile.all() and tile.shape == (block_m, block_n)
+                wanted["seen" if whole else "asked"].add((m0, n0))
+    assert wanted["seen"]
+    assert wanted["asked"]
+    assert counted.tiles == wanted
+
+
+# --- when it is classified anew ---
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One element each time that a mask is looked at."""
+    from fused_attn.ops.attention.triton import classify
+
+    found: list[Any] = []
+    look = classify._looked_at
+    monkeypatch.setattr(classify, "_looked_at", lambda *given: found.append(1) or look(*given))
+    return found
+
+
+def attended(mask: Any, seqlen_q: int = 40, seqlen_k: int = 70, batch: int = 1) -> Tensor:
+    q, k, v = (normal(batch, 1, n, D, seed=s).float()
+               for s, n in enumerate((seqlen_q, seqlen_k, seqlen_k)))  # fmt: skip
+    return flex_attention(q, k, v, block_mask=mask)
+
+
+def expected(visible: Tensor) -> Tensor:
+    q, k, v = (normal(1, 1, n, D, seed=s)
+               for s, n in enumerate((visible.shape[0], *[visible.shape[1]] * 2)))  # fmt: skip
+    scores = (q @ k.mT * D**-0.5).masked_fill(~visible, -torch.inf)
+    return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
+def agree(out: Tensor, visible: Tensor) -> None:
+    torch.testing.assert_close(out.double(), expected(visible), rtol=1e-4, atol=1e-4)
+
+
+def test_once_for_equal_calls(looks: list[Any]) -> None:
+    for _ in range(3):
+        attended(lambda b, h, q, kv: (q * kv) % 7 != 3)
+    assert len(looks) == 1
+    results(None, MASKS["by head"])  # forward and backward
+    results(SCORES["changed"], MASKS["by head"])  # whatever becomes of the scores
+    assert len(looks) == 2
+
+
+def test_a_tensor_that_was_changed_in_place(looks: list[Any]) -> None:
+    table = torch.zeros(40, 70, dtype=torch.bool)
+    table[:, :20] = True
+
+    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return table[q, kv]
+
+    agree(attended(mask), table)
+    agree(attended(mask), table)
+    assert len(looks) == 1
+    table[:, 40:] = True  # what was empty
+    agree(attended(mask), table)
+    table.logical_not_()  # what was full
+    agree(attended(mask), table)
+    table.view(-1)[5:] = True  # by another view
+    agree(attended(mask), table)
+    assert len(looks) == 4
+    table.data = torch.ones_like(table)
+    agree(attended(mask), table)
+    assert len(looks) == 5
+
+
+def test_a_closure_that_was_bound_anew(looks: list[Any]) -> None:
+    def bound(limit: int, table: Tensor) -> Any:
+        return lambda b, h, q, kv: (kv < limit) & table[q, kv]
+
+    one = torch.ones(40, 70, dtype=torch.bool)
+    two = one.clone()
+    two[:, :30] = False
+    position = torch.arange(70)
+    for limit, table in ((64, one), (64, two), (35, one), (64, one)):
+        agree(attended(bound(limit, table)), (position < limit) & table)
+    assert len(looks) == 3
+
+
+def test_a_tensor_that_died(looks: list[Any]) -> None:
+    """Another one may have its number and its place."""
+    for n in range(6):
+        table = torch.zeros(40, 70, dtype=torch.bool)
+        table[:, 10 * n : 10 * n + 10] = True
+        version = table._version
+        agree(attended(lambda b, h, q, kv, table=table: table[q, kv]), table)
+        assert table._version == version
+        del table
+    assert len(looks) == 6
+
+
+def test_other_lengths_and_batches(looks: list[Any]) -> None:
+    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (q * kv) % 7 != 3
+
+    for lengths in ((40, 70), (40, 90), (56, 70), (40, 70)):
+        q, kv = torch.meshgrid(*map(torch.arange, lengths), indexing="ij")
+        agree(attended(mask, *lengths), mask(0, 0, q, kv))
+    assert len(looks) == 3
+    attended(mask, batch=2)
+    assert len(looks) == 4
+
+
+def test_another_device_or_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    call: Any = SimpleNamespace(mask=SimpleNamespace(nodes=[], captured=[]), block_mask=None)
+    q = torch.zeros(1, 1, 4, 8)
+    kept = memory.memory_of(call, q, q)
+    assert memory.memory_of(call, q, q) is kept
+    other = q.to("meta")
+    assert memory.memory_of(call, other, other) is not kept
+    monkeypatch.setattr(memory, "_queue", lambda device: 7)
+    assert memory.memory_of(call, q, q) is not kept
+    monkeypatch.setattr(memory, "_queue", lambda device: None)  # of a graph that is recorded
+    assert memory.memory_of(call, q, q) is not memory.memory_of(call, q, q)
+
+
+def test_lists_that_are_others(looks: list[Any]) -> None:
+    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (q * kv) % 7 != 3
+
+    one, two = (create_block_mask(mask, None, None, 40, 70, device="cpu", BLOCK_SIZE=16)
+                for _ in range(2))  # fmt: skip
+    for given in (one, one, two, mask):
+        attended(given)
+    assert len(looks) == 3
+
+
+def test_tensors_that_count_no_changes_are_never_kept(looks: list[Any]) -> None:
+    with torch.inference_mode():
+        table = torch.ones(40, 70, dtype=torch.bool)
+        for limit in (70, 30):
+            table[:, limit:] = False
+            agree(attended(lambda b, h, q, kv: table[q, kv]).clone(), table)
+    assert len(looks) == 2
+
+
+def test_few_are_kept() -> None:
+    for n in range(memory._MOST + 5):
+        attended(lambda b, h, q, kv, n=n: kv != n, seqlen_q=4, seqlen_k=5)
+        attended(lambda b, h, q, kv, n=n: (q * kv) % 50 != n, seqlen_q=4, seqlen_k=5)
+    assert len(memory._kept) == memory._MOST
+
+
+def test_the_map_is_small() -> None:
+    """A byte for 256 pairs, and only for batch elements and heads that differ."""
+    results(None, MASKS["stripes"])
+    [kept] = memory._kept.values()
+    assert kept.memory["classes"].shown().cells.shape == (1, 1, 10, 11)
+    memory._kept.clear()
+    results(None, MASKS["by head"])
+    [kept] = memory._kept.values()
+    assert kept.memory["classes"].shown().cells.shape == (1, H, 10, 11)
+    memory._kept.clear()
+    results(None, MASKS["by batch"])
+    [kept] = memory._kept.values()
+    assert kept.memory["classes"].shown().cells.shape == (B, 1, 10, 11)
