@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from fused_attn import flex_attention
 from fused_attn.flex import memory
@@ -50,8 +51,8 @@ MASKS: dict[str, Any] = {
 SCORES: dict[str, Any] = {
     "none": None,
     "changed": lambda s, b, h, q, kv: s * 0.5 + torch.tanh((q - kv) / 20.0),
-    # It hides by itself, in tiles that the mask shows wholly.
-    "hides": lambda s, b, h, q, kv: torch.where((q + kv) % 5 == 0, float("-inf"), s),
+    # It hides by itself, even all of a tile that the mask shows wholly.
+    "hides": lambda s, b, h, q, kv: torch.where((kv < 64) & (q > 40), float("-inf"), s),
 }
 
 
@@ -81,7 +82,7 @@ def test_against_float64_in_half(name: str) -> None:
 
 
 def test_a_change_that_hides() -> None:
-    check(made(SCORES["hides"], MASKS["by head"]), {}, (B, H, 1, LQ, LK, D))
+    check(made(SCORES["hides"], MASKS["by batch"]), {}, (B, H, 1, LQ, LK, D))
 
 
 def test_gradients_of_what_was_captured() -> None:
@@ -102,14 +103,44 @@ def test_lists_of_blocks(size: tuple[int, int]) -> None:
         check(made(SCORES[score], MASKS["by head"]), {}, (B, H, 1, LQ, LK, D), blocks=blocks)
 
 
+def test_lists_whose_last_blocks_are_full() -> None:
+    """The last tile ends with the last block, and both before a whole number of blocks."""
+    length, size = 187, 16
+
+    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (q + 40 * h >= kv) | (kv >= 128)
+
+    def blocks(mask_mod: Any) -> Any:
+        places = torch.meshgrid(*map(torch.arange, (1, H, length, length)), indexing="ij")
+        rest = -length % size
+        seen = torch.nn.functional.pad(mask_mod(*places).float(), (0, rest, 0, rest), value=0.5)
+        number = seen.shape[2] // size
+        cut = seen.view(1, H, number, size, number, size).transpose(3, 4).flatten(4)
+        full = (cut > 0).all(-1)
+        lists = []
+        for kind in (((cut == 1).any(-1) & ~full), full):
+            order = kind.int().sort(dim=-1, descending=True, stable=True).indices
+            lists += [kind.sum(-1, dtype=torch.int32), order.int()]
+        options: Any = {"BLOCK_SIZE": size, "mask_mod": mask_mod, "seq_lengths": (length, length)}
+        return BlockMask.from_kv_blocks(*lists, **options)
+
+    for score in ("none", "changed"):
+        check(made(SCORES[score], mask), {}, (1, H, 1, length, length, D), blocks=blocks)
+
+
 # --- with and without ---
 
 
 def results(
-    score: Any, mask: Any, dtype: torch.dtype = torch.float32, factor: float = 1.0
+    score: Any,
+    mask: Any,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+    batch: int = B,
+    heads: int = H,
 ) -> list[Tensor]:
     """out, lse and gradients of one call."""
-    shapes = ((B, H, LQ, D), (B, 1, LK, D), (B, 1, LK, D))
+    shapes = ((batch, heads, LQ, D), (batch, 1, LK, D), (batch, 1, LK, D))
     qkv = [(factor * normal(*s, seed=n)).to(dtype).requires_grad_() for n, s in enumerate(shapes)]
     out, lse = flex_attention(*qkv, score, mask, enable_gqa=True, return_lse=True)
     loss = (out * normal(*out.shape, seed=7)).sum() + lse[lse.isfinite()].sin().sum()
@@ -133,9 +164,10 @@ def test_equal_without_classes(name: str, dtype: torch.dtype) -> None:
 
 def test_coarse_scores_whose_statistics_are_anew() -> None:
     """Scores of more than 1e4: the statistics walk through the tiles."""
-    mine = results(None, MASKS["stripes"], factor=120.0)
+    given: dict[str, Any] = {"factor": 120.0, "batch": 1, "heads": 1}
+    mine = results(None, MASKS["stripes"], **given)
     with never():
-        plain = results(None, MASKS["stripes"], factor=120.0)
+        plain = results(None, MASKS["stripes"], **given)
     for one, his in zip(mine, plain, strict=True):
         torch.testing.assert_close(one, his, rtol=1e-4, atol=1e-4 * float(his.abs().max()))
 
@@ -202,7 +234,7 @@ def test_what_is_visited(kernel: str, listed: bool, monkeypatch: pytest.MonkeyPa
     if listed:
         mask = create_block_mask(mask_mod, None, None, LQ, LK, device="cpu", BLOCK_SIZE=16)
     coarse = kernel == "statistics"  # only then it looks at scores
-    results(None, mask, factor=120.0 if coarse else 1.0)
+    results(None, mask, factor=120.0 if coarse else 1.0, batch=1, heads=1)
     [(block_m, block_n)] = blocks
     q, kv = torch.meshgrid(torch.arange(LQ), torch.arange(LK), indexing="ij")
     shown = mask_mod(0, 0, q, kv)
@@ -293,8 +325,24 @@ def test_a_closure_that_was_bound_anew(looks: list[Any]) -> None:
     assert len(looks) == 3
 
 
-def test_a_tensor_that_died(looks: list[Any]) -> None:
+def test_a_dead_tensor_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one may have its number and its place."""
+    monkeypatch.setattr(memory, "_identity", lambda tensor: 0)
+    q, nodes = torch.zeros(1, 1, 4, 8), [0]
+
+    def kept(table: Tensor) -> Any:
+        mask = SimpleNamespace(nodes=nodes, captured=[table])
+        call: Any = SimpleNamespace(mask=mask, block_mask=None)
+        return memory.memory_of(call, q, q)
+
+    one = torch.zeros(3)
+    first = kept(one)
+    assert kept(one) is first
+    del one
+    assert kept(torch.zeros(3)) is not first
+
+
+def test_tensors_of_one_loop(looks: list[Any]) -> None:
     for n in range(6):
         table = torch.zeros(40, 70, dtype=torch.bool)
         table[:, 10 * n : 10 * n + 10] = True
@@ -318,8 +366,6 @@ def test_other_lengths_and_batches(looks: list[Any]) -> None:
 
 
 def test_another_device_or_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     call: Any = SimpleNamespace(mask=SimpleNamespace(nodes=[], captured=[]), block_mask=None)
     q = torch.zeros(1, 1, 4, 8)
     kept = memory.memory_of(call, q, q)
