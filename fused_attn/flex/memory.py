@@ -9,9 +9,10 @@ do not show: as for autograd.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +31,17 @@ class _Kept:
 
     nodes: Any
     tensors: list[weakref.ref[Tensor]]
+    identities: list[Hashable]
     memory: dict[Hashable, Any] = field(default_factory=dict)
+
+    def is_stale(self) -> bool:
+        """Whether one of the tensors is no more, or no more what it was."""
+        tensors = zip(self.tensors, self.identities, strict=True)
+        return any((x := ref()) is None or _identity(x) != identity for ref, identity in tensors)
 
 
 _kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+_lock = threading.Lock()  # the backward has a thread of its own
 
 
 def memory_of(call: Call, q: Tensor, k: Tensor) -> dict[Hashable, Any]:
@@ -46,14 +54,15 @@ def memory_of(call: Call, q: Tensor, k: Tensor) -> dict[Hashable, Any]:
     if queue is None or any(x.is_inference() for x in tensors):  # which count no changes
         return {}
     sizes = (*q.shape[:3], k.shape[2], *getattr(call.block_mask, "BLOCK_SIZE", ()))
-    # The number of lists tells one without full blocks from one with.
-    key = (id(nodes), *map(_identity, tensors), len(listed), sizes, q.device, queue)
-    found = _kept.get(key)
-    if found is None or any(alive() is None for alive in found.tensors):
-        found = _Kept(nodes, [weakref.ref(x) for x in tensors])
-        _kept[key] = found
-        _forget()
-    _kept.move_to_end(key)
+    identities = [_identity(x) for x in tensors]
+    key = (id(nodes), *identities, *(x is None for x in listed), sizes, q.device, queue)
+    with _lock:
+        found = _kept.get(key)
+        if found is None or found.is_stale():
+            found = _Kept(nodes, [weakref.ref(x) for x in tensors], identities)
+            _kept[key] = found
+            _forget()
+        _kept.move_to_end(key)
     return found.memory
 
 
@@ -72,12 +81,8 @@ def _identity(tensor: Tensor) -> Hashable:
 
 
 def _forget() -> None:
-    """Drop what was not used for longest, and what is dead."""
-    for key in [key for key, one in _kept.items() if _is_dead(one.tensors)]:
+    """Drop what is stale, and then what was not used for longest."""
+    for key in [key for key, one in _kept.items() if one.is_stale()]:
         del _kept[key]
     while len(_kept) > _MOST:
         _kept.popitem(last=False)
-
-
-def _is_dead(tensors: Iterable[weakref.ref[Tensor]]) -> bool:
-    return any(alive() is None for alive in tensors)

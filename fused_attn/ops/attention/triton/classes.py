@@ -76,9 +76,6 @@ class ClassMap:
         """Cells of which anything is seen."""
         return Cells((self._cells.cells != 0).to(torch.uint8), self._cells.whole)
 
-    def heads_differ(self) -> bool:
-        return self._cells.cells.shape[1] > 1
-
     def lists(self, tile: AttentionTile, of_keys: bool) -> ClassLists:
         """For each tile of queries those of keys; `of_keys`: for each of keys those of queries."""
         key = (tile.block_m, tile.block_n, of_keys)

@@ -68,8 +68,10 @@ def helpers(functions: PairFunctions, slope: Value | None) -> Helpers:
         slope: what the gradient of the changed score is multiplied by; None: nothing.
     """
     text = _Text(functions, slope)
-    seen = _Text(functions._replace(mask=None, kinds=None), slope)
-    return Helpers(*_compiled(text.source()), *_compiled(seen.source()), text.pressure())
+    load, change = seen = _compiled(text.source())
+    if functions.mask is not None or functions.kinds is not None:
+        seen = _compiled(_Text(functions._replace(mask=None, kinds=None), slope).source())
+    return Helpers(load, change, *seen, text.pressure())
 
 
 @functools.cache  # a call finds its own again, and Triton what it compiled for them
