@@ -105,13 +105,13 @@ def _looked_at(operands: Operands, options: Options, functions: PairFunctions) -
 
 def _planes(operands: Operands, functions: PairFunctions) -> tuple[int, int]:
     """Batch elements and heads between which the mask may differ; 1 where it does not."""
-    by_batch = any(getattr(operands, name) is not None for name in _BY_BATCH)
     of_mask = (1, 1) if operands.mask is None else own_sizes(operands.mask)
-    differs = [by_batch or of_mask[0] > 1, of_mask[1] > 1]
-    leaves = [functions.leaves[load.leaf] for load in loads_of(functions.mask)]
-    for dim, name in enumerate(("b", "h")):
-        for leaf in leaves:
-            by_vector = leaf.place != "table" and leaf.tensor.shape[dim] > 1
-            differs[dim] |= leaf.name == name or by_vector
-    sizes = operands.q.shape[:2]
-    return tuple(size if own else 1 for size, own in zip(sizes, differs, strict=True))  # type: ignore[return-value]
+    by_batch = any(getattr(operands, name) is not None for name in _BY_BATCH) or of_mask[0] > 1
+    by_head = of_mask[1] > 1
+    for load in loads_of(functions.mask):
+        leaf = functions.leaves[load.leaf]
+        vector = leaf.place != "table"
+        by_batch |= leaf.name == "b" or (vector and leaf.tensor.shape[0] > 1)
+        by_head |= leaf.name == "h" or (vector and leaf.tensor.shape[1] > 1)
+    batch, heads = operands.q.shape[:2]
+    return batch if by_batch else 1, heads if by_head else 1
