@@ -234,8 +234,9 @@ def test_what_is_visited(kernel: str, listed: bool, monkeypatch: pytest.MonkeyPa
     mask = mask_mod
     if listed:
         mask = create_block_mask(mask_mod, None, None, LQ, LK, device="cpu", BLOCK_SIZE=16)
-    coarse = kernel == "statistics"  # only then it looks at scores
-    results(None, mask, factor=120.0 if coarse else 1.0, batch=1, heads=1)
+    # Of statistics only coarse scores are looked at; of coarse products all count as masked.
+    score = (lambda s, b, h, q, kv: s + 20000.0) if kernel == "statistics" else None
+    results(score, mask, batch=1, heads=1)
     [(block_m, block_n)] = blocks
     q, kv = torch.meshgrid(torch.arange(LQ), torch.arange(LK), indexing="ij")
     shown = mask_mod(0, 0, q, kv)
