@@ -45,6 +45,14 @@ def kinds_of(block_mask: Any) -> Tensor:
     return kinds.to(torch.int8)
 
 
+def listed(block_mask: Any) -> tuple[Tensor | None, tuple[int, int]]:
+    """What a BlockMask's lists say of each block, and the blocks' size."""
+    if block_mask is None or not hasattr(block_mask, "kv_num_blocks"):
+        return None, (1, 1)
+    size_q, size_k = block_mask.BLOCK_SIZE
+    return kinds_of(block_mask).to(torch.int32).contiguous(), (size_q, size_k)
+
+
 def _marked(number: Tensor, indices: Tensor) -> Tensor:
     """1 where one of the first `number` of a row's indices points to."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < number[..., None]

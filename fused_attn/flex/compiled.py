@@ -24,11 +24,12 @@ from ..ops.attention.functions import PairFunctions
 from ..ops.attention.functions import Sum as PairSum
 from ..ops.explanation import BY_NAME
 from . import operands
-from .blocks import ALL, kinds_of
+from .blocks import ALL, listed
 from .call import Call
 from .derivative import derivatives
 from .expression import Expression, Node
 from .lowering import Leaf, Lowering
+from .memory import memory_of
 from .pairs import CannotCompile, Sum, Value, program
 from .rules import RULES
 from .vectors import Sizes, Vectors
@@ -143,6 +144,14 @@ def reads_values(backend: Any) -> bool:
 def _plan_of(
     backend: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]
 ) -> _Plan:
+    plan = _made_or_kept(backend, call, q, k, v, captured)
+    plan.memory = memory_of(call, q, k) if reads_values(backend) else None
+    return plan
+
+
+def _made_or_kept(
+    backend: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]
+) -> _Plan:
     """The plan of a call; one made before where nothing was captured that may have changed."""
     if captured:
         return _Plan(backend, call, q, k, v, captured)
@@ -182,7 +191,10 @@ class _Plan:
         operands, options: with those parts of the mask that are operands already.
         mask, score: values of the functions, or None.
         kinds: of a BlockMask (Bm, Hm, blocks of queries, blocks of keys), or None.
+        memory: of the mask, for backends.
     """
+
+    memory: dict[Hashable, Any] | None = None
 
     def __init__(
         self,
@@ -203,7 +215,7 @@ class _Plan:
         self.mask: Value | None = None
         self.score: Value | None = None
         self._programs: dict[str, Tensor] = {}  # shared by all that has this plan
-        self.kinds, self.block = _listed(call.block_mask)
+        self.kinds, self.block = listed(call.block_mask)
         mine, masks = call.split(captured)
         named: dict[str, Any] = {}
         hidden_keys = None
@@ -304,8 +316,8 @@ class _Plan:
 
     def values(self, slope: Value | None = None, sums: Sequence[PairSum] = ()) -> PairFunctions:
         """The functions as values."""
-        leaves = self.lowering.leaves
-        return PairFunctions(self.mask, self.score, slope, self.kinds, self.block, leaves, sums)
+        what = (self.mask, self.score, slope, self.kinds, self.block, self.lowering.leaves)
+        return PairFunctions(*what, sums, self.memory)
 
     def _dense_total(self, load: Value) -> Tensor:
         """Room for a gradient: (B, H, n) of a vector, one for all heads of a table."""
@@ -383,11 +395,3 @@ def _of_captured(
         unused = point.requires_grad and gradient is None
         results.append(torch.zeros_like(point) if unused else gradient)
     return results
-
-
-def _listed(block_mask: Any) -> tuple[Tensor | None, tuple[int, int]]:
-    """What a BlockMask's lists say of each block, and the blocks' size."""
-    if block_mask is None or not hasattr(block_mask, "kv_num_blocks"):
-        return None, (1, 1)
-    size_q, size_k = block_mask.BLOCK_SIZE
-    return kinds_of(block_mask).to(torch.int32).contiguous(), (size_q, size_k)

@@ -101,8 +101,6 @@ class KeyValueCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"`length` must be in [0, {self.length}], got {length}")
-        if self._wants_grad():
-            self._k, self._v = (None if x is None else x[:, :, :length] for x in self._both())
         self.length = length
 
     def _both(self) -> tuple[Tensor | None, Tensor | None]:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn import explain, flex_attention
-from fused_attn.flex import api, compiled, derivative, pairs
+from fused_attn.flex import api, blocks, compiled, derivative, pairs
 from fused_attn.flex.expression import MASK_INPUTS, SCORE_INPUTS
 from fused_attn.runtime import native
 
@@ -183,8 +183,8 @@ def test_a_mistake_would_be_seen(name, monkeypatch):
         monkeypatch.setitem(compiled._SUMS, "distance", "sum_key")
         source += " + apart[h, q - kv + 150]"
     else:
-        kinds = compiled.kinds_of
-        monkeypatch.setattr(compiled, "kinds_of", lambda mask: kinds(mask).roll(1, -1))
+        kinds = blocks.kinds_of
+        monkeypatch.setattr(blocks, "kinds_of", lambda mask: kinds(mask).roll(1, -1))
         assert not blocks_agree()
         return
     assert not close(source, None, torch.float32)

@@ -85,6 +85,31 @@ def test_gradients_reach_through_a_cache():
     assert cache.length == 13
 
 
+@pytest.mark.parametrize("max_len", [None, 40])
+def test_gradients_after_positions_were_forgotten(max_len):
+    """Those stay without a gradient, and others stand in their place."""
+    k, v = torch.randn(2, 3, 2, 9, 8).unbind()
+    k, v = k.requires_grad_(), v.requires_grad_()
+    cache = KeyValueCache(max_len)
+    cache.append(k[:, :, :6], v[:, :, :6])
+    cache.truncate(4)
+    cache.reorder(torch.tensor([2, 0, 0]))
+    rest = k[:, :, 6:], v[:, :, 6:]
+    found = cache.append(*rest)
+    for mine, given, tail in zip(found, (k, v), rest, strict=True):
+        wanted = torch.cat([given[[2, 0, 0], :, :4], tail], 2)
+        assert torch.equal(mine, wanted)
+        weights = torch.randn_like(wanted)
+        grads = [torch.autograd.grad((x * weights).sum(), given)[0] for x in (mine, wanted)]
+        assert torch.equal(*grads)
+        assert not grads[0][:, :, 4:6].any()
+    with torch.no_grad():  # and goes on without
+        cache.truncate(5)
+        last = torch.ones(3, 2, 1, 8)
+        stored, _ = cache.append(last, last)
+    assert torch.equal(stored, torch.cat([found[0][:, :, :5], last], 2))
+
+
 @torch.no_grad()
 def test_a_memory_is_projected_once():
     module, x, memory = attention(), x_of(), x_of(length=9, seed=1)

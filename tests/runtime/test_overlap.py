@@ -110,6 +110,30 @@ def test_norms_refuse_every_other_overlap(layer_norm_backend: str) -> None:
     assert torch.equal(buffer, before)
 
 
+def test_the_same_memory_in_another_order_is_not_the_same_tensor(
+    layer_norm_backend: str, bias_activation_backend: str
+) -> None:
+    """A square and what it is transposed: address, shape and dtype are equal, elements are not."""
+    x = torch.randn(8, 8)
+    before, turned = x.clone(), x.t()
+    assert not overlap.is_same(x, turned)
+    assert overlap.is_same(x, x.view(8, 8))
+    other = torch.randn(8, 8)
+    text = "`out` must be `x` itself or share no memory"
+    for given, out in ((x, turned), (turned, x)):
+        with pytest.raises(ValueError, match=text):
+            layer_norm(given, (8,), out=out, backend=layer_norm_backend)
+        with pytest.raises(ValueError, match=text):
+            add_layer_norm(given, other, (8,), out=out, backend=layer_norm_backend)
+        with pytest.raises(ValueError, match="`sum_out` must be `residual` itself or share no"):
+            add_layer_norm(
+                other, given, (8,), return_sum=True, sum_out=out, backend=layer_norm_backend
+            )
+        with pytest.raises(ValueError, match=text):
+            bias_activation(given, activation="gelu", out=out, backend=bias_activation_backend)
+    assert torch.equal(x, before)
+
+
 def test_bias_activation_in_place_and_not(bias_activation_backend: str) -> None:
     x = torch.randn(6, 8)
     how = {"activation": "gelu", "backend": bias_activation_backend}

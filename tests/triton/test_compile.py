@@ -71,6 +71,7 @@ SAMPLE = [
     (90, "attention bf16 128 decode 4"),
     (90, "attention fp32 64 causal"),
     (90, "flex bf16 128 relative"),
+    (90, "flex bf16 128 listed"),
     (90, "layer norm"),
     (80, "bias activation"),
 ]

@@ -7,7 +7,7 @@ real ones), `constant`, and the number of the `leaf` that it loads. The operatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -60,6 +60,8 @@ class PairFunctions(NamedTuple):
         block: queries and keys of such a block.
         leaves: what is loaded.
         sums: gradients of leaves that are wanted.
+        memory: where a backend keeps what follows from the mask and the lengths alone, for other
+            calls in which those are the same; None: nowhere.
     """
 
     mask: Any
@@ -69,3 +71,4 @@ class PairFunctions(NamedTuple):
     block: tuple[int, int]
     leaves: Sequence[Any]
     sums: Sequence[Sum] = ()
+    memory: dict[Hashable, Any] | None = None

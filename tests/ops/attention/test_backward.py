@@ -47,6 +47,26 @@ def test_agrees_with_autograd(attention_backend: str, name: str, layout: str) ->
         assert getattr(found, f"d{absent}") is None
 
 
+@pytest.mark.parametrize("of_bias", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_have_the_dtypes_of_their_tensors(
+    attention_backend: str, dtype: torch.dtype, of_bias: torch.dtype | None
+) -> None:
+    """Autograd would make them so; who calls this gets what the kernels have added up."""
+    q, k, v = torch.randn(3, 1, 2, 5, 16).to(dtype)
+    bias, sinks = torch.randn(1, 2, 5, 5).to(of_bias or dtype), torch.randn(2).to(dtype)
+    for arguments in ({"bias": bias}, {"sinks": sinks}, {"bias": bias, "sinks": sinks}):
+        against = dict(fused_attn.explain(q, k, v, return_lse=True, **arguments).reasons)
+        if against.get(attention_backend):
+            continue
+        options = {**arguments, "backend": attention_backend}
+        out, lse = fused_attn.attention(q, k, v, return_lse=True, **options)
+        found = fused_attn.attention_backward(out, q, k, v, out, lse, **options)
+        for name, x in {"q": q, "k": k, "v": v, **arguments}.items():
+            gradient = getattr(found, f"d{name}")
+            assert (name, gradient.dtype, gradient.shape) == (name, x.dtype, x.shape)
+
+
 def test_parts_of_the_keys_add_up(attention_backend: str) -> None:
     """As in ring attention: each part is given out and lse of the whole."""
     q, k, v = torch.randn(3, 1, 2, 24, 16)

@@ -78,7 +78,7 @@ def _accumulate_queries(
 ):  # fmt: skip
     """Add what the queries along a `walk` of one head give to a tile of keys."""
     visited, a, b, c, d = path
-    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
+    HIDING: tl.constexpr = MASKED or CONFIG.FULL_HIDES
     index = sequence.index
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[:, None]
     last = sequence.start_q + sequence.len_q - 1
@@ -197,7 +197,7 @@ def _attention_backward_dkdv_kernel(
     dvalue = tl.zeros([CONFIG.BLOCK_N, CONFIG.BLOCK_DV], tl.float32)
     for member in range(group):
         head = head_kv * group + member
-        path = walk(terms, sequence, head, tile, (b, c, 0, 0))
+        path = walk(terms, sequence, head, tile, (b, c, 0, 0), False)
         dkey, dvalue = _accumulate_queries(
             dkey, dvalue, key, value, from_k, from_v, q, dout, statistics, dweights, n0, sequence,
             head, bounds, path, terms, sizes, params, False, False, CONFIG,
@@ -228,7 +228,7 @@ def score_gradient(
     """
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     col = (n0 + tl.arange(0, CONFIG.BLOCK_N))[None, :]
-    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
+    HIDING: tl.constexpr = MASKED or CONFIG.FULL_HIDES
     dw = load_dweights(dweights, m0, n0, row, col, sequence, head, not MASKED, CONFIG)
     p, slope = probabilities(
         query, key, from_q, from_k, m0, n0, row, col, bounds, statistics, sequence, head, terms,
@@ -267,7 +267,7 @@ def _accumulate_keys(
     """Add what the keys along a `walk` give to a tile of queries."""
     low, high, first, end = keys
     visited, a, b, c, d = path
-    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
+    HIDING: tl.constexpr = MASKED or CONFIG.FULL_HIDES
     index, head_kv = sequence.index, head // sizes.group
     row = (m0 + tl.arange(0, CONFIG.BLOCK_M))[:, None]
     bounds = keys_of_query(row, sequence, first, end, params, CONFIG)
@@ -348,7 +348,7 @@ def _attention_backward_dq_kernel(
     from_q, from_dout = (q, head, first_query, last), (dout, head, first_query, last)
     delta = load_delta(statistics, m0 + tl.arange(0, CONFIG.BLOCK_M), sequence, head, sizes)
     dquery = tl.zeros([CONFIG.BLOCK_M, CONFIG.BLOCK_D], tl.float32)
-    path = walk(terms, sequence, head, tile, (b, c, 0, 0))
+    path = walk(terms, sequence, head, tile, (b, c, 0, 0), False)
     dquery = _accumulate_keys(
         dquery, query, doutput, from_q, from_dout, statistics, delta, k, v, dweights, m0, sequence,
         head, keys, path, terms, sizes, params, False, False, CONFIG,

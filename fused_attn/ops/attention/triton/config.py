@@ -73,6 +73,17 @@ def lists_pay(problem: ProblemClass, mask_elements: int, scores: int, products: 
     return 4 * mask_elements * OPERATIONS_PER_BYTE <= operations
 
 
+def classes_pay(problem: ProblemClass, scores: int, products: float) -> bool:
+    """Whether to look beforehand which tiles a function shows wholly, in part or not at all.
+
+    That costs about the mask code of one kernel, once for all calls of a mask. The answer has to be
+    the same for the first of them and the others, so that results repeat bit for bit.
+    """
+    if problem.arch == INTERPRETER:
+        return True
+    return 2 * products * padded_size(problem.head_dim) * scores >= LISTED_OPERATIONS
+
+
 def decode_products(problem: ProblemClass, rows: int) -> float:
     """Products of each score that take the time in which decoding reads keys and values."""
     return OPERATIONS_PER_BYTE * problem.itemsize / rows

@@ -36,7 +36,7 @@ def attend(
     """
     low, high, first, end = keys
     visited, a, b, c, d = path
-    HIDING: tl.constexpr = MASKED or CONFIG.HIDES
+    HIDING: tl.constexpr = MASKED or CONFIG.FULL_HIDES
     index, head_kv = sequence.index, head // sizes.group
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)
     bounds = keys_of_query(row[:, None], sequence, first, end, params, CONFIG)
@@ -142,7 +142,7 @@ def _attention_forward_kernel(
     total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
     extreme = total
     # Where the scale comes last an exact maximum costs a subtraction a score.
-    path = walk(terms, sequence, head, tile, (full, past_full, 0, 0))
+    path = walk(terms, sequence, head, tile, (full, past_full, 0, 0), False)
     acc, peak, total, extreme = attend(
         acc, peak, total, extreme, query, from_q, k, v, k_desc, v_desc, m0, sequence, head, keys,
         path, terms, sizes, params, False, CONFIG.MODIFIED, CONFIG,

@@ -84,6 +84,7 @@ def kind_of(kinds, m0, n0, row, col, sequence, head, UNIFORM: tl.constexpr):
     pointers += head.to(tl.int64) * (kinds.strides[1] >> 8)
     stride = kinds.strides[2] >> 8
     if UNIFORM:
-        return tl.load(pointers + ((m0 // block_q) * stride + n0 // block_k))
-    col = tl.minimum(col, sequence.len_k - 1)
-    return tl.load(pointers + ((row // block_q) * stride + col // block_k))
+        place = (m0 // block_q) * stride + n0 // block_k
+    else:
+        place = (row // block_q) * stride + tl.minimum(col, sequence.len_k - 1) // block_k
+    return tl.load(pointers + place)

@@ -56,6 +56,8 @@ class Helpers(NamedTuple):
 
     load: Any
     change: Any
+    load_seen: Any  # where all of a tile is known to be seen: without the mask
+    change_seen: Any
     pressure: int  # how many operands they count for where registers are scarce
 
 
@@ -66,11 +68,14 @@ def helpers(functions: PairFunctions, slope: Value | None) -> Helpers:
         slope: what the gradient of the changed score is multiplied by; None: nothing.
     """
     text = _Text(functions, slope)
-    return _compiled(text.source(), text.pressure())
+    load, change = seen = _compiled(text.source())
+    if functions.mask is not None or functions.kinds is not None:
+        seen = _compiled(_Text(functions._replace(mask=None, kinds=None), slope).source())
+    return Helpers(load, change, *seen, text.pressure())
 
 
 @functools.cache  # a call finds its own again, and Triton what it compiled for them
-def _compiled(source: str, pressure: int) -> Helpers:
+def _compiled(source: str) -> tuple[Any, Any]:
     """The functions that a text defines; inspect, and so Triton, finds it by linecache."""
     digest = hashlib.sha256(source.encode() + _MATH).hexdigest()[:16]
     source = source.replace("_pairs(", f"_pairs_{digest}(")
@@ -81,7 +86,7 @@ def _compiled(source: str, pressure: int) -> Helpers:
     module.__dict__.update(triton=triton, tl=tl, fm=function_math, __file__=file)
     exec(compile(source, file, "exec"), module.__dict__)
     load = getattr(module, f"load_pairs_{digest}")
-    return Helpers(load, getattr(module, f"change_pairs_{digest}"), pressure)
+    return load, getattr(module, f"change_pairs_{digest}")
 
 
 class _Text:
@@ -288,6 +293,11 @@ def _is_truth(value: Value) -> bool:
     if value.operation in _BITS:
         return all(map(_is_truth, value.args))
     return value.operation.removesuffix("_int") in _COMPARISONS
+
+
+def loads_of(value: Value) -> list[Value]:
+    """All of which a value is made that comes from a leaf."""
+    return [x for x in _ordered([value]) if x.leaf >= 0]
 
 
 def _is_load(value: Value, leaves: Sequence[Any]) -> bool:

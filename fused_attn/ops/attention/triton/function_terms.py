@@ -119,6 +119,17 @@ def block_cells(kinds: Tensor, block: tuple[int, int], seqlen_q: int, seqlen_k: 
     return Cells(shown.to(torch.uint8).contiguous(), whole)
 
 
+def block_classes(kinds: Tensor, block: tuple[int, int], seqlen_q: int, seqlen_k: int) -> Cells:
+    """As `block_cells`, 2 in place of 1 where all of a cell is shown by the list alone."""
+    cells, whole = block_cells(kinds, block, seqlen_q, seqlen_k)
+    hides = block_cells(kinds != 2, block, seqlen_q, seqlen_k).cells
+    full = cells & (1 - hides)
+    for dim, length in ((2, seqlen_q), (3, seqlen_k)):  # what ends within a cell is not all there
+        if length % GRAIN:
+            full.select(dim, -1).zero_()
+    return Cells(cells + full, whole)
+
+
 def _stretched(shown: Tensor, dim: int, block: int, cells: int) -> Tensor:
     """Along one dimension, cells of GRAIN in place of blocks."""
     if block % GRAIN == 0:

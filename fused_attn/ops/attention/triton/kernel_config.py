@@ -16,6 +16,7 @@ class KernelConfig(str):
     """
 
     PAIRS = tl.constexpr(False)  # whether there are functions of pairs
+    CLASSED = tl.constexpr(False)  # whether their tiles are classified beforehand
 
     def __new__(cls, **values: Any) -> KernelConfig:
         texts = [f"{k}={v.__name__ if callable(v) else v}" for k, v in values.items()]

@@ -18,6 +18,7 @@ from .backward import (
     _attention_backward_dkdv_kernel,
     _attention_backward_dq_kernel,
 )
+from .classify import classify
 from .decode import _attention_combine_kernel, _attention_decode_kernel
 from .forward import _attention_forward_kernel
 from .function_terms import pairs_of
@@ -82,6 +83,8 @@ def _run_forward(
         if plan.splits > 1:
             _decode(launcher, result, lse)
         else:
+            if functions is not None:
+                classify(launcher, operands, options, functions)
             _forward(launcher, result, lse)
         if far:
             out.copy_(result)
@@ -216,6 +219,8 @@ def _run_backward(
     with triton_device.on_device_of(out):
         pairs = None if functions is None else pairs_of(functions, operands.q, functions.slope)
         launcher = Launcher(operands, options, BACKWARD_PRODUCTS, dweights, pairs)
+        if functions is not None:
+            classify(launcher, operands, options, functions)
         if launcher.plan.packed:
             for grad in (dq, dk, dv):
                 if grad is not None:
@@ -233,7 +238,9 @@ def _run_backward(
             return
         for wanted in functions.sums:
             own = pairs_of(functions, operands.q, wanted.part)
-            sum_leaf(Launcher(operands, options, BACKWARD_PRODUCTS, None, own), own, given, wanted)
+            of_leaf = Launcher(operands, options, BACKWARD_PRODUCTS, None, own)
+            of_leaf.classes = launcher.classes
+            sum_leaf(of_leaf, own, given, wanted)
 
 
 def _may_see_nothing(operands: Operands, options: Options) -> bool:

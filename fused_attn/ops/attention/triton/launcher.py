@@ -17,6 +17,7 @@ from ....runtime.triton import device as triton_device
 from ....runtime.triton import tuning
 from ..problem import LOWER_RIGHT, NONE, Operands, Options
 from . import config
+from .classes import ClassMap
 from .function_source import Helpers
 from .function_terms import Pairs
 from .kernel_config import KernelConfig
@@ -159,8 +160,9 @@ class LaunchPlan:
             or alibi
             or documents
             or functions is not None,
-            # In every tile.
+            # In every tile; also in those that all see by position.
             "HIDES": bias or mask or documents or functions is not None,
+            "FULL_HIDES": bias or mask or documents or functions is not None,  # see `config`
             "CHUNKED": options.chunk > 0,
             "PRECISION": precision,
         }
@@ -169,6 +171,8 @@ class LaunchPlan:
                 "PAIRS": True,
                 "LOAD_PAIRS": functions.load,
                 "CHANGE_PAIRS": functions.change,
+                "LOAD_SEEN": functions.load_seen,
+                "CHANGE_SEEN": functions.change_seen,
             }
         multiprocessors = triton_device.multiprocessors(device)
         self.decode_rows = self.seqlen_q * self.group
@@ -225,8 +229,9 @@ class Launcher:
         self.pairs = pairs
         if pairs is not None:
             self.terms = self.terms._replace(pairs=pairs.views)
-        self._products = products
+        self.products = products
         self.align(bias, mask, dweights)
+        self.classes: ClassMap | None = None
         self._cells: Cells | None = None
         self._visits: dict[tuple[int, int, bool], Visits] = {}
 
@@ -247,6 +252,9 @@ class Launcher:
         """Compile-time constants of a kernel of this call."""
         if self.pairs is not None:
             more["UNIFORM"] = self.pairs.is_uniform(tile, self.plan.splits > 1)
+            if self.classes is not None:
+                # A change of scores may still hide.
+                more |= {"CLASSED": True, "FULL_HIDES": self.pairs.functions.score is not None}
         found = None if more else self.plan.configs.get((tile, self._aligned))
         if found is None:
             more["ALIGNED"] = self._aligned
@@ -280,7 +288,13 @@ class Launcher:
         Args:
             of_keys: a program of the kernel owns keys and walks over queries.
         """
-        return self._terms_with_lists(tile, self._products, of_keys)
+        if self.classes is not None:
+            return self.terms._replace(classes=self.classes.lists(tile, of_keys))
+        return self.unsplit_terms_of(tile, of_keys)
+
+    def unsplit_terms_of(self, tile: AttentionTile, of_keys: bool = False) -> Terms:
+        """The same for kernels that ask `is_visited`, to which tiles of all classes are one."""
+        return self._terms_with_lists(tile, self.products, of_keys)
 
     def decode_terms_of(self, tile: AttentionTile) -> Terms:
         """As `terms_of`; heads that share a tile have one list if they have one mask."""
@@ -304,6 +318,8 @@ class Launcher:
 
     def _map(self, products: float) -> Cells | None:
         """What is hidden of the scores, as far as it pays to know."""
+        if self.classes is not None:
+            return self.classes.shown()
         mask, ids, plan = self.operands.mask, self.terms.query_ids, self.plan
         pairs = plan.batch * plan.seqlen_q * plan.seqlen_k
         scores = pairs * plan.num_heads

@@ -61,6 +61,7 @@ class Terms(NamedTuple):
     prefix_lengths: Any  # View (B,) int64
     pairs: Any = None  # PairViews, what functions of pairs load from
     visits: Any = None  # Visits by the tiles of the kernel
+    classes: Any = None  # ClassLists by the tiles of the kernel; then there are no `visits`
     last: Any = None  # as that of View
 
 
@@ -73,6 +74,17 @@ class Visits(NamedTuple):
     ptr: Any  # int32
     strides: Any  # of batch, head and own tile; 0 where the mask is broadcast
     half: Any
+
+
+class ClassLists(NamedTuple):
+    """Of each own tile, tiles of the other side: those that it sees wholly, then others.
+
+    A row holds how many are seen wholly, how many there are in all, and their numbers.
+    """
+
+    ptr: Any  # int32
+    strides: Any  # of batch, head and own tile; 0 where the mask is broadcast
+    last: Any = 1  # as that of View
 
 
 class RowStatistics(NamedTuple):

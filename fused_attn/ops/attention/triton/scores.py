@@ -59,19 +59,20 @@ def load_terms(m0, n0, row, col, sequence, head, terms, sizes, INSIDE: tl.conste
     To be called before the tile's q k^T. The compiler's choice of layouts depends on that order:
     loaded after it, these tiles pull the whole softmax out of the matrix unit's layout.
     """
+    SEEN: tl.constexpr = CONFIG.CLASSED and INSIDE  # wholly, and nothing of the mask is asked
     bias = 0.0
     keep = 0
     extra = 0
     if terms.bias is not None:
         bias = load_scores(terms.bias, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
-    if terms.mask is not None:
+    if (terms.mask is not None) and not SEEN:
         keep = load_scores(terms.mask, m0, n0, row, col, sequence, head, INSIDE, CONFIG)
-    if terms.query_ids is not None:
+    if (terms.query_ids is not None) and not SEEN:
         same = same_document(row, col, sequence, terms, sizes)
         keep = same if terms.mask is None else same & (keep != 0)
     if CONFIG.PAIRS:
-        extra = CONFIG.LOAD_PAIRS(m0, n0, row, col, sequence, head, terms.pairs, INSIDE,
-                                  CONFIG.UNIFORM)  # fmt: skip
+        LOAD: tl.constexpr = CONFIG.LOAD_SEEN if SEEN else CONFIG.LOAD_PAIRS
+        extra = LOAD(m0, n0, row, col, sequence, head, terms.pairs, INSIDE, CONFIG.UNIFORM)
     return bias, keep, extra
 
 
@@ -97,11 +98,12 @@ def score(qk, loaded, m0, n0, row, col, sequence, head, terms, params, INSIDE: t
     slope = 1.0
     if not CONFIG.MODIFIED:
         return qk, params.scale, slope
+    SEEN: tl.constexpr = CONFIG.CLASSED and INSIDE
     bias, keep, extra = loaded
     s = qk * params.scale
     if CONFIG.PAIRS:
-        s, slope = CONFIG.CHANGE_PAIRS(s, extra, m0, n0, row, col, sequence, head, terms.pairs,
-                                       INSIDE)  # fmt: skip
+        CHANGE: tl.constexpr = CONFIG.CHANGE_SEEN if SEEN else CONFIG.CHANGE_PAIRS
+        s, slope = CHANGE(s, extra, m0, n0, row, col, sequence, head, terms.pairs, INSIDE)
     if CONFIG.SOFTCAP:
         t = tanh(s / params.softcap)
         s = params.softcap * t
@@ -114,7 +116,7 @@ def score(qk, loaded, m0, n0, row, col, sequence, head, terms, params, INSIDE: t
         # What is finite does not hide.
         total = tl.maximum(s + bias, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
         s = tl.where(bias == -INFINITY, bias, total)
-    if (terms.mask is not None) or (terms.query_ids is not None):
+    if ((terms.mask is not None) or (terms.query_ids is not None)) and not SEEN:
         s = tl.where(keep != 0, s, -INFINITY)
     return s, 1.0, slope
 

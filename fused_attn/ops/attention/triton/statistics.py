@@ -56,18 +56,14 @@ def is_noisy_in_group(statistics, sequence, head_kv, sizes):
 
 
 @triton.jit
-def _softmax_of_rows(query, from_q, k, m0, sequence, head, keys, a, b, visited, terms, sizes,
-                     params, IN_ORDER: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """(largest score in units of `score`, sum of exponentials, largest product) of each row.
-
-    Through the tiles [a, b) of a walk.
-    """
+def _softmax_along(rows, query, from_q, k, m0, sequence, head, keys, a, b, visited, terms, sizes,
+                   params, MASKED: tl.constexpr, IN_ORDER: tl.constexpr,
+                   CONFIG: tl.constexpr):  # fmt: skip
+    """What `_softmax_of_rows` returns, carried on through the tiles [a, b) of a walk."""
+    peak, total, largest = rows
     _low, _high, first, end = keys
     row = m0 + tl.arange(0, CONFIG.BLOCK_M)[:, None]
     bounds = keys_of_query(row, sequence, first, end, params, CONFIG)
-    peak = tl.full([CONFIG.BLOCK_M], -INFINITY, tl.float32)
-    total = tl.zeros([CONFIG.BLOCK_M], tl.float32)
-    largest = tl.zeros([CONFIG.BLOCK_M], tl.float32)
     head_kv = head // sizes.group
     last = sequence.start_k + sequence.len_k - 1
     for i in tl.range(a, b):
@@ -78,12 +74,39 @@ def _softmax_of_rows(query, from_q, k, m0, sequence, head, keys, a, b, visited, 
                         CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
         s, scale, _slope, qk = scores(
             query, key, from_q, (k, head_kv, first_key, last), m0, n0, row, col, bounds, sequence,
-            head, terms, sizes, params, None, True, IN_ORDER, False, CONFIG,
+            head, terms, sizes, params, None, MASKED, IN_ORDER, False, CONFIG,
         )  # fmt: skip
         _p, _shrink, peak, total = softmax_update(s, scale, peak, total, True, True)
         product = tl.where(s == -INFINITY, 0.0, tl.abs(qk * params.scale))
         largest = tl.maximum(largest, tl.max(product, 1))
     return peak, total, largest
+
+
+@triton.jit
+def _softmax_of_rows(query, from_q, k, m0, tile, sequence, head, keys, tiles, wanted, terms, sizes,
+                     params, IN_ORDER: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """(largest score in units of `score`, sum of exponentials, largest product) of each row.
+
+    Of no tile if not `wanted`. IN_ORDER, which is slow and seldom, all tiles count as masked: one
+    more loop would spill.
+    """
+    peak = tl.full([CONFIG.BLOCK_M], -INFINITY, tl.float32)
+    zero = tl.zeros([CONFIG.BLOCK_M], tl.float32)
+    rows = (peak, zero, zero)
+    every = (tiles[0], tiles[3], 0, 0)
+    if CONFIG.CLASSED and not IN_ORDER:
+        visited, a, b, _c, _d = walk(terms, sequence, head, tile, every, False)
+        rows = _softmax_along(
+            rows, query, from_q, k, m0, sequence, head, keys, a, tl.where(wanted, b, a), visited,
+            terms, sizes, params, False, IN_ORDER, CONFIG,
+        )  # fmt: skip
+    visited, a, b, _c, _d = walk(terms, sequence, head, tile, every)
+    if CONFIG.CLASSED and IN_ORDER:
+        a = a * 0
+    return _softmax_along(
+        rows, query, from_q, k, m0, sequence, head, keys, a, tl.where(wanted, b, a), visited,
+        terms, sizes, params, True, IN_ORDER, CONFIG,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -129,7 +152,6 @@ def _attention_statistics_kernel(
     known = tl.load(lse + at, mask=inside, other=0.0)
     coarse = (tl.abs(known) > COARSE) & (tl.abs(known) != INFINITY)
     keys, tiles = visible_keys(m0, sequence, terms, params, CONFIG)
-    visited, a, b, _c, _d = walk(terms, sequence, head, tile, (tiles[0], tiles[3], 0, 0))
     first_query, last = sequence.start_q + m0, sequence.start_q + sequence.len_q - 1
     query = load_rows(q, None, sequence.index, head, first_query, last, CONFIG.BLOCK_M,
                       CONFIG.HEAD_DIM, CONFIG.BLOCK_D)  # fmt: skip
@@ -138,13 +160,13 @@ def _attention_statistics_kernel(
     peak, total = tl.zeros_like(known), tl.zeros_like(known)
     if (terms.bias is not None) or CONFIG.PAIRS:
         peak, total, largest = _softmax_of_rows(
-            query, from_q, k, m0, sequence, head, keys, a, tl.where(again, b, a), visited, terms,
-            sizes, params, False, CONFIG,
+            query, from_q, k, m0, tile, sequence, head, keys, tiles, again, terms, sizes, params,
+            False, CONFIG,
         )  # fmt: skip
         again &= tl.max((coarse & (largest > COARSE)).to(tl.int32), 0) != 0
     anew, sums, _largest = _softmax_of_rows(
-        query, from_q, k, m0, sequence, head, keys, a, tl.where(again, b, a), visited, terms, sizes,
-        params, True, CONFIG,
+        query, from_q, k, m0, tile, sequence, head, keys, tiles, again, terms, sizes, params, True,
+        CONFIG,
     )  # fmt: skip
     peak, total = tl.where(again, anew, peak), tl.where(again, sums, total)
     coarse &= total > 0.0

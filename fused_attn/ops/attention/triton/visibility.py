@@ -185,10 +185,12 @@ def load_padding(col, inside, index, terms, sizes):
 
 
 @triton.jit
-def walk(terms, sequence, head, own, tiles):
+def walk(terms, sequence, head, own, tiles, MASKED: tl.constexpr = True):
     """How to visit the tiles [a, b) and [c, d): (list, a, b, c, d), for `tile_at`.
 
-    Where there are lists (`visits.py`), a to d become places in that of the tile `own`.
+    Where there are lists (`visits.py`), a to d become places in that of the tile `own`. Where tiles
+    are classified (`classes.py`) the classes alone count: what is seen in part if MASKED, or else
+    what is seen wholly.
     """
     a, b, c, d = tiles
     visited = own
@@ -199,6 +201,15 @@ def walk(terms, sequence, head, own, tiles):
         before, top = visited + terms.visits.half, terms.visits.half - 1
         a, b = tl.load(before + tl.minimum(a, top)), tl.load(before + tl.minimum(b, top))
         c, d = tl.load(before + tl.minimum(c, top)), tl.load(before + tl.minimum(d, top))
+    if terms.classes is not None:
+        visited = terms.classes.ptr + own * terms.classes.strides[2]
+        visited += sequence.batch.to(tl.int64) * terms.classes.strides[0]
+        visited += head * terms.classes.strides[1]
+        a, b = tl.load(visited), tl.load(visited + 1)
+        if not MASKED:
+            a, b = a * 0, a
+        visited += 2
+        c, d = a * 0, a * 0
     return visited, a, b, c, d
 
 
@@ -216,6 +227,6 @@ def is_visited(m0, n0, head, sequence, terms, params, CONFIG: tl.constexpr):
 def tile_at(i, b, c, visited, terms):
     """Number of the i-th tile of a walk, which goes on at c after b."""
     place = tl.where(i < b, i, i - b + c)
-    if terms.visits is not None:
+    if (terms.visits is not None) or (terms.classes is not None):
         place = tl.load(visited + place)
     return place
