@@ -261,3 +261,20 @@ def test_mistakes_name_the_argument_and_write_nothing(name):
     assert words in str(caught.value)
     assert "layout" not in str(caught.value)
     assert all(torch.equal(a, b) for a, b in zip(stores, before, strict=True))
+
+
+@pytest.mark.parametrize("padding", [-1, 1000])
+def test_a_page_that_no_length_reaches_may_have_any_number(padding):
+    q, k, v = torch.randn(2, 1, 4, 16), torch.randn(6, 4, 2, 16), torch.randn(6, 4, 2, 16)
+    lengths = torch.tensor([11, 3], dtype=torch.int32)
+    found, expected = (
+        kvcache.flash_attn_with_kvcache(
+            q,
+            k,
+            v,
+            cache_seqlens=lengths,
+            block_table=torch.tensor([[3, 1, 2], [5, unused, unused]], dtype=torch.int32),
+        )
+        for unused in (padding, 0)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -101,7 +101,7 @@ def flash_attn_with_kvcache(
         _append(cache, k, v, lengths)
         lengths = lengths + k.shape[1]
     if _are_alike(lengths) and cache_leftpad is None:
-        return _attend_alike(q, cache, int(lengths[0]), alibi_slopes, options)
+        return _attend_alike(q, cache, lengths, alibi_slopes, options)
     return _attend(q, cache, lengths, cache_leftpad, alibi_slopes, options)
 
 
@@ -228,22 +228,27 @@ def _are_alike(lengths: Tensor) -> bool:
     return on_cpu and lengths.numel() > 0 and bool((lengths == lengths[0]).all())
 
 
-def _in_order(cache: _Cache, batch: int, used: int) -> tuple[Tensor, Tensor]:
+def _in_order(cache: _Cache, lengths: Tensor, used: int) -> tuple[Tensor, Tensor]:
     """The first `used` keys and values, or more, of each sequence: (B, S, Hkv, D)."""
     if cache.block_table is not None:
-        table = cache.block_table[:, : -(-used // cache.k.shape[1])]
+        size = cache.k.shape[1]
+        table = cache.block_table[:, : -(-used // size)]
+        # Numbers of pages that a sequence does not reach may be anything.
+        first = torch.arange(table.shape[1], device=table.device) * size
+        table = torch.where(first < lengths[:, None], table, 0)
         return paged.gather(cache.k, table), paged.gather(cache.v, table)
     if cache.batch_idx is not None:
         rows = cache.batch_idx.long()
         return cache.k[rows, :used], cache.v[rows, :used]
-    return cache.k[:batch], cache.v[:batch]
+    return cache.k[: len(lengths)], cache.v[: len(lengths)]
 
 
 def _attend_alike(
-    q: Tensor, cache: _Cache, length: int, slopes: Tensor | None, options: dict[str, Any]
+    q: Tensor, cache: _Cache, lengths: Tensor, slopes: Tensor | None, options: dict[str, Any]
 ) -> Any:
     """All sequences have the same length: a dense call reads the cache in place."""
-    keys, values = (x[:, :length] for x in _in_order(cache, q.shape[0], length))
+    length = int(lengths[0])
+    keys, values = (x[:, :length] for x in _in_order(cache, lengths, length))
     return attention(q, keys, values, layout="blhd", **options, **alibi_of(slopes, q, keys))
 
 
@@ -258,7 +263,7 @@ def _attend(
     """The cache as packed sequences, in place: what is not seen are sequences without queries."""
     batch, seqlen_q, num_heads, _ = q.shape
     used = int(lengths.max()) if lengths.device.type == "cpu" and batch else cache.room
-    keys, values = _in_order(cache, batch, used)
+    keys, values = _in_order(cache, lengths, used)
     room = keys.shape[1]
     ends = [lengths, torch.full_like(lengths, room)]
     if leftpad is not None:
