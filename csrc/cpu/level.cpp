@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "cpu/tiles_permission.h"
+#include "cpu/processor_features.h"
 
 namespace fused_attn {
 namespace {

@@ -32,7 +32,7 @@
 #define FUSED_ATTN_LEVEL_portable    ("cpu/vec_portable.h", 16, 16, 0, 0, true, true)
 // In float64 the portable kernels beat avx2's.
 #define FUSED_ATTN_LEVEL_avx2        ("cpu/vec_avx2.h", 32, 16, 0, 0, dtype != DType::kFloat64, \
-    FUSED_ATTN_HAS("avx2") && FUSED_ATTN_HAS("fma") && FUSED_ATTN_HAS("f16c"))
+    FUSED_ATTN_HAS("avx2") && FUSED_ATTN_HAS("fma") && has_f16c())
 #define FUSED_ATTN_LEVEL_avx512      ("cpu/vec_avx512.h", 64, 32, 0, 0, true, \
     FUSED_ATTN_HAS("avx512f") && FUSED_ATTN_HAS("avx512bw") && FUSED_ATTN_HAS("avx512dq") && \
     FUSED_ATTN_HAS("avx512vl") && FUSED_ATTN_HAS("avx512cd"))
@@ -40,7 +40,7 @@
 #define FUSED_ATTN_LEVEL_avx512_bf16 ("cpu/vec_avx512.h", 64, 32, 1, 0, dtype == DType::kBFloat16, \
     FUSED_ATTN_HAS("avx512bf16"))
 #define FUSED_ATTN_LEVEL_avx512_amx  ("cpu/vec_avx512.h", 64, 32, 1, 1, dtype == DType::kBFloat16, \
-    FUSED_ATTN_HAS("amx-tile") && FUSED_ATTN_HAS("amx-bf16") && tiles_permitted())
+    tiles_permitted())
 // NEON belongs to every 64-bit ARM. Of float64 the portable level makes NEON code, too.
 #define FUSED_ATTN_LEVEL_neon        ("cpu/vec_neon.h", 16, 32, 0, 0, dtype != DType::kFloat64, true)
 
