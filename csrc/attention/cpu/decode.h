@@ -175,8 +175,8 @@ class DecodePass {
     k_.select(j, map_.keys);
     v_.select(j, map_.keys);
     const uint64_t* visible = map_.mask();
-    const bool some = hidden_by_bias(j);  // it loads the bias, too
-    const bool all = map_.seen == Seen::kAll && keep_ == nullptr && !some;
+    const bool hides = by_rows_ && p_.bias.data != nullptr && load_bias_of_rows(j);
+    const bool all = map_.seen == Seen::kAll && keep_ == nullptr && !hides;
     if (all && listed_ >= map_.keys) {
       count_ = map_.keys;
       return;
@@ -198,10 +198,10 @@ class DecodePass {
     count_ = count;
     listed_ = all ? count : 0;
   }
-  // Loads the tile's bias, which all rows share, where there is one query a head. Does it hide any?
-  bool hidden_by_bias(int64_t j) {
-    if (!by_rows_ || p_.bias.data == nullptr) return false;
-    const Real hidden = -std::numeric_limits<Real>::infinity();
+
+  // Loads the tile's bias, which all rows share where there is one query a head. Does it hide a
+  // key?
+  bool load_bias_of_rows(int64_t j) {
     V least = V::zero();
     with_bias_dtype<Real>(p_.bias.dtype, [&](auto* tag) {
       using B = std::remove_pointer_t<decltype(tag)>;

@@ -18,7 +18,7 @@ namespace fused_attn::attention::FUSED_ATTN_LEVEL {
 enum class Form { kRows, kColumns };
 
 // The form of V^T P^T and K^T dS^T. Tiles read A by rows alone, so there A is transposed beforehand
-// (prepare_columns in pack.h).
+// (ColumnRows in pack.h).
 template <class E>
 constexpr Form kOfColumns = E::kTiles ? Form::kRows : Form::kColumns;
 
